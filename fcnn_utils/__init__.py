@@ -1,0 +1,23 @@
+"""Factorized convolutional networks in Keras: the support module of the notebook series.
+
+Import the module you need (`from fcnn_utils import data, models`); this file imports none of them, so that
+the command line answers at once and a notebook loads only what it uses.
+"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported: its C++ start-up lines are noise
+
+__version__ = "0.1.0"
+__all__ = [
+    "cost",
+    "data",
+    "machine",
+    "models",
+    "parameters",
+    "pipeline",
+    "plots",
+    "records",
+    "thesis",
+    "training",
+]

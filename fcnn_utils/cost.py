@@ -1,0 +1,133 @@
+"""What a network costs by count: parameters, MACs and activation bytes, layer by layer.
+
+Convention, for the whole course: 1 MAC is one multiplication with its addition, FLOPs = 2 × MACs. Positions where
+a kernel hangs over the border count in full (as TensorFlow's profiler counts them). What is no MAC is counted
+apart, in `other_ops`: one a bias addition, two a batch-normalised value (scale and shift), one an activated value,
+one an input value that a pooling window reads.
+"""
+
+import math
+
+import keras
+import numpy as np
+import pandas as pd
+from keras import layers
+
+COLUMNS = ["layer", "kind", "output_shape", "params", "trainable", "macs", "other_ops", "activation_bytes"]
+
+_FREE = (  # layers without weights, which move values or do nothing at inference
+    layers.InputLayer,
+    layers.Reshape,
+    layers.Flatten,
+    layers.Permute,
+    layers.Dropout,
+    layers.SpatialDropout2D,
+    layers.ZeroPadding2D,
+    layers.Cropping2D,
+    layers.UpSampling2D,
+    layers.Concatenate,
+    layers.Identity,
+)
+_POOLING = (layers.MaxPooling2D, layers.AveragePooling2D)
+_GLOBAL_POOLING = (layers.GlobalAveragePooling2D, layers.GlobalMaxPooling2D)
+_MERGES = (layers.Add, layers.Subtract, layers.Multiply, layers.Average, layers.Maximum, layers.Minimum)
+
+
+def layer_costs(model):
+    """Cost of one image's forward pass, one row a layer, in the order of the model, and a row "total".
+
+    Returns:
+        DataFrame with the columns
+            layer, kind: its name and its class;
+            output_shape: of one image, without the batch axis;
+            params, trainable: number of weights, and how many of them are trained;
+            macs: multiply-adds;
+            other_ops: operations that are no multiply-adds (see the module);
+            activation_bytes: size of the output.
+
+    Raises:
+        ValueError: a layer has weights and is none of those counted here, or the model is not built of layers
+            that are each called once.
+    """
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(f"model must be a built keras.Model; got {type(model).__name__}")
+    rows = [row for layer in model.layers for row in _rows(layer)]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    sums = table[["params", "trainable", "macs", "other_ops", "activation_bytes"]].sum()
+    total = {"layer": "total", "kind": "", "output_shape": table["output_shape"].iloc[-1], **sums}
+    return pd.concat([table, pd.DataFrame([total])], ignore_index=True)
+
+
+def totals(model):
+    """Dict of the total row: params, trainable, macs, other_ops, activation_bytes."""
+    row = layer_costs(model).iloc[-1]
+    return {key: int(row[key]) for key in ("params", "trainable", "macs", "other_ops", "activation_bytes")}
+
+
+def convolution_macs(output_shape, kernel_shape):
+    """MACs of a convolution: every output position takes one product with every weight of the kernel.
+
+    Args:
+        output_shape: (height, width) of the output.
+        kernel_shape: of the weights, (kh, kw, S / groups, T), or (kh, kw, S, multiplier) for a depthwise one.
+    """
+    return math.prod(output_shape) * math.prod(kernel_shape)
+
+
+def _rows(layer):
+    if isinstance(layer, keras.Model):
+        return [row for inner in layer.layers for row in _rows(inner)]
+    if len(getattr(layer, "_inbound_nodes", ())) > 1 and layer.weights:
+        raise ValueError(f"layer {layer.name!r} is called more than once; its cost is counted for layers called once")
+    shape = tuple(layer.output.shape[1:])
+    macs, other_ops = _operations(layer, shape)
+    size = np.dtype("uint16" if "float16" in layer.compute_dtype else layer.compute_dtype).itemsize
+    params, trainable = _count(layer.weights), _count(layer.trainable_weights)
+    return [(layer.name, type(layer).__name__, shape, params, trainable, macs, other_ops, math.prod(shape) * size)]
+
+
+def _operations(layer, shape):
+    """(MACs, other operations) of one layer for one image."""
+    size = math.prod(shape)
+    if isinstance(layer, layers.SeparableConv2D):
+        depthwise = math.prod(layer.depthwise_kernel.shape)
+        pointwise = math.prod(layer.pointwise_kernel.shape)
+        return _positions(layer, shape) * (depthwise + pointwise), size * (layer.use_bias + _activates(layer))
+    if isinstance(layer, layers.Conv2DTranspose):
+        return _unknown(layer)  # a subclass of the convolution's base, but it counts by input positions
+    if isinstance(layer, (layers.Conv2D, layers.DepthwiseConv2D)):
+        macs = _positions(layer, shape) * math.prod(layer.kernel.shape)
+        return macs, size * (layer.use_bias + _activates(layer))
+    if isinstance(layer, layers.Dense):
+        macs = math.prod(shape[:-1]) * math.prod(layer.kernel.shape)
+        return macs, size * (layer.use_bias + _activates(layer))
+    if isinstance(layer, (layers.BatchNormalization, layers.Normalization, layers.Rescaling)):
+        return 0, 2 * size
+    if isinstance(layer, _POOLING):
+        return 0, size * math.prod(layer.pool_size)
+    if isinstance(layer, _GLOBAL_POOLING):
+        return 0, math.prod(layer.input.shape[1:])
+    if isinstance(layer, _MERGES):
+        return 0, size * (len(layer.input) - 1)
+    if isinstance(layer, (layers.Activation, layers.ReLU, layers.LeakyReLU, layers.Softmax)):
+        return 0, size
+    if isinstance(layer, _FREE) or not layer.weights:
+        return 0, 0
+    return _unknown(layer)
+
+
+def _unknown(layer):
+    known = "Conv2D, DepthwiseConv2D, SeparableConv2D, Dense, BatchNormalization, Normalization"
+    raise ValueError(f"layer {layer.name!r} is a {type(layer).__name__}; the cost of layers with weights is known for {known}")
+
+
+def _positions(layer, shape):
+    return math.prod(shape[:-1] if layer.data_format == "channels_last" else shape[1:])
+
+
+def _activates(layer):
+    return layer.activation is not keras.activations.linear
+
+
+def _count(weights):
+    return sum(math.prod(weight.shape) for weight in weights)

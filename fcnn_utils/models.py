@@ -1,0 +1,94 @@
+"""The three networks of the thesis, from stock Keras layers, by name.
+
+Each is a list of convolutions; every convolution is followed by batch normalisation and ReLU, the last has one
+filter a class, and a global average pooling and a softmax end the network (the all-convolutional design of
+Springenberg et al. 2015, arXiv 1412.6806). Layers are numbered as the convolutions stand: `conv3`, `bn3`, `relu3`;
+a convolution that is factorized in space is the pair `conv1a` (3×1), `conv1b` (1×3), a separable one is `sep1`.
+
+The thesis prints no kernel shapes; they follow from its parameter counts. It does not say which of 3×1 and 1×3
+comes first: we take 3×1 (the counts and costs of the two orders are equal). Biases are kept before the batch
+normalisation, as its counts demand, though the normalisation cancels them.
+"""
+
+import keras
+from keras import layers
+
+from fcnn_utils.parameters import check_choice
+
+# (kind, filters, kernel size, stride); filters None: one a class.
+NETWORKS = {
+    "simple": [
+        ("conv", 96, 3, 1),
+        ("conv", 96, 3, 1),
+        ("conv", 96, 3, 2),
+        ("conv", 192, 3, 1),
+        ("conv", 192, 3, 1),
+        ("conv", 192, 3, 2),
+        ("conv", 192, 3, 1),
+        ("conv", 192, 1, 1),
+        ("conv", None, 1, 1),
+    ],
+    "wider_factorized": [
+        ("factorized", 192, 3, 1),
+        ("conv", 96, 3, 2),
+        ("factorized", 384, 3, 1),
+        ("conv", 128, 3, 2),
+        ("conv", 256, 3, 1),
+        ("conv", None, 1, 1),
+    ],
+    "wider_separable": [
+        ("separable", 192, 3, 1),
+        ("conv", 96, 3, 2),
+        ("separable", 384, 3, 1),
+        ("conv", 128, 3, 2),
+        ("conv", 256, 3, 1),
+        ("conv", None, 1, 1),
+    ],
+}
+
+TITLES = {"simple": "simple", "wider_factorized": "wider, factorized", "wider_separable": "wider, separable"}
+
+
+def build(name, input_shape=(32, 32, 3), classes=100, *, dtype="float32"):
+    """One of the thesis's networks, not compiled, with fresh weights.
+
+    Args:
+        name: "simple", "wider_factorized" or "wider_separable".
+        input_shape: (height, width, channels) of one image, each at least 1.
+        classes: number of classes, at least 2.
+        dtype: Keras dtype policy of the layers, e.g. "float32" or "mixed_bfloat16"; pooling and softmax stay float32.
+
+    Returns:
+        keras.Model from (N, height, width, channels) to class probabilities (N, classes).
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+    check_choice("model", name, NETWORKS)
+    if not (isinstance(input_shape, (tuple, list)) and len(input_shape) == 3 and all(_is_count(n) for n in input_shape)):
+        raise ValueError(f"input_shape must be (height, width, channels), three whole numbers of at least 1; got {input_shape!r}")
+    if not _is_count(classes) or classes < 2:
+        raise ValueError(f"classes must be a whole number of at least 2; got {classes!r}")
+
+    x = inputs = keras.Input(tuple(input_shape), name="image")
+    for number, (kind, filters, size, strides) in enumerate(NETWORKS[name], 1):
+        x = _convolution(x, number, kind, filters or classes, size, strides, dtype)
+        x = layers.BatchNormalization(name=f"bn{number}", dtype=dtype)(x)
+        x = layers.Activation("relu", name=f"relu{number}", dtype=dtype)(x)
+    x = layers.GlobalAveragePooling2D(name="pool", dtype="float32")(x)  # (N, h, w, classes) -> (N, classes)
+    x = layers.Activation("softmax", name="softmax", dtype="float32")(x)
+    return keras.Model(inputs, x, name=name)
+
+
+def _convolution(x, number, kind, filters, size, strides, dtype):
+    options = {"padding": "same", "dtype": dtype}
+    if kind == "factorized":
+        x = layers.Conv2D(filters, (size, 1), name=f"conv{number}a", **options)(x)
+        return layers.Conv2D(filters, (1, size), name=f"conv{number}b", **options)(x)
+    if kind == "separable":
+        return layers.SeparableConv2D(filters, size, strides=strides, name=f"sep{number}", **options)(x)
+    return layers.Conv2D(filters, size, strides=strides, name=f"conv{number}", **options)(x)
+
+
+def _is_count(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

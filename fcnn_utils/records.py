@@ -1,0 +1,154 @@
+"""Run records: one JSON file a run, and where every file of a run goes.
+
+A record is a plain dict. Its path says what it is: `results/DATASET/MODEL/RECIPE/seedN.json`.
+Records are looked for in two folders: `output()/results`, where new ones are written, and the `results/`
+of the project, whose records stand behind the published numbers. Nothing here knows Keras.
+
+Every file is written whole: to a temporary name in the same folder first, then renamed.
+"""
+
+import contextlib
+import errno
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = 1
+_NEEDED = ("schema", "dataset", "model", "recipe", "seed", "status", "epochs")
+
+
+def output():
+    """The folder this process writes to: `$FCNN_OUTPUT`, else `build/explore` of the project."""
+    return Path(os.environ.get("FCNN_OUTPUT") or ROOT / "build" / "explore")
+
+
+def shown(path):
+    """`path` as a person reads it: relative to the project where it lies inside."""
+    path = Path(path).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def write_atomic(path, content):
+    """Write `content` (bytes or str) to `path`: afterwards the file is there whole, or as it was before.
+
+    Raises:
+        ValueError: the file cannot be written (disk full, folder read-only); says why and what to do.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(_cannot_write(path, error)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder):
+    """Raise ValueError now, not after an hour of training, if nothing can be written below `folder`."""
+    probe = Path(folder) / f".writable.{os.getpid()}"
+    write_atomic(probe, b"1")
+    probe.unlink()
+
+
+def path_of(dataset, model, recipe, seed, folder=None):
+    """Path of a run's record: `FOLDER/DATASET/MODEL/RECIPE/seedN.json` (FOLDER: `output()/results`)."""
+    return Path(folder or output() / "results") / dataset / model / recipe / f"seed{seed}.json"
+
+
+def write(record, folder=None):
+    """Write `record` to the path its own entries name; returns the path."""
+    path = path_of(record["dataset"], record["model"], record["recipe"]["name"], record["seed"], folder)
+    write_atomic(path, json.dumps({"schema": SCHEMA, **record}, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def read(path):
+    """The record in the file `path`.
+
+    Raises:
+        ValueError: not a record: damaged, or of an unknown schema. Names the file.
+    """
+    try:
+        record = json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{shown(path)} is not a readable record ({error}); delete it and run that training again") from None
+    missing = [key for key in _NEEDED if key not in record] if isinstance(record, dict) else _NEEDED
+    if missing or record["schema"] != SCHEMA:
+        raise ValueError(f"{shown(path)} is not a record of schema {SCHEMA}; delete it and run that training again")
+    return record
+
+
+def folders():
+    """Where records are looked for, the nearest first."""
+    return list(dict.fromkeys([output() / "results", ROOT / "results"]))
+
+
+def lookup(dataset, model, recipe, seed):
+    """(record, path) of the nearest complete run with these names, or (None, None)."""
+    for folder in folders():
+        path = path_of(dataset, model, recipe, seed, folder)
+        record = _read_or_report(path) if path.exists() else None
+        if record and record["status"] == "complete":
+            return record, path
+    return None, None
+
+
+def find(dataset=None, model=None, recipe=None, seed=None, status="complete", where=None):
+    """Data frame of the runs that match, one row each, sorted; the column `record` holds the whole record.
+
+    Args:
+        dataset, model, recipe, seed: what to match; None matches all.
+        status: "complete", "running", "diverged", or None for all.
+        where: folders to look in (default: `folders()`); of two runs with one name the nearer folder's counts.
+
+    A damaged file is named on standard output and skipped.
+    """
+    rows = {}
+    for folder in where or folders():
+        for path in sorted(Path(folder).glob("*/*/*/seed*.json")):
+            name = path.relative_to(folder)
+            record = _read_or_report(path) if name not in rows else None
+            if record:
+                rows[name] = _row(record, path)
+    frame = pd.DataFrame(rows.values(), columns=_COLUMNS)
+    for column, value in [("dataset", dataset), ("model", model), ("recipe", recipe), ("seed", seed), ("status", status)]:
+        frame = frame if value is None else frame[frame[column] == value]
+    return frame.sort_values(["dataset", "model", "recipe", "seed"], ignore_index=True)
+
+
+_COLUMNS = ["dataset", "model", "recipe", "seed", "status", "epochs", "top1", "top5", "loss", "params", "macs", "path", "record"]
+
+
+def _row(record, path):
+    test = record.get("test") or {}
+    values = {key: record.get(key) for key in _COLUMNS} | {key: test.get(key) for key in ("top1", "top5", "loss")}
+    return values | {"recipe": record["recipe"]["name"], "epochs": len(record["epochs"]), "path": str(path), "record": record}
+
+
+def _read_or_report(path):
+    try:
+        return read(path)
+    except ValueError as error:
+        print(f"skipped: {error}")
+        return None
+
+
+def _cannot_write(path, error):
+    reasons = {
+        errno.ENOSPC: "the disk is full; free some space and run again",
+        errno.EDQUOT: "the disk quota is used up; free some space and run again",
+        errno.EROFS: "the folder is read-only; set FCNN_OUTPUT to a folder that can be written",
+        errno.EACCES: "permission denied; set FCNN_OUTPUT to a folder that can be written",
+        errno.EPERM: "permission denied; set FCNN_OUTPUT to a folder that can be written",
+    }
+    return f"cannot write {shown(path)}: {reasons.get(error.errno, error.strerror or str(error))}"

@@ -118,7 +118,9 @@ def _operations(layer, shape):
 
 def _unknown(layer):
     known = "Conv2D, DepthwiseConv2D, SeparableConv2D, Dense, BatchNormalization, Normalization"
-    raise ValueError(f"layer {layer.name!r} is a {type(layer).__name__}; the cost of layers with weights is known for {known}")
+    raise ValueError(
+        f"layer {layer.name!r} is a {type(layer).__name__}; the cost of layers with weights is known for {known}"
+    )
 
 
 def _positions(layer, shape):

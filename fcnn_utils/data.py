@@ -19,7 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-NAMES = ("cifar100", "standin")
+from fcnn_utils import standin
+from fcnn_utils.parameters import check_choice, check_number
+
+NAMES = ("cifar100", "standin", "auto")
 _DOWNLOAD_SECONDS = 900
 _WAY_OUT = "to go on without it, choose the stand-in (--dataset standin)"
 
@@ -41,8 +44,7 @@ class Split:
 
     def first(self, count):
         """The first `count` images, taken in turn from every class, so that each has (nearly) as many."""
-        if not 1 <= count <= len(self):
-            raise ValueError(f"the number of images must be between 1 and {len(self):,}; got {count:,}")
+        check_number("number of images", count, int, 1, len(self))
         keep = np.lexsort((self.fine, _rank_in_class(self.fine)))[:count]
         return self._take(np.sort(keep))
 
@@ -71,7 +73,9 @@ class Dataset:
     @property
     def everything(self):
         """Training and validation images together, for a recipe whose settings are chosen already."""
-        return Split(*(np.concatenate(pair) for pair in zip(_arrays(self.train), _arrays(self.validation), strict=True)))
+        return Split(
+            *(np.concatenate(pair) for pair in zip(_arrays(self.train), _arrays(self.validation), strict=True))
+        )
 
     @property
     def superclass_of(self):
@@ -82,9 +86,12 @@ class Dataset:
 
     def subset(self, train, test):
         """The same data set with `train` training (a tenth of them for validation) and `test` test images."""
-        validation = max(1, train // 10)
+        check_number("number of training images", train, int, 10, len(self.train) + len(self.validation))
+        validation = train * len(self.validation) // (len(self.train) + len(self.validation))
         parts = self.train.first(train - validation), self.validation.first(validation), self.test.first(test)
-        return _dataset(f"{self.name.split('-')[0]}-{train}", self.source, self.stand_in, parts, self.fine_names, self.coarse_names)
+        return _dataset(
+            f"{self.name.split('-')[0]}-{train}", self.source, self.stand_in, parts, self.fine_names, self.coarse_names
+        )
 
     def describe(self):
         """One line: what it is, how many images, its fingerprint; a warning first if it is a stand-in."""
@@ -93,23 +100,41 @@ class Dataset:
         return f"{warning}{self.name}, {count}, from {self.source} (sha256 {self.fingerprint[:12]})"
 
 
-def load(name):
+def load(name, train_images=0, test_images=0):
     """The data set `name`: "cifar100", "standin", or "auto" (the first, if it can be had, else the second).
 
+    Args:
+        name: as above.
+        train_images, test_images: take a subset of this size, the same number (nearly) of every class; 0: all.
+
     Raises:
-        ValueError: unknown name; CIFAR-100 is not here and cannot be downloaded; or its files are damaged.
+        ValueError: unknown name; CIFAR-100 is not here and cannot be downloaded; its files are damaged; or there
+            are not that many images.
     """
+    folder = locate(name)
+    dataset = _cifar100(folder) if folder else _standin()
+    if train_images or test_images:
+        trainable = len(dataset.train) + len(dataset.validation)
+        dataset = dataset.subset(train_images or trainable, test_images or len(dataset.test))
+    return dataset
+
+
+def locate(name):
+    """Folder of CIFAR-100 for "cifar100" (downloaded if need be), None for "standin", either for "auto".
+
+    Raises:
+        ValueError: unknown name, or CIFAR-100 is not here and cannot be downloaded.
+    """
+    check_choice("dataset", name, NAMES)
     if name == "standin":
-        return _standin()
-    if name == "cifar100":
-        return _cifar100(find_cifar100() or _download())
-    if name == "auto":
-        try:
-            return load("cifar100")
-        except Unavailable as error:
-            print(f"NOTICE: {error}. Going on with the stand-in: generated images, no result on CIFAR-100.", flush=True)
-            return load("standin")
-    raise ValueError(f"dataset must be one of {', '.join(NAMES)}, auto; got {name!r}")
+        return None
+    try:
+        return find_cifar100() or _download()
+    except Unavailable as error:
+        if name == "cifar100":
+            raise
+        print(f"NOTICE: {error}. Going on with the stand-in: generated images, no result on CIFAR-100.", flush=True)
+        return None
 
 
 class Unavailable(ValueError):
@@ -131,13 +156,18 @@ def find_cifar100():
             if all((folder / part).is_file() for part in ("train", "test", "meta")):
                 return folder
     if roots:
-        raise Unavailable(f"FCNN_DATA_DIR is {chosen!r}, but CIFAR-100's files train, test and meta are not there; {_WAY_OUT}")
+        raise Unavailable(
+            f"FCNN_DATA_DIR is {chosen!r}, but CIFAR-100's files train, test and meta are not there; {_WAY_OUT}"
+        )
     return None
 
 
 def _cifar100(folder):
     meta = _unpickle(folder / "meta")
-    fine_names, coarse_names = _names(meta, "fine_label_names", 100, folder), _names(meta, "coarse_label_names", 20, folder)
+    fine_names, coarse_names = (
+        _names(meta, "fine_label_names", 100, folder),
+        _names(meta, "coarse_label_names", 20, folder),
+    )
     train = _read_batch(folder / "train", per_class=500)
     test = _read_batch(folder / "test", per_class=100)
     parts = *_split(train), test
@@ -152,16 +182,21 @@ def _read_batch(path, per_class):
     except KeyError as error:
         raise ValueError(f"{path} is not a batch of CIFAR-100: it has no {error}; {_replace(path)}") from None
     if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != 3072:
-        raise ValueError(f"{path} is not a batch of CIFAR-100: its data are not uint8 rows of 3072 values; {_replace(path)}")
+        raise ValueError(
+            f"{path} is not a batch of CIFAR-100: its data are not uint8 rows of 3072 values; {_replace(path)}"
+        )
     for labels, count, what in ((fine, 100, "fine"), (coarse, 20, "coarse")):
         if labels.shape != (len(rows),) or labels.dtype.kind not in "iu":
             raise ValueError(f"{path}: {what} labels must be {len(rows)} whole numbers, one an image; {_replace(path)}")
-        if len(labels) and not (0 <= labels.min() and labels.max() < count):
+        if len(labels) and not (labels.min() >= 0 and labels.max() < count):
             raise ValueError(
-                f"{path}: {what} labels must be between 0 and {count - 1}; found {labels.min()} to {labels.max()}; {_replace(path)}"
+                f"{path}: {what} labels must be between 0 and {count - 1}; "
+                f"found {labels.min()} to {labels.max()}; {_replace(path)}"
             )
     if (np.bincount(fine, minlength=100) != per_class).any():
-        raise ValueError(f"{path} must hold {per_class} images of each of the 100 classes, and does not; {_replace(path)}")
+        raise ValueError(
+            f"{path} must hold {per_class} images of each of the 100 classes, and does not; {_replace(path)}"
+        )
     images = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (N, 3072) -> (N, 32, 32, 3)
     return _in_order(images, fine, coarse)
 
@@ -185,7 +220,9 @@ class _NumpyUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         module = module.replace("numpy.core.", "numpy._core.")  # NumPy 1's name of the same module
         if name not in self.allowed.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no batch of CIFAR-100 does; nothing of it was run")
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}, which no batch of CIFAR-100 does; nothing of it was run"
+            )
         return super().find_class(module, name)
 
 
@@ -233,14 +270,13 @@ def _download():
     return folder
 
 
-# --- the stand-in ------------------------------------------------------------------------------------------------
+# --- splits and fingerprints -------------------------------------------------------------------------------------
 
 
 def _standin():
-    raise NotImplementedError
-
-
-# --- splits and fingerprints -------------------------------------------------------------------------------------
+    train, test = (_in_order(*arrays) for arrays in standin.generate(per_class=100, test_per_class=20))
+    parts = *_split(train), test
+    return _dataset("standin", "a generator", True, parts, standin.FINE_NAMES, standin.COARSE_NAMES)
 
 
 def _dataset(name, source, stand_in, parts, fine_names, coarse_names):

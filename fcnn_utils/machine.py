@@ -32,7 +32,9 @@ def describe():
         "device": gpu() or processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "backend": keras.config.backend(),
-        "versions": {name: version for name in ("keras", "tensorflow", "jax", "torch", "numpy") if (version := _version(name))},
+        "versions": {
+            name: version for name in ("keras", "tensorflow", "jax", "torch", "numpy") if (version := _version(name))
+        },
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -44,7 +46,10 @@ def processor():
     """Processor's name, "CPU" if the system does not tell."""
     name = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
     if name is None and platform.system() == "Darwin":
-        return subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout.strip() or "CPU"
+        return (
+            subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout.strip()
+            or "CPU"
+        )
     return f"CPU {name.group(1).strip()}" if name else f"CPU {platform.processor()}".strip()
 
 
@@ -56,7 +61,11 @@ def gpu():
         import tensorflow as tf  # the device list is the backend's own
 
         found = tf.config.list_physical_devices("GPU")
-        return f"GPU {tf.config.experimental.get_device_details(found[0]).get('device_name', '')}".strip() if found else None
+        return (
+            f"GPU {tf.config.experimental.get_device_details(found[0]).get('device_name', '')}".strip()
+            if found
+            else None
+        )
     if backend == "jax":
         import jax
 
@@ -69,10 +78,12 @@ def gpu():
 
 
 def has_bfloat16():
-    """Whether arithmetic in bfloat16 is native here, so that it is faster: AVX-512/AMX/Arm bf16, or an Ampere or later GPU."""
+    """Whether bfloat16 is faster here: AVX-512, AMX or Arm with bf16, or an NVIDIA GPU from Ampere on."""
     if gpu() is None:
         # JAX on a CPU emulates bfloat16: slower than float32 whatever the processor has.
-        return keras.config.backend() == "tensorflow" and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", _cpuinfo()))
+        return keras.config.backend() == "tensorflow" and bool(
+            re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", _cpuinfo())
+        )
     if keras.config.backend() == "torch":
         import torch
 
@@ -85,6 +96,13 @@ def has_bfloat16():
 
     details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
     return details.get("compute_capability", (0, 0))[0] >= 8
+
+
+def precision(wanted):
+    """The Keras dtype policy for "float32", "mixed_bfloat16", or "auto": the second where it is faster here."""
+    if wanted == "auto":
+        return "mixed_bfloat16" if has_bfloat16() else "float32"
+    return wanted
 
 
 @functools.cache

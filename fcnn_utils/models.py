@@ -65,8 +65,12 @@ def build(name, input_shape=(32, 32, 3), classes=100, *, dtype="float32"):
         ValueError: an argument is not as above.
     """
     check_choice("model", name, NETWORKS)
-    if not (isinstance(input_shape, (tuple, list)) and len(input_shape) == 3 and all(_is_count(n) for n in input_shape)):
-        raise ValueError(f"input_shape must be (height, width, channels), three whole numbers of at least 1; got {input_shape!r}")
+    if not (
+        isinstance(input_shape, (tuple, list)) and len(input_shape) == 3 and all(_is_count(n) for n in input_shape)
+    ):
+        raise ValueError(
+            f"input_shape must be (height, width, channels), three whole numbers of at least 1; got {input_shape!r}"
+        )
     if not _is_count(classes) or classes < 2:
         raise ValueError(f"classes must be a whole number of at least 2; got {classes!r}")
 

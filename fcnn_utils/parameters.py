@@ -1,16 +1,63 @@
-"""What a setting may be: checks that answer a bad value with one sentence."""
+"""What a setting may be: checks that answer a bad value with one sentence, and the parameters of the notebooks."""
 
 
 def check_number(name, value, kind, low, high):
-    """`value` if it is a number of `kind` (int, float) between `low` and `high`; else ValueError says what is allowed."""
+    """`value` if it is a number of `kind` (int, float) between `low` and `high`; else ValueError."""
     is_number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
-        raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number between {low} and {high}; got {value!r}")
+        raise ValueError(
+            f"{name} must be a {'whole ' if kind is int else ''}number between {low} and {high}; got {value!r}"
+        )
     return value
 
 
 def check_choice(name, value, allowed):
-    """`value` if it is one of `allowed`; else ValueError names them."""
+    """`value` if it is one of `allowed`; else ValueError."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+    return value
+
+
+# Every parameter that a notebook has: (kind, lowest, highest), or the values it may take. One name means the same
+# thing in all notebooks; the images' numbers count 0 as "all".
+PARAMETERS = {
+    "SEED": (int, 0, 2**31 - 1),
+    "DATASET": ("auto", "cifar100", "standin"),
+    "RECIPE": ("fast", "thesis"),
+    "EPOCHS": (int, 1, 1000),
+    "BATCH_SIZE": (int, 1, 4096),
+    "TRAIN_IMAGES": (int, 0, 50_000),
+    "TEST_IMAGES": (int, 0, 10_000),
+    "LIVE_IMAGES": (int, 100, 50_000),
+    "TIMED_STEPS": (int, 1, 1000),
+    "RETRAIN": (True, False),
+}
+
+
+def check(**values):
+    """Check parameters of a notebook by name: `check(SEED=SEED, EPOCHS=EPOCHS)`.
+
+    Raises:
+        ValueError: a name that no notebook has, or a value of the wrong type or outside its range.
+    """
+    for name, value in values.items():
+        check_choice("parameter", name, PARAMETERS)
+        rule = PARAMETERS[name]
+        if isinstance(rule[0], type):
+            check_number(name, value, *rule)
+        elif isinstance(value, int) and not isinstance(value, bool) and rule == (True, False):
+            check_choice(name, str(value), rule)  # 1 is not True here
+        else:
+            check_choice(name, value, rule)
+
+
+def parsed(name, text):
+    """The value of parameter `name` from the command line's `text`, checked: a number, true or false, or a word."""
+    words = {"true": True, "false": False}
+    try:
+        value = words.get(text.lower())
+        value = int(text) if value is None else value
+    except ValueError:
+        value = text
+    check(**{name: value})
     return value

@@ -61,13 +61,18 @@ def check_writable(folder):
 
 
 def path_of(dataset, model, recipe, seed, folder=None):
-    """Path of a run's record: `FOLDER/DATASET/MODEL/RECIPE/seedN.json` (FOLDER: `output()/results`)."""
+    """Path of a run's record: `FOLDER/DATASET/MODEL/RECIPE/seedN.json` (FOLDER: `output()/results`).
+
+    A run that is not complete has its record beside it, as `seedN.partial.json`.
+    """
     return Path(folder or output() / "results") / dataset / model / recipe / f"seed{seed}.json"
 
 
 def write(record, folder=None):
     """Write `record` to the path its own entries name; returns the path."""
     path = path_of(record["dataset"], record["model"], record["recipe"]["name"], record["seed"], folder)
+    if record["status"] != "complete":  # never over a complete one
+        path = path.with_suffix(".partial.json")
     write_atomic(path, json.dumps({"schema": SCHEMA, **record}, indent=1, allow_nan=False) + "\n")
     return path
 
@@ -81,10 +86,10 @@ def read(path):
     try:
         record = json.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{shown(path)} is not a readable record ({error}); delete it and run that training again") from None
+        raise ValueError(f"{shown(path)} is not a readable record ({error}); delete it and train again") from None
     missing = [key for key in _NEEDED if key not in record] if isinstance(record, dict) else _NEEDED
     if missing or record["schema"] != SCHEMA:
-        raise ValueError(f"{shown(path)} is not a record of schema {SCHEMA}; delete it and run that training again")
+        raise ValueError(f"{shown(path)} is not a record of schema {SCHEMA}; delete it and train again")
     return record
 
 
@@ -121,18 +126,43 @@ def find(dataset=None, model=None, recipe=None, seed=None, status="complete", wh
             if record:
                 rows[name] = _row(record, path)
     frame = pd.DataFrame(rows.values(), columns=_COLUMNS)
-    for column, value in [("dataset", dataset), ("model", model), ("recipe", recipe), ("seed", seed), ("status", status)]:
+    for column, value in [
+        ("dataset", dataset),
+        ("model", model),
+        ("recipe", recipe),
+        ("seed", seed),
+        ("status", status),
+    ]:
         frame = frame if value is None else frame[frame[column] == value]
     return frame.sort_values(["dataset", "model", "recipe", "seed"], ignore_index=True)
 
 
-_COLUMNS = ["dataset", "model", "recipe", "seed", "status", "epochs", "top1", "top5", "loss", "params", "macs", "path", "record"]
+_COLUMNS = [
+    "dataset",
+    "model",
+    "recipe",
+    "seed",
+    "status",
+    "epochs",
+    "top1",
+    "top5",
+    "loss",
+    "params",
+    "macs",
+    "path",
+    "record",
+]
 
 
 def _row(record, path):
     test = record.get("test") or {}
     values = {key: record.get(key) for key in _COLUMNS} | {key: test.get(key) for key in ("top1", "top5", "loss")}
-    return values | {"recipe": record["recipe"]["name"], "epochs": len(record["epochs"]), "path": str(path), "record": record}
+    return values | {
+        "recipe": record["recipe"]["name"],
+        "epochs": len(record["epochs"]),
+        "path": str(path),
+        "record": record,
+    }
 
 
 def _read_or_report(path):

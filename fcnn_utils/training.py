@@ -16,118 +16,14 @@ import keras
 import numpy as np
 import psutil
 
-from fcnn_utils import cost, machine, models, records
-from fcnn_utils.parameters import check_choice, check_number
+from fcnn_utils import cost, feed, machine, models, records
+from fcnn_utils.recipes import recipe_named
 
 _EVALUATION_BATCH = 500
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a network is trained.
-
-    optimizer: "sgd" (with Nesterov momentum if `momentum` > 0) or "adam".
-    schedule: "constant", or "one_cycle": linear from 0 to `learning_rate` over the first `warmup` of all steps,
-        then down to 0 along half a cosine (after Smith & Topin 2018, arXiv 1708.07120).
-    label_smoothing: share of the target spread evenly over all classes.
-    flip, shift: augmentation: mirror half of the images; move each by up to `shift` pixels, the border filled
-        with the mean colour.
-    precision: "float32", "mixed_bfloat16", or "auto": mixed_bfloat16 where the hardware computes in it.
-    train_on: "train" (validated after each epoch on the validation images), or "all": both together, for
-        settings that are chosen already.
-    seed: used where none is given to `train`.
-    assumed: what the source of the recipe does not state and we chose.
-    """
-
-    name: str
-    epochs: int
-    batch_size: int
-    optimizer: str
-    learning_rate: float
-    momentum: float = 0.9
-    schedule: str = "constant"
-    warmup: float = 0.2
-    label_smoothing: float = 0.0
-    flip: bool = True
-    shift: int = 0
-    precision: str = "float32"
-    train_on: str = "all"
-    seed: int = 0
-    assumed: tuple = ()
-
-    def __post_init__(self):
-        check_number("epochs", self.epochs, int, 1, 1000)
-        check_number("batch_size", self.batch_size, int, 1, 65536)
-        check_number("learning_rate", self.learning_rate, float, 0, 100)
-        check_number("momentum", self.momentum, float, 0, 0.9999)
-        check_number("warmup", self.warmup, float, 0, 1)
-        check_number("label_smoothing", self.label_smoothing, float, 0, 0.9999)
-        check_number("shift", self.shift, int, 0, 8)
-        check_number("seed", self.seed, int, 0, 2**31 - 1)
-        check_choice("optimizer", self.optimizer, ("sgd", "adam"))
-        check_choice("schedule", self.schedule, ("constant", "one_cycle"))
-        check_choice("precision", self.precision, ("float32", "mixed_bfloat16", "auto"))
-        check_choice("train_on", self.train_on, ("train", "all"))
-
-    def but(self, **changes):
-        """This recipe with some settings changed, and a name that tells: `FAST.but(epochs=2)` is "fast-epochs2"."""
-        unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(self)})
-        if unknown:
-            raise ValueError(f"recipe has no setting {unknown[0]!r}; it has {', '.join(self.as_dict())}")
-        changes = {key: value for key, value in changes.items() if getattr(self, key) != value}
-        suffix = "".join(f"-{key.replace('_', '')}{value}" for key, value in sorted(changes.items()) if key != "seed")
-        return dataclasses.replace(self, **changes, name=self.name + suffix)
-
-    def as_dict(self):
-        """The settings as they stand in a record (JSON types)."""
-        return dataclasses.asdict(self) | {"assumed": list(self.assumed)}
-
-
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe(
-            name="thesis",
-            epochs=5,
-            batch_size=32,
-            optimizer="sgd",
-            learning_rate=0.01,
-            momentum=0.9,
-            shift=3,
-            assumed=(
-                "The thesis states 5 epochs; batch 32 follows from its 1562 steps an epoch (50,000 / 32, the rest dropped).",
-                "Optimizer and learning rate are not stated: SGD with Nesterov momentum 0.9 and rate 0.01, constant.",
-                "Augmentation is not stated: mirroring and shifts of up to 3 pixels (a tenth of the width).",
-                "Scaling of the images is not stated: mean 0 and standard deviation 1 for each channel.",
-            ),
-        ),
-        Recipe(
-            name="fast",
-            epochs=5,
-            batch_size=128,
-            optimizer="sgd",
-            learning_rate=0.2,
-            momentum=0.9,
-            schedule="one_cycle",
-            label_smoothing=0.1,
-            shift=2,
-            precision="auto",
-        ),
-    )
-}
-
-
 class Diverged(ArithmeticError):
     """The loss was not finite; the record up to there is kept, with status "diverged"."""
-
-
-def recipe_named(name):
-    """The recipe called `name`.
-
-    Raises:
-        ValueError: there is none.
-    """
-    return RECIPES[check_choice("recipe", name, RECIPES)]
 
 
 def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False):
@@ -164,20 +60,21 @@ def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False)
             return stored
     split = dataset.everything if recipe.train_on == "all" else dataset.train
     if len(split) < recipe.batch_size:
-        raise ValueError(f"batch_size must be at most the number of training images, {len(split)}; got {recipe.batch_size}")
+        raise ValueError(f"batch_size must be at most {len(split)}, the training images; got {recipe.batch_size}")
     records.check_writable(records.path_of(dataset.name, name, recipe.name, recipe.seed).parent)
 
     keras.utils.set_random_seed(recipe.seed)
+    shape, classes = dataset.train.images.shape[1:], len(dataset.fine_names)
     if isinstance(model, str):
-        model = models.build(model, dataset.train.images.shape[1:], len(dataset.fine_names), dtype=precision_here(recipe))
+        model = models.build(model, shape, classes, dtype=machine.precision(recipe.precision))
     steps = len(split) // recipe.batch_size  # the rest of the images waits for another epoch's order
     compile_model(model, recipe, steps)
     record = _new_record(model, name, dataset, recipe, len(split))
-    record["epochs"] = [] if retrain else _resume(model, record)
+    record["epochs"] = _resume(model, record)
 
-    scale = channel_scale(dataset)
+    scale = feed.channel_scale(dataset)
     for epoch in range(len(record["epochs"]), recipe.epochs):
-        row = _train_epoch(model, batches(split, recipe, epoch, scale, len(dataset.fine_names)), steps, epoch, record)
+        row = _train_epoch(model, feed.batches(split, recipe, epoch, scale, classes), steps, epoch, record)
         if recipe.train_on == "train":
             row["validation"] = evaluate(model, dataset.validation, scale)
         record["epochs"].append(row)
@@ -190,14 +87,16 @@ def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False)
     if save_model:
         _save_model(model, _file(record, "keras"))
     path = records.write(record)
-    _file(record, "checkpoint.npz").unlink(missing_ok=True)
+    for left_over in ("checkpoint.npz", "partial.json"):
+        _file(record, left_over).unlink(missing_ok=True)
     print(f"{result_line(record)}; record in {records.shown(path)}", flush=True)
     return record
 
 
 def evaluate(model, split, scale):
     """Dict of cross-entropy `loss`, `top1`, `top5` (shares) on all images of `split`, and `correct_by_class`."""
-    probabilities = model.predict(normalised(split.images, scale), batch_size=_EVALUATION_BATCH, verbose=0).astype("float64")
+    images = feed.normalised(split.images, scale)
+    probabilities = model.predict(images, batch_size=_EVALUATION_BATCH, verbose=0).astype("float64")
     own = probabilities[np.arange(len(split)), split.fine]
     rank = (probabilities > own[:, None]).sum(axis=1)  # classes that were thought likelier than the right one
     correct = np.bincount(split.fine[rank == 0], minlength=probabilities.shape[1])
@@ -231,58 +130,9 @@ def compile_model(model, recipe, steps):
             keras.metrics.TopKCategoricalAccuracy(5, name="top5"),
         ],
         # XLA pays on a GPU; on a CPU TensorFlow's own kernels are faster than its.
-        jit_compile=keras.config.backend() == "jax" or (keras.config.backend() == "tensorflow" and machine.gpu() is not None),
+        jit_compile=keras.config.backend() == "jax"
+        or (keras.config.backend() == "tensorflow" and machine.gpu() is not None),
     )
-
-
-def batches(split, recipe, epoch, scale, classes):
-    """Generator over one epoch's batches, shuffled and augmented by seed and epoch.
-
-    Yields:
-        images (B, H, W, C) float32, normalised; one-hot labels (B, classes) float32. What does not fill a batch is
-        left out.
-    """
-    rng = np.random.default_rng([recipe.seed, epoch])
-    order = rng.permutation(len(split))
-    one_hot = np.eye(classes, dtype="float32")
-    for start in range(0, len(split) - recipe.batch_size + 1, recipe.batch_size):
-        chosen = order[start : start + recipe.batch_size]
-        yield augmented(normalised(split.images[chosen], scale), recipe, rng), one_hot[split.fine[chosen]]
-
-
-def augmented(images, recipe, rng):
-    """Normalised images (B, H, W, C), mirrored and moved as `recipe` says."""
-    if recipe.flip:
-        mirror = rng.random(len(images)) < 0.5
-        images[mirror] = images[mirror, :, ::-1]
-    if recipe.shift:
-        size, border = images.shape[1:3], recipe.shift
-        padded = np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)))  # 0 is the mean colour
-        windows = np.lib.stride_tricks.sliding_window_view(padded, size, axis=(1, 2))  # (B, dy, dx, C, H, W)
-        dy, dx = rng.integers(0, 2 * border + 1, (2, len(images)))
-        images = np.ascontiguousarray(windows[np.arange(len(images)), dy, dx].transpose(0, 2, 3, 1))
-    return images
-
-
-def channel_scale(dataset):
-    """(mean, standard deviation) of each channel over the training images, on the scale 0–255: two (C,) float32."""
-    pixels = dataset.train.images.reshape(-1, dataset.train.images.shape[-1])
-    mean = pixels.mean(axis=0, dtype="float64")
-    square = np.mean([np.square(part, dtype="float32").mean(axis=0) for part in np.array_split(pixels, 64)], axis=0)
-    return mean.astype("float32"), np.sqrt(np.maximum(square - mean**2, 1e-6)).astype("float32")
-
-
-def normalised(images, scale):
-    """uint8 images as float32 with mean 0 and standard deviation 1 in each channel."""
-    mean, deviation = scale
-    return (images.astype("float32") - mean) / deviation
-
-
-def precision_here(recipe):
-    """The dtype policy that `recipe` means on this machine."""
-    if recipe.precision == "auto":
-        return "mixed_bfloat16" if machine.has_bfloat16() else "float32"
-    return recipe.precision
 
 
 def progress_line(record, row):
@@ -297,10 +147,10 @@ def progress_line(record, row):
 
 def result_line(record):
     """A run's result in one line: what, how well, on how many images, where and when."""
-    test = record["test"]
+    test, what = record["test"], f"{record['model']} · {record['recipe']['name']} · seed {record['seed']}"
     return (
-        f"{record['model']} · {record['recipe']['name']} · seed {record['seed']}: top-1 {test['top1']:.1%}, top-5 {test['top5']:.1%}"
-        f" on {test['images']:,} test images of {record['dataset']} (one seed; {machine.line(record)}, {record['precision']})"
+        f"{what}: top-1 {test['top1']:.1%}, top-5 {test['top5']:.1%} on {test['images']:,} test images of "
+        f"{record['dataset']} (one seed; {machine.line(record)}, {record['precision']})"
     )
 
 
@@ -324,11 +174,19 @@ class _Watch(keras.callbacks.Callback):
             )
 
 
-def _train_epoch(model, feed, steps, epoch, record):
+def _train_epoch(model, images, steps, epoch, record):
     watch, load = _Watch(epoch), _Load()
     start = time.perf_counter()
     try:
-        model.fit(feed, steps_per_epoch=steps, epochs=epoch + 1, initial_epoch=epoch, callbacks=[watch], verbose=0, shuffle=False)
+        model.fit(
+            images,
+            steps_per_epoch=steps,
+            epochs=epoch + 1,
+            initial_epoch=epoch,
+            callbacks=[watch],
+            verbose=0,
+            shuffle=False,
+        )
     except Diverged:
         records.write(record | {"status": "diverged"})
         raise
@@ -390,7 +248,13 @@ def _new_record(model, name, dataset, recipe, images):
 def _wanted(name, dataset, recipe):
     """What makes two runs the same run, wherever they ran."""
     recipe = recipe.as_dict()
-    return {"dataset": dataset.name, "fingerprint": dataset.fingerprint, "model": name, "recipe": recipe, "seed": recipe["seed"]}
+    return {
+        "dataset": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "model": name,
+        "recipe": recipe,
+        "seed": recipe["seed"],
+    }
 
 
 def _stored(name, dataset, recipe):
@@ -402,13 +266,17 @@ def _stored(name, dataset, recipe):
     if "recipe" in differs:
         differs += [key for key, value in wanted["recipe"].items() if record["recipe"].get(key) != value]
     if differs:
-        raise ValueError(f"{records.shown(path)} is a run with another {', '.join(differs)}; pass retrain=True to replace it")
+        raise ValueError(
+            f"{records.shown(path)} is a run with another {', '.join(differs)}; pass retrain=True to replace it"
+        )
     print(f"{result_line(record)}; read from {records.shown(path)}", flush=True)
     return record
 
 
 def _file(record, suffix):
-    return records.path_of(record["dataset"], record["model"], record["recipe"]["name"], record["seed"]).with_suffix(f".{suffix}")
+    return records.path_of(record["dataset"], record["model"], record["recipe"]["name"], record["seed"]).with_suffix(
+        f".{suffix}"
+    )
 
 
 def _state(model):
@@ -433,7 +301,9 @@ def _resume(model, record):
         with np.load(path) as checkpoint:
             earlier = json.loads(str(checkpoint["record"]))
             arrays = [checkpoint[f"v{number}"] for number in range(len(checkpoint.files) - 1)]
-        same = all(earlier[key] == record[key] for key in ("fingerprint", "model", "recipe", "seed", "precision", "params"))
+        same = all(
+            earlier[key] == record[key] for key in ("fingerprint", "model", "recipe", "seed", "precision", "params")
+        )
         if not same or [array.shape for array in arrays] != [tuple(variable.shape) for variable in _state(model)]:
             print(f"{records.shown(path)} belongs to other settings: starting anew", flush=True)
             return []
@@ -454,4 +324,3 @@ def _save_model(model, path):
         records.write_atomic(path, temporary.read_bytes())
     finally:
         temporary.unlink(missing_ok=True)
-

@@ -1,0 +1,27 @@
+# Thin doors; each makes its own .venv where that is missing or older than what it is made from.
+#   make run  [ARGS="--only 07 08"]     the course, in minutes      (build/quick/)
+#   make test                           the tests
+#   make lab                            Jupyter, in notebooks/
+#   make full                           everything at its reported size: rewrites notebooks/, figures/, results/
+PYTHON ?= python3
+VENV ?= .venv
+
+run: $(VENV)/ready
+	$(VENV)/bin/python -m fcnn_utils run $(ARGS)
+
+test: $(VENV)/ready
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/python -m pytest $(ARGS)
+
+lab: $(VENV)/ready
+	$(VENV)/bin/jupyter lab notebooks
+
+full: $(VENV)/ready
+	$(VENV)/bin/python -m fcnn_utils run --profile full $(ARGS)
+
+$(VENV)/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements.lock
+	$(VENV)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+.PHONY: run test lab full

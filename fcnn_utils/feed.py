@@ -1,0 +1,50 @@
+"""Images on their way into a training: normalised, shuffled, augmented, batch by batch, in NumPy.
+
+The order and the augmentation of an epoch depend on seed and epoch alone, so an interrupted run goes on as if it had
+not been.
+"""
+
+import numpy as np
+
+
+def batches(split, recipe, epoch, scale, classes):
+    """Generator over one epoch's batches, shuffled and augmented by seed and epoch.
+
+    Yields:
+        images (B, H, W, C) float32, normalised; one-hot labels (B, classes) float32. What does not fill a batch is
+        left out.
+    """
+    rng = np.random.default_rng([recipe.seed, epoch])
+    order = rng.permutation(len(split))
+    one_hot = np.eye(classes, dtype="float32")
+    for start in range(0, len(split) - recipe.batch_size + 1, recipe.batch_size):
+        chosen = order[start : start + recipe.batch_size]
+        yield augmented(normalised(split.images[chosen], scale), recipe, rng), one_hot[split.fine[chosen]]
+
+
+def augmented(images, recipe, rng):
+    """Normalised images (B, H, W, C), mirrored and moved as `recipe` says."""
+    if recipe.flip:
+        mirror = rng.random(len(images)) < 0.5
+        images[mirror] = images[mirror, :, ::-1]
+    if recipe.shift:
+        size, border = images.shape[1:3], recipe.shift
+        padded = np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)))  # 0 is the mean colour
+        windows = np.lib.stride_tricks.sliding_window_view(padded, size, axis=(1, 2))  # (B, dy, dx, C, H, W)
+        dy, dx = rng.integers(0, 2 * border + 1, (2, len(images)))
+        images = np.ascontiguousarray(windows[np.arange(len(images)), dy, dx].transpose(0, 2, 3, 1))
+    return images
+
+
+def channel_scale(dataset):
+    """(mean, standard deviation) of each channel over the training images, on the scale 0–255: two (C,) float32."""
+    pixels = dataset.train.images.reshape(-1, dataset.train.images.shape[-1])
+    mean = pixels.mean(axis=0, dtype="float64")
+    square = np.mean([np.square(part, dtype="float32").mean(axis=0) for part in np.array_split(pixels, 64)], axis=0)
+    return mean.astype("float32"), np.sqrt(np.maximum(square - mean**2, 1e-6)).astype("float32")
+
+
+def normalised(images, scale):
+    """uint8 images as float32 with mean 0 and standard deviation 1 in each channel."""
+    mean, deviation = scale
+    return (images.astype("float32") - mean) / deviation

@@ -1,0 +1,129 @@
+"""Figures: records and tables in, matplotlib axes out. Colours and markers of a network are the same everywhere."""
+
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+
+from fcnn_utils import machine, models, records
+
+_PALETTE = sns.color_palette("colorblind")
+COLORS = {"simple": _PALETTE[0], "wider_factorized": _PALETTE[1], "wider_separable": _PALETTE[2]}
+MARKERS = {"simple": "o", "wider_factorized": "s", "wider_separable": "^"}
+_GREY = "0.45"
+
+
+def setup(seed):
+    """First line of every notebook: one style for all figures, one seed, and a line that tells what runs here."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+    plt.rcParams.update({"figure.figsize": (7, 4), "figure.dpi": 80, "savefig.dpi": 150, "axes.titlelocation": "left"})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True})
+    machine.setup(seed)
+
+
+def save(figure, slug, dataset=None):
+    """Save `figure` whole as `figures/SLUG.png` of the output folder; on stand-in data the figure says so."""
+    if dataset is not None and dataset.stand_in:
+        figure.supxlabel("computed on STAND-IN data, not CIFAR-100", color="firebrick", fontsize="small")
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    records.write_atomic(records.output() / "figures" / f"{slug}.png", content.getvalue())
+
+
+def images(pictures, titles=None, columns=10, axes=None):
+    """Grid of images (N, H, W, 3) uint8 or maps (N, H, W); returns the axes."""
+    rows = -(-len(pictures) // columns)
+    if axes is None:
+        _, axes = plt.subplots(
+            rows, columns, figsize=(0.95 * columns, (1.25 if titles else 0.95) * rows), squeeze=False
+        )
+    for ax in axes.flat:
+        ax.axis("off")
+    for number, (ax, picture) in enumerate(zip(axes.flat, pictures, strict=False)):
+        ax.imshow(picture, cmap="viridis")
+        if titles:
+            ax.set_title(titles[number], fontsize=7, loc="center")
+    return axes
+
+
+def cost_by_layer(costs, title="", axes=None):
+    """Share of MACs and of parameters by layer: the table of `cost.layer_costs` as two bars a layer."""
+    rows = costs[(costs["macs"] > 0) & (costs["layer"] != "total")]
+    total = costs[costs["layer"] == "total"].iloc[0]
+    if axes is None:
+        _, axes = plt.subplots(figsize=(7, 0.6 + 0.38 * len(rows)))
+    position = np.arange(len(rows))
+    for offset, column, label, color in (
+        (-0.2, "macs", "MACs", _PALETTE[0]),
+        (0.2, "params", "parameters", _PALETTE[1]),
+    ):
+        share = 100 * rows[column].astype(float) / total[column]
+        bars = axes.barh(
+            position + offset, share, 0.38, label=f"{label} ({total[column] / 1e6:.2f} M in all)", color=color
+        )
+        axes.bar_label(bars, [f"{value:.0f}%" for value in share], padding=2, fontsize=8)
+    axes.set_yticks(position, rows["layer"])
+    axes.invert_yaxis()
+    axes.set(xlabel="share of the network (%)", title=title)
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower right")
+    return axes
+
+
+def learning_curves(runs, column, scale=1.0, label="", ax=None):
+    """One training figure against epochs; solid our runs, dashed the points of the thesis.
+
+    Args:
+        runs: dict name -> (our epochs, the thesis's epochs), two data frames with `epoch` and `column`.
+        column: what to draw; multiplied by `scale`; `label` names the axis.
+    """
+    ax = ax or plt.subplots()[1]
+    for name, (ours, theirs) in runs.items():
+        style = {"color": COLORS[name], "marker": MARKERS[name]}
+        ax.plot(ours["epoch"], scale * ours[column], **style, label=models.TITLES[name])
+        ax.plot(theirs["epoch"], scale * theirs[column], **style, linestyle="--", alpha=0.55, markerfacecolor="white")
+    ax.plot([], [], color=_GREY, linestyle="--", label="thesis")
+    ax.set(xlabel="epoch", ylabel=label)
+    ax.set_xticks(range(1, 1 + max(len(ours) for ours, _ in runs.values())))
+    return ax
+
+
+def trade_off(table, column, label, ax=None):
+    """Test accuracy against a cost, one point a network, named beside it.
+
+    Args:
+        table: data frame indexed by network, with `top1` (a share) and `column`.
+        column, label: the cost, and the name of its axis.
+    """
+    ax = ax or plt.subplots()[1]
+    for name, row in table.iterrows():
+        ax.scatter(row[column], 100 * row["top1"], color=COLORS[name], marker=MARKERS[name], s=90, zorder=3)
+        ax.annotate(
+            models.TITLES[name],
+            (row[column], 100 * row["top1"]),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    ax.set(xlabel=label, ylabel="top-1 on test images (%)")
+    ax.margins(0.3, 0.25)
+    ax.set_xlim(left=0)
+    return ax
+
+
+def dots(table, xlabel="", ax=None):
+    """One row a category, one dot a network, all on a common scale: a data frame (categories, networks), in percent."""
+    ax = ax or plt.subplots(figsize=(7, 0.6 + 0.27 * len(table)))[1]
+    position = np.arange(len(table))
+    ax.hlines(position, table.min(axis=1), table.max(axis=1), color="0.8", linewidth=3, zorder=1)
+    for name in table.columns:
+        ax.scatter(
+            table[name], position, color=COLORS[name], marker=MARKERS[name], s=45, label=models.TITLES[name], zorder=2
+        )
+    ax.set_yticks(position, table.index)
+    ax.invert_yaxis()
+    ax.set(xlabel=xlabel)
+    ax.legend(loc="lower right", fontsize=8)
+    return ax

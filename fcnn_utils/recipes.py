@@ -1,0 +1,109 @@
+"""Recipes: how a network is trained, as data."""
+
+import dataclasses
+
+from fcnn_utils.parameters import check_choice, check_number
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    optimizer: "sgd" (with Nesterov momentum if `momentum` > 0) or "adam".
+    schedule: "constant", or "one_cycle": linear from 0 to `learning_rate` over the first `warmup` of all steps,
+        then down to 0 along half a cosine (after Smith & Topin 2018, arXiv 1708.07120).
+    label_smoothing: share of the target spread evenly over all classes.
+    flip, shift: augmentation: mirror half of the images; move each by up to `shift` pixels, the border filled
+        with the mean colour.
+    precision: "float32", "mixed_bfloat16", or "auto": mixed_bfloat16 where the hardware computes in it.
+    train_on: "train" (validated after each epoch on the validation images), or "all": both together, for
+        settings that are chosen already.
+    seed: used where none is given to `train`.
+    assumed: what the source of the recipe does not state and we chose.
+    """
+
+    name: str
+    epochs: int
+    batch_size: int
+    optimizer: str
+    learning_rate: float
+    momentum: float = 0.9
+    schedule: str = "constant"
+    warmup: float = 0.2
+    label_smoothing: float = 0.0
+    flip: bool = True
+    shift: int = 0
+    precision: str = "float32"
+    train_on: str = "all"
+    seed: int = 0
+    assumed: tuple = ()
+
+    def __post_init__(self):
+        check_number("epochs", self.epochs, int, 1, 1000)
+        check_number("batch_size", self.batch_size, int, 1, 65536)
+        check_number("learning_rate", self.learning_rate, float, 0, 100)
+        check_number("momentum", self.momentum, float, 0, 0.9999)
+        check_number("warmup", self.warmup, float, 0, 1)
+        check_number("label_smoothing", self.label_smoothing, float, 0, 0.9999)
+        check_number("shift", self.shift, int, 0, 8)
+        check_number("seed", self.seed, int, 0, 2**31 - 1)
+        check_choice("optimizer", self.optimizer, ("sgd", "adam"))
+        check_choice("schedule", self.schedule, ("constant", "one_cycle"))
+        check_choice("precision", self.precision, ("float32", "mixed_bfloat16", "auto"))
+        check_choice("train_on", self.train_on, ("train", "all"))
+
+    def but(self, **changes):
+        """This recipe with some settings changed, and a name that tells: `FAST.but(epochs=2)` is "fast-epochs2"."""
+        unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(self)})
+        if unknown:
+            raise ValueError(f"recipe has no setting {unknown[0]!r}; it has {', '.join(self.as_dict())}")
+        changes = {key: value for key, value in changes.items() if getattr(self, key) != value}
+        suffix = "".join(f"-{key.replace('_', '')}{value}" for key, value in sorted(changes.items()) if key != "seed")
+        return dataclasses.replace(self, **changes, name=self.name + suffix)
+
+    def as_dict(self):
+        """The settings as they stand in a record (JSON types)."""
+        return dataclasses.asdict(self) | {"assumed": list(self.assumed)}
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="thesis",
+            epochs=5,
+            batch_size=32,
+            optimizer="sgd",
+            learning_rate=0.01,
+            momentum=0.9,
+            shift=3,
+            assumed=(
+                "5 epochs are stated; batch 32 follows from 1562 steps an epoch (50,000 / 32, the rest dropped).",
+                "Optimizer and learning rate are not stated: SGD with Nesterov momentum 0.9 and rate 0.01, constant.",
+                "Augmentation is not stated: mirroring and shifts of up to 3 pixels (a tenth of the width).",
+                "Scaling of the images is not stated: mean 0 and standard deviation 1 for each channel.",
+            ),
+        ),
+        Recipe(
+            name="fast",
+            epochs=5,
+            batch_size=128,
+            optimizer="sgd",
+            learning_rate=0.2,
+            momentum=0.9,
+            schedule="one_cycle",
+            label_smoothing=0.1,
+            shift=2,
+            precision="auto",
+        ),
+    )
+}
+
+
+def recipe_named(name):
+    """The recipe called `name`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return RECIPES[check_choice("recipe", name, RECIPES)]

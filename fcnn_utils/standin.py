@@ -1,0 +1,52 @@
+"""The stand-in: generated images of CIFAR-100's shape, learnable, for where CIFAR-100 is not.
+
+100 classes in 20 superclasses, 32×32×3. A class is a texture (its superclass) and a glyph (one of five). The texture
+fills the image, from any position and as often bright as dark; three copies of the glyph lie on it, anywhere; there
+is noise over all, and a faint tint of the superclass. So a pixel alone tells little: a linear classifier finds the
+tint and no more, and a network must find small patterns wherever they are, and combine them.
+
+Whole numbers only, from a generator whose stream is frozen: the same bytes on every machine.
+"""
+
+import numpy as np
+
+SEED = 2009
+FINE_NAMES = tuple(f"texture {number // 5 + 1}, glyph {number % 5 + 1}" for number in range(100))
+COARSE_NAMES = tuple(f"texture {number + 1}" for number in range(20))
+_GLYPHS = (0b010111010, 0b101010101, 0b111101111, 0b111010010, 0b100110111)  # 3×3 cells, row by row
+
+
+def generate(per_class, test_per_class):
+    """((images, fine, coarse) for training, the same for testing): (N, 32, 32, 3) uint8, (N,) labels."""
+    random = np.random.RandomState(SEED)
+    textures = _blocks(random.permutation(2**9 - 2)[:20] + 1, 3)  # (20, 9, 9) of 0 and 1
+    glyphs = _blocks(_GLYPHS, 3)  # (5, 9, 9)
+    tints = random.randint(-12, 13, (20, 3))
+    splits = []
+    for count in (per_class, test_per_class):
+        fine = np.repeat(np.arange(100), count)
+        splits.append((_draw(fine, textures, glyphs, tints, random), fine, fine // 5))
+    return splits
+
+
+def _draw(fine, textures, glyphs, tints, random):
+    """(N,) labels -> (N, 32, 32, 3) uint8 images of the stand-in."""
+    count, side = len(fine), np.arange(32)
+    row, column = random.randint(0, 9, (2, count, 1)) + side  # a texture repeats every 9 pixels, from anywhere
+    pattern = textures[fine[:, None, None] // 5, row[:, :, None] % 9, column[:, None, :] % 9]  # (N, 32, 32)
+    sign = random.choice([-1, 1], (count, 1, 1))
+    images = 128 + (sign * (2 * pattern - 1) * 36)[..., None] + tints[fine // 5][:, None, None, :]
+    for _ in range(3):  # three copies of the class's glyph, one colour each image
+        top, left = random.randint(0, 32 - 9, (2, count, 1, 1))
+        inside = np.stack(np.broadcast_arrays(side[:, None] - top, side - left))  # (2, N, 32, 32)
+        on = ((inside >= 0) & (inside < 9)).all(axis=0)
+        stamp = glyphs[fine[:, None, None] % 5, *np.clip(inside, 0, 8)]
+        images[on] = 128 + (2 * stamp[on] - 1)[:, None] * np.array([90, 70, -80])
+    images += random.randint(-24, 25, images.shape)
+    return np.clip(images, 0, 255).astype("uint8")
+
+
+def _blocks(codes, scale):
+    """3×3 patterns from the bits of `codes`, each cell `scale` pixels wide: (N, 3·scale, 3·scale) of 0 and 1."""
+    bits = (np.asarray(codes)[:, None] >> np.arange(8, -1, -1)) & 1
+    return bits.reshape(-1, 3, 3).repeat(scale, axis=1).repeat(scale, axis=2)

@@ -6,10 +6,12 @@ import os
 import platform
 import re
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 
 import keras
+import pandas as pd
 
 from fcnn_utils.records import ROOT
 
@@ -18,6 +20,25 @@ def setup(seed):
     """First line of every notebook: seed Python, NumPy and the backend; print what runs here, in one line."""
     keras.utils.set_random_seed(seed)
     print(line(describe()))
+
+
+def alternate(runs, repeats):
+    """Throughputs measured in turn, so that a change of the machine's pace meets all alike.
+
+    Args:
+        runs: dict name -> function without arguments that does the work and returns how many images it was.
+        repeats: how often each is measured; a round before these warms up and does not count.
+
+    Returns:
+        DataFrame (repeats, names) of images per second.
+    """
+    rounds = []
+    for _ in range(repeats + 1):
+        rounds.append({})
+        for name, work in runs.items():
+            start = time.perf_counter()
+            rounds[-1][name] = work() / (time.perf_counter() - start)
+    return pd.DataFrame(rounds[1:])
 
 
 def line(here):

@@ -19,13 +19,13 @@ def check_choice(name, value, allowed):
 
 
 # Every parameter that a notebook has: (kind, lowest, highest), or the values it may take. One name means the same
-# thing in all notebooks; the images' numbers count 0 as "all".
+# thing in all notebooks; 0 is the recipe's own batch size, and all images.
 PARAMETERS = {
     "SEED": (int, 0, 2**31 - 1),
     "DATASET": ("auto", "cifar100", "standin"),
     "RECIPE": ("fast", "thesis"),
     "EPOCHS": (int, 1, 1000),
-    "BATCH_SIZE": (int, 1, 4096),
+    "BATCH_SIZE": (int, 0, 4096),
     "TRAIN_IMAGES": (int, 0, 50_000),
     "TEST_IMAGES": (int, 0, 10_000),
     "LIVE_IMAGES": (int, 100, 50_000),

@@ -24,6 +24,7 @@ from fcnn_utils.parameters import check_choice
 from fcnn_utils.records import ROOT, shown
 
 NOTEBOOKS = ROOT / "notebooks"
+BUILD = ROOT / "build"
 _CELL_TIMEOUT = 6 * 3600  # seconds; a training on a slow machine is a long cell
 
 
@@ -74,7 +75,7 @@ def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh
     dataset = dataset or ("cifar100" if profile == "full" else profiles[profile].get("DATASET", "auto"))
     on_standin = data.locate(dataset) is None
     values = {} if profile == "full" else _values(profiles[profile], on_standin) | (settings or {})
-    folder = ROOT / "build" / profile
+    folder = BUILD / profile
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     _announce(profile, chosen, folder, on_standin)
@@ -198,7 +199,7 @@ def _report(path, error, kept):
     """Notebook, cell and error, on one screen."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).splitlines()
     code = "\n".join(f"    {line}" for line in error.source.splitlines()[:12])
-    trace = [] if error.ename == "ValueError" else ["", *(f"    {line}" for line in plain[-14:])]
+    trace = [] if error.ename == "ValueError" else ["", *(f"    {line}" for line in plain[-15:-1])]
     return "\n".join(
         [
             f"{path.stem} stopped at code cell {error.exec_count}:",
@@ -260,7 +261,7 @@ def _records_hash(patterns):
 
 def _ipython_folder():
     """An IPython folder of our own, so that the C++ log lines of a backend stay out of the notebooks."""
-    folder = ROOT / "build" / "ipython"
+    folder = BUILD / "ipython"
     config = folder / "profile_default" / "ipython_kernel_config.py"
     if not config.exists():
         records.write_atomic(config, "c.IPKernelApp.capture_fd_output = False\n")

@@ -100,10 +100,11 @@ RECIPES = {
 }
 
 
-def recipe_named(name):
-    """The recipe called `name`.
+def recipe_named(name, **changes):
+    """The recipe called `name`, with the settings in `changes` that are not 0 (see `Recipe.but`).
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or no such setting.
     """
-    return RECIPES[check_choice("recipe", name, RECIPES)]
+    recipe = RECIPES[check_choice("recipe", name, RECIPES)]
+    return recipe.but(**{key: value for key, value in changes.items() if value})

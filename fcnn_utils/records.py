@@ -98,6 +98,22 @@ def folders():
     return list(dict.fromkeys([output() / "results", ROOT / "results"]))
 
 
+def save(name, content):
+    """Keep something measured that is not a run, as `output()/results/NAME.json`; `content` is a dict."""
+    path = output() / "results" / f"{name}.json"
+    write_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def load(name):
+    """(content, path) of the nearest `NAME.json` that `save` wrote, or (None, None)."""
+    for folder in folders():
+        path = folder / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text()), path
+    return None, None
+
+
 def lookup(dataset, model, recipe, seed):
     """(record, path) of the nearest complete run with these names, or (None, None)."""
     for folder in folders():

@@ -127,9 +127,11 @@ def compare(name, costs):
     """
     ours = costs[~costs["kind"].isin(["", "InputLayer"])].reset_index(drop=True)
     both = ours[["layer", "kind", "output_shape", "params"]].join(layers(name), rsuffix="_thesis", how="outer")
-    same_kind = [kind in _SAME.get(theirs, ()) for kind, theirs in zip(both["kind"], both["kind_thesis"], strict=True)]
-    same_shape = [a == b for a, b in zip(both["output_shape"], both["output_shape_thesis"], strict=True)]
-    both["equal"] = same_kind & (both["params"] == both["params_thesis"]) & same_shape
+    both["equal"] = [
+        row.kind in _SAME.get(row.kind_thesis, ())
+        and (row.output_shape, row.params) == (row.output_shape_thesis, row.params_thesis)
+        for row in both.itertuples()
+    ]
     return both
 
 

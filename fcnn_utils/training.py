@@ -9,7 +9,6 @@ import dataclasses
 import io
 import json
 import math
-import statistics
 import time
 
 import keras
@@ -74,15 +73,19 @@ def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False)
 
     scale = feed.channel_scale(dataset)
     for epoch in range(len(record["epochs"]), recipe.epochs):
-        row = _train_epoch(model, feed.batches(split, recipe, epoch, scale, classes), steps, epoch, record)
+        try:
+            row = fit_epoch(model, feed.batches(split, recipe, epoch, scale, classes), steps, epoch)
+        except Diverged:
+            records.write(record | {"status": "diverged"})
+            raise
         if recipe.train_on == "train":
-            row["validation"] = evaluate(model, dataset.validation, scale)
+            row["validation"] = evaluate(model, dataset.validation, scale, dataset.coarse_names)
         record["epochs"].append(row)
-        print(progress_line(record, row), flush=True)
         _save_checkpoint(model, record)
         records.write(record)
+        print(progress_line(record, row), flush=True)
 
-    record["test"] = evaluate(model, dataset.test, scale)
+    record["test"] = evaluate(model, dataset.test, scale, dataset.coarse_names)
     record["status"] = "complete"
     if save_model:
         _save_model(model, _file(record, "keras"))
@@ -93,30 +96,76 @@ def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False)
     return record
 
 
-def evaluate(model, split, scale):
-    """Dict of cross-entropy `loss`, `top1`, `top5` (shares) on all images of `split`, and `correct_by_class`."""
+def fit_epoch(model, batches, steps, epoch=0):
+    """Fit a compiled `model` to one epoch of `steps` batches, and time it; a dict as `train` describes it.
+
+    Raises:
+        Diverged: the loss was not finite.
+    """
+    watch, load = _Watch(epoch), _Load()
+    start = time.perf_counter()
+    epochs = {"initial_epoch": epoch, "epochs": epoch + 1}
+    model.fit(batches, steps_per_epoch=steps, callbacks=[watch], verbose=0, shuffle=False, **epochs)
+    seconds = time.perf_counter() - start
+    times = np.diff([start, *watch.ends]) * 1e3
+    return {
+        "epoch": epoch + 1,
+        **watch.logs,
+        "seconds": round(seconds, 3),
+        "ms_per_step": round(float(np.median(times[1:] if steps > 1 else times)), 3),
+        "first_step_ms": round(float(times[0]), 3),
+        "others_cpu": round(load.others(), 4),
+    }
+
+
+def evaluate(model, split, scale, coarse_names):
+    """How well `model` does on all images of `split`, normalised by `scale` (`feed.channel_scale`).
+
+    Returns:
+        Dict of the cross-entropy `loss`, the shares `top1` and `top5`, the number of `images`, `correct_by_class`
+        (a number for each class) and `top1_by_superclass` (a share for each of `coarse_names`).
+    """
     images = feed.normalised(split.images, scale)
     probabilities = model.predict(images, batch_size=_EVALUATION_BATCH, verbose=0).astype("float64")
     own = probabilities[np.arange(len(split)), split.fine]
     rank = (probabilities > own[:, None]).sum(axis=1)  # classes that were thought likelier than the right one
-    correct = np.bincount(split.fine[rank == 0], minlength=probabilities.shape[1])
+    shares = {name: rank[split.coarse == label] < 1 for label, name in enumerate(coarse_names)}
     return {
         "images": len(split),
         "loss": float(-np.log(np.maximum(own, 1e-12)).mean()),
         "top1": float((rank < 1).mean()),
         "top5": float((rank < 5).mean()),
-        "correct_by_class": correct.tolist(),
+        "correct_by_class": np.bincount(split.fine[rank < 1], minlength=probabilities.shape[1]).tolist(),
+        "top1_by_superclass": {name: float(right.mean()) for name, right in shares.items() if len(right)},
     }
+
+
+def load_trained(model, dataset, recipe, seed=0):
+    """The network that a run left with `save_model`, ready to predict; None where there is none.
+
+    Args:
+        model, dataset, recipe: the names in the run's record.
+    """
+    for folder in records.folders():
+        path = records.path_of(dataset, model, recipe, seed, folder).with_suffix(".keras")
+        if path.exists():
+            return keras.saving.load_model(path, compile=False)
+    return None
+
+
+def schedule(recipe, steps):
+    """Learning rate of `recipe` with `steps` steps an epoch: a number, or a Keras schedule (a function of the step)."""
+    if recipe.schedule == "constant":
+        return recipe.learning_rate
+    warmup = round(recipe.warmup * recipe.epochs * steps)
+    return keras.optimizers.schedules.CosineDecay(
+        0.0, recipe.epochs * steps - warmup, warmup_target=recipe.learning_rate, warmup_steps=warmup
+    )
 
 
 def compile_model(model, recipe, steps):
     """Compile `model` for `steps` steps an epoch of `recipe`."""
-    rate = recipe.learning_rate
-    if recipe.schedule == "one_cycle":
-        warmup = round(recipe.warmup * recipe.epochs * steps)
-        rate = keras.optimizers.schedules.CosineDecay(
-            0.0, recipe.epochs * steps - warmup, warmup_target=recipe.learning_rate, warmup_steps=warmup
-        )
+    rate = schedule(recipe, steps)
     if recipe.optimizer == "adam":
         optimizer = keras.optimizers.Adam(rate)
     else:
@@ -172,34 +221,6 @@ class _Watch(keras.callbacks.Callback):
                 f"the loss is {self.logs['loss']} at epoch {self.epoch + 1}, step {batch + 1}: "
                 "try a lower learning rate, a longer warm-up, or float32; the record up to this epoch is kept"
             )
-
-
-def _train_epoch(model, images, steps, epoch, record):
-    watch, load = _Watch(epoch), _Load()
-    start = time.perf_counter()
-    try:
-        model.fit(
-            images,
-            steps_per_epoch=steps,
-            epochs=epoch + 1,
-            initial_epoch=epoch,
-            callbacks=[watch],
-            verbose=0,
-            shuffle=False,
-        )
-    except Diverged:
-        records.write(record | {"status": "diverged"})
-        raise
-    seconds = time.perf_counter() - start
-    times = np.diff([start, *watch.ends]) * 1e3
-    return {
-        "epoch": epoch + 1,
-        **watch.logs,
-        "seconds": round(seconds, 3),
-        "ms_per_step": round(float(statistics.median(times[1:] if len(times) > 1 else times)), 3),
-        "first_step_ms": round(float(times[0]), 3),
-        "others_cpu": round(load.others(), 4),
-    }
 
 
 class _Load:

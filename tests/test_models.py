@@ -1,0 +1,164 @@
+"""The three networks: `fcnn_utils.models`."""
+
+import keras
+import numpy as np
+import pytest
+
+from fcnn_utils import cost, models, thesis
+
+NAMES = list(models.NETWORKS)
+
+
+@pytest.fixture(scope="module")
+def networks():
+    keras.utils.set_random_seed(0)
+    return {name: models.build(name) for name in NAMES}
+
+
+def pictures(count, shape=(32, 32, 3), seed=0):
+    return np.random.default_rng(seed).normal(size=(count, *shape)).astype("float32")
+
+
+# --- basic -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Simple", "wider", "", None])
+def test_an_unknown_network_is_refused(name):
+    with pytest.raises(ValueError, match=f"one of simple, wider_factorized, wider_separable; got {name!r}"):
+        models.build(name)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(32, 32), (32, 32, 3, 1), (0, 32, 3), (-1, 32, 3), (32, 32, 3.0), (True, 32, 3), (None, None, 3), 32, "abc"],
+)
+def test_a_shape_that_is_none_is_refused(shape):
+    with pytest.raises(ValueError, match="height, width, channels.*at least 1; got") as error:
+        models.build("simple", input_shape=shape)
+    assert str(error.value).endswith(f"got {shape!r}")
+
+
+@pytest.mark.parametrize("classes", [1, 0, -3, 10.0, True, "ten", None])
+def test_a_number_of_classes_that_is_none_is_refused(classes):
+    with pytest.raises(ValueError, match=f"classes must be a whole number of at least 2; got {classes!r}"):
+        models.build("simple", classes=classes)
+
+
+@pytest.mark.parametrize("dtype", ["float33", 5])
+def test_a_dtype_that_is_none_is_refused(dtype):
+    with pytest.raises(ValueError, match=str(dtype)):
+        models.build("simple", dtype=dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_are_called_by_their_name_and_not_compiled(networks, name):
+    assert networks[name].name == name
+    assert not networks[name].compiled
+    assert set(models.TITLES) == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    "name, convolutions",
+    [
+        ("simple", "conv1 conv2 conv3 conv4 conv5 conv6 conv7 conv8 conv9"),
+        ("wider_factorized", "conv1a conv1b conv2 conv3a conv3b conv4 conv5 conv6"),
+        ("wider_separable", "sep1 conv2 sep3 conv4 conv5 conv6"),
+    ],
+)
+def test_layers_are_numbered_as_the_convolutions_stand(networks, name, convolutions):
+    expected = ["image"]
+    for layer in convolutions.split():
+        expected.append(layer)
+        if not layer.endswith("a"):
+            number = layer[-2] if layer.endswith("b") else layer[-1]
+            expected += [f"bn{number}", f"relu{number}"]
+    assert [layer.name for layer in networks[name].layers] == [*expected, "pool", "softmax"]
+
+
+# --- correct -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layer_is_the_thesiss(networks, name):
+    both = thesis.compare(name, cost.layer_costs(networks[name]))
+    assert len(both) == len(thesis.layers(name))
+    assert both["equal"].all(), both[~both["equal"]].to_string()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_totals_are_the_thesiss(networks, name):
+    model = networks[name]
+    trainable = sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
+    assert (model.count_params(), trainable, model.count_params() - trainable) == thesis.PARAMS[name]
+
+
+@pytest.mark.parametrize("kernel, shape", [("conv1a", (3, 1, 3, 192)), ("conv1b", (1, 3, 192, 192))])
+def test_a_factorized_convolution_is_a_column_and_then_a_row(networks, kernel, shape):
+    assert tuple(networks["wider_factorized"].get_layer(kernel).kernel.shape) == shape
+
+
+def test_a_separable_convolution_has_one_filter_a_channel(networks):
+    layer = networks["wider_separable"].get_layer("sep3")
+    assert tuple(layer.depthwise_kernel.shape) == (3, 3, 96, 1)
+    assert tuple(layer.pointwise_kernel.shape) == (1, 1, 96, 384)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_are_probabilities(networks, name):
+    probabilities = networks[name].predict(pictures(3), verbose=0)
+    assert probabilities.shape == (3, 100) and probabilities.min() >= 0
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    assert probabilities.std(axis=0).max() > 0  # they depend on the image
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_end_is_a_mean_over_positions_and_a_softmax(networks, name):
+    model = networks[name]
+    inner = keras.Model(model.input, [model.get_layer("pool").input, model.output])
+    maps, probabilities = inner.predict(pictures(2), verbose=0)
+    assert maps.shape == (2, 8, 8, 100) and maps.min() >= 0
+    powers = np.exp(maps.astype("float64").mean(axis=(1, 2)))
+    np.testing.assert_allclose(probabilities, powers / powers.sum(axis=1, keepdims=True), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape, classes", [((9, 14, 1), 2), ((1, 1, 4), 7)])
+def test_other_shapes_and_classes(name, shape, classes):
+    model = models.build(name, shape, classes)
+    assert model.input_shape == (None, *shape) and model.output_shape == (None, classes)
+    probabilities = model.predict(pictures(2, shape), verbose=0)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    usual = models.build(name, classes=classes)  # only the first convolution sees the number of channels
+    assert [layer.count_params() for layer in model.layers[2:]] == [layer.count_params() for layer in usual.layers[2:]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mixed_precision_ends_in_float32(name):
+    model = models.build(name, dtype="mixed_bfloat16")
+    for layer in model.layers[1:]:
+        expected = "float32" if layer.name in ("pool", "softmax") else "bfloat16"
+        assert keras.backend.standardize_dtype(layer.compute_dtype) == expected, layer.name
+        assert {weight.dtype for weight in layer.weights} <= {"float32"}
+    assert model.get_layer("pool").output.dtype == model.output.dtype == "float32"
+    assert model.predict(pictures(2), verbose=0).dtype == np.float32
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_a_saved_network_is_loaded_as_it_was(tmp_path, name, dtype):
+    keras.utils.set_random_seed(1)
+    model = models.build(name, (12, 12, 3), 10, dtype=dtype)
+    model.save(tmp_path / "network.keras")
+    loaded = keras.saving.load_model(tmp_path / "network.keras")  # stock layers: no custom objects
+    assert [layer.name for layer in loaded.layers] == [layer.name for layer in model.layers]
+    images = pictures(2, (12, 12, 3))
+    np.testing.assert_array_equal(loaded.predict(images, verbose=0), model.predict(images, verbose=0))
+
+
+def test_weights_come_from_the_seed():
+    weights = []
+    for seed in (3, 3, 4):
+        keras.utils.set_random_seed(seed)
+        weights.append(np.asarray(models.build("wider_separable").get_layer("sep1").pointwise_kernel))
+    np.testing.assert_array_equal(weights[0], weights[1])
+    assert not np.array_equal(weights[0], weights[2])

@@ -1,0 +1,128 @@
+"""The notebooks: their form, their committed outputs, and the whole smoke series with every folded solution."""
+
+import re
+
+import nbformat
+import pytest
+
+from fcnn_utils import parameters, pipeline
+
+PATHS = list(pipeline.notebooks().values())
+NAMES = [path.stem for path in PATHS]
+
+
+@pytest.fixture(params=PATHS, ids=NAMES)
+def notebook(request):
+    return nbformat.read(request.param, 4)
+
+
+def code_of(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tagged(notebook, tag):
+    return [cell for cell in code_of(notebook) if tag in cell.metadata.get("tags", [])]
+
+
+# --- form --------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_unique():
+    assert len({name[:2] for name in NAMES}) == len(NAMES) >= 5
+
+
+def test_parameters_cell_is_literals_that_the_next_cells_check(notebook):
+    (cell,) = tagged(notebook, "parameters")
+    given = {}
+    exec(cell.source, given)
+    given = {name: value for name, value in given.items() if name.isupper()}
+    parameters.check(**given)
+    checked = "".join(re.findall(r"check\((.*?)\)", "\n".join(cell.source for cell in code_of(notebook))))
+    assert all(f"{name}={name}" in checked for name in given)
+    assert not tagged(notebook, "injected-parameters")
+
+
+def test_cells_are_short_and_explained(notebook):
+    lines = [len([line for line in cell.source.splitlines() if line.strip()]) for cell in code_of(notebook)]
+    prose = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert max(lines) <= 25 and len(prose) >= 0.7 * len(lines)
+
+
+def test_links_lead_somewhere(notebook):
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    for target in re.findall(r"\]\(([^)#:\s]+)\)", prose):
+        assert (pipeline.NOTEBOOKS / target).exists(), target
+
+
+# --- committed outputs -------------------------------------------------------------------------------------------
+
+
+def test_outputs_belong_to_the_code(notebook):
+    """Fails when a notebook's code was changed and the notebook not run again: `make full` runs and signs it."""
+    assert notebook.metadata.get("executed_source_sha256") == pipeline.source_hash(notebook)
+
+
+def test_outputs_are_those_of_one_clean_run(notebook):
+    cells = code_of(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+
+
+def test_figures_are_there(notebook):
+    code = "\n".join(cell.source for cell in code_of(notebook))
+    for slug in re.findall(r'plots\.save\(.*?"(\d\d_\w+)"', code):
+        assert (pipeline.ROOT / "figures" / f"{slug}.png").exists(), slug
+
+
+def test_changed_code_is_noticed(notebook):
+    before = pipeline.source_hash(notebook)
+    notebook.cells[0].source += "prose"
+    assert pipeline.source_hash(notebook) == before
+    code_of(notebook)[-1].source += "\n1"
+    assert pipeline.source_hash(notebook) != before
+
+
+# --- the smoke series --------------------------------------------------------------------------------------------
+
+
+def solutions(notebook):
+    """The code of the folded solutions, one source each."""
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    folded = re.findall(r"<details>(.*?)</details>", prose, re.DOTALL)
+    return [code for fold in folded for code in re.findall(r"```python\n(.*?)```", fold, re.DOTALL)]
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    """The whole course in the smoke profile, every notebook with its solutions at its end."""
+    folder = tmp_path_factory.mktemp("course")
+    source = folder / "notebooks"
+    source.mkdir()
+    (source / "profiles.toml").write_text((pipeline.NOTEBOOKS / "profiles.toml").read_text())
+    for path in PATHS:
+        notebook = nbformat.read(path, 4)
+        notebook.cells += [nbformat.v4.new_code_cell(code) for code in solutions(notebook)]
+        nbformat.write(notebook, source / path.name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "NOTEBOOKS", source)
+        patch.setattr(pipeline, "BUILD", folder / "build")
+        yield pipeline.run("smoke")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smoke_series_runs_and_says_that_its_data_are_a_stand_in(series, name):
+    notebook = nbformat.read(series / f"{name}.ipynb", 4)
+    outputs = [output for cell in code_of(notebook) for output in cell.outputs]
+    assert "STAND-IN" in "".join(output.get("text", "") for output in outputs if output.output_type == "stream")
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+
+
+def test_smoke_series_leaves_records_and_figures(series):
+    assert len(list(series.glob("results/standin-100/*/fast-*/seed0.json"))) == 3
+    assert (series / "results" / "speed.json").exists()
+    assert len(list(series.glob("figures/*.png"))) >= 10
+
+
+def test_solutions_are_there():
+    assert all(len(solutions(nbformat.read(path, 4))) >= 2 for path in PATHS)

@@ -184,7 +184,7 @@ def _execute(path, given, folder):
         os.replace(running, kept)
         raise NotebookFailed(_report(path, error, kept), error.ename == "ValueError") from None
     except OSError as error:
-        raise ValueError(records._cannot_write(running, error)) from None
+        raise ValueError(records.cannot_write(running, error)) from None
     except RuntimeError as error:  # the kernel died, or a cell ran into its time limit
         kept = folder / path.name
         os.replace(running, kept)

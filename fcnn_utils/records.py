@@ -47,7 +47,7 @@ def write_atomic(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise ValueError(_cannot_write(path, error)) from None
+        raise ValueError(cannot_write(path, error)) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -189,7 +189,8 @@ def _read_or_report(path):
         return None
 
 
-def _cannot_write(path, error):
+def cannot_write(path, error):
+    """One sentence: why `path` could not be written (`error`, an OSError), and what to do."""
     reasons = {
         errno.ENOSPC: "the disk is full; free some space and run again",
         errno.EDQUOT: "the disk quota is used up; free some space and run again",

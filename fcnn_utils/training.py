@@ -339,9 +339,13 @@ def _resume(model, record):
 
 def _save_model(model, path):
     """Keep the trained network, without its optimizer; written whole."""
+    bare = keras.Model.from_config(model.get_config())  # a compiled model would bring its optimizer, as large again
+    bare.set_weights(model.get_weights())
     temporary = path.with_name(f".{path.stem}.tmp.keras")
     try:
-        model.save(temporary, include_optimizer=False)
+        bare.save(temporary)
         records.write_atomic(path, temporary.read_bytes())
+    except OSError as error:
+        raise ValueError(records.cannot_write(path, error)) from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import logging
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ from fcnn_utils.records import ROOT
 def setup(seed):
     """First line of every notebook: seed Python, NumPy and the backend; print what runs here, in one line."""
     keras.utils.set_random_seed(seed)
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # its warnings of retracing tell a reader nothing
     print(line(describe()))
 
 

@@ -146,7 +146,7 @@ def _run_one(path, given, folder, reads, published):
     stamp_path = folder / ".stamps" / f"{path.stem}.json"
     target = (NOTEBOOKS if published else folder) / path.name
     key = _key(path, given)
-    stamp = json.loads(stamp_path.read_text()) if stamp_path.exists() else {}
+    stamp = _stamp(stamp_path)
     if target.exists() and stamp == {"key": key, "records": _records_hash(reads)}:
         print(f"  {path.stem:<28} unchanged, skipped", flush=True)
         return
@@ -235,6 +235,14 @@ class _EpochLines(io.TextIOBase):
 
 
 # --- what a notebook was made from -------------------------------------------------------------------------------
+
+
+def _stamp(path):
+    """What the last run of a notebook was made from, {} where that is not known."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _key(path, given):

@@ -11,7 +11,7 @@ Whole numbers only, from a generator whose stream is frozen: the same bytes on e
 import numpy as np
 
 SEED = 2009
-FINE_NAMES = tuple(f"texture {number // 5 + 1}, glyph {number % 5 + 1}" for number in range(100))
+FINE_NAMES = tuple(f"texture {number // 5 + 1}{'abcde'[number % 5]}" for number in range(100))
 COARSE_NAMES = tuple(f"texture {number + 1}" for number in range(20))
 _GLYPHS = (0b010111010, 0b101010101, 0b111101111, 0b111010010, 0b100110111)  # 3×3 cells, row by row
 

@@ -119,7 +119,7 @@ def test_smoke_series_runs_and_says_that_its_data_are_a_stand_in(series, name):
 
 
 def test_smoke_series_leaves_records_and_figures(series):
-    assert len(list(series.glob("results/standin-100/*/fast-*/seed0.json"))) == 3
+    assert len(list(series.glob("results/standin-100/*/fast-batchsize32-epochs1/seed0.json"))) == 3
     assert (series / "results" / "speed.json").exists()
     assert len(list(series.glob("figures/*.png"))) >= 10
 

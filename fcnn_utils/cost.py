@@ -16,7 +16,6 @@ from keras import layers
 COLUMNS = ["layer", "kind", "output_shape", "params", "trainable", "macs", "other_ops", "activation_bytes"]
 
 _FREE = (  # layers without weights, which move values or do nothing at inference
-    layers.InputLayer,
     layers.Reshape,
     layers.Flatten,
     layers.Permute,
@@ -51,7 +50,7 @@ def layer_costs(model):
     """
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(f"model must be a built keras.Model; got {type(model).__name__}")
-    rows = [row for layer in model.layers for row in _rows(layer)]
+    rows = _rows(model)
     table = pd.DataFrame(rows, columns=COLUMNS)
     sums = table[["params", "trainable", "macs", "other_ops", "activation_bytes"]].sum()
     total = {"layer": "total", "kind": "", "output_shape": table["output_shape"].iloc[-1], **sums}
@@ -74,16 +73,33 @@ def convolution_macs(output_shape, kernel_shape):
     return math.prod(output_shape) * math.prod(kernel_shape)
 
 
-def _rows(layer):
-    if isinstance(layer, keras.Model):
-        return [row for inner in layer.layers for row in _rows(inner)]
-    if len(getattr(layer, "_inbound_nodes", ())) > 1 and layer.weights:
-        raise ValueError(f"layer {layer.name!r} is called more than once; its cost is counted for layers called once")
-    shape = tuple(layer.output.shape[1:])
+def _rows(model):
+    """Table rows of a model's layers, without its input, which it does not make."""
+    graph = getattr(model, "_functional", None) or model  # a Sequential holds its graph inside
+    if not hasattr(graph, "operations"):
+        raise ValueError(
+            f"model {model.name!r} is not a graph of layers (Sequential or functional), so it has no table"
+        )
+    nodes = [node for depth in graph._nodes_by_depth.values() for node in depth]  # a call of a layer is a node
+    rows = []
+    for layer in graph.layers:
+        calls = [node for node in nodes if node.operation is layer]
+        if len(calls) > 1:
+            raise ValueError(f"layer {layer.name!r} is called more than once; costs are counted for layers called once")
+        if isinstance(layer, keras.Model):
+            rows += _rows(layer)
+        elif not isinstance(layer, layers.InputLayer):
+            rows.append(_row(layer, tuple(calls[0].outputs[0].shape[1:])))
+    return rows
+
+
+def _row(layer, shape):
+    if None in shape:
+        raise ValueError(f"layer {layer.name!r} has the output shape {shape}: give the model images of a fixed size")
     macs, other_ops = _operations(layer, shape)
     size = np.dtype("uint16" if "float16" in layer.compute_dtype else layer.compute_dtype).itemsize
     params, trainable = _count(layer.weights), _count(layer.trainable_weights)
-    return [(layer.name, type(layer).__name__, shape, params, trainable, macs, other_ops, math.prod(shape) * size)]
+    return layer.name, type(layer).__name__, shape, params, trainable, macs, other_ops, math.prod(shape) * size
 
 
 def _operations(layer, shape):

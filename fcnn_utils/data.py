@@ -153,7 +153,7 @@ def find_cifar100():
     roots = [Path(chosen)] if (chosen := os.environ.get("FCNN_DATA_DIR")) else []
     for root in [*roots, keras_home / "datasets", Path("data")]:
         for folder in (root, root / "cifar-100-python", root / "cifar-100-python-target" / "cifar-100-python"):
-            if all((folder / part).is_file() for part in ("train", "test", "meta")):
+            if all(os.path.isfile(folder / part) for part in ("train", "test", "meta")):  # False if it may not be read
                 return folder
     if roots:
         raise Unavailable(
@@ -178,7 +178,7 @@ def _read_batch(path, per_class):
     """A `Split` of an official batch: `data` uint8 (N, 3072), each row an image's channels one after the other."""
     batch = _unpickle(path)
     try:
-        rows, fine, coarse = batch["data"], np.asarray(batch["fine_labels"]), np.asarray(batch["coarse_labels"])
+        rows, fine, coarse = batch["data"], _labels(batch["fine_labels"]), _labels(batch["coarse_labels"])
     except KeyError as error:
         raise ValueError(f"{path} is not a batch of CIFAR-100: it has no {error}; {_replace(path)}") from None
     if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != 3072:
@@ -199,6 +199,13 @@ def _read_batch(path, per_class):
         )
     images = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (N, 3072) -> (N, 32, 32, 3)
     return _in_order(images, fine, coarse)
+
+
+def _labels(values):
+    try:
+        return np.asarray(values)
+    except ValueError:  # lists among the labels
+        return np.empty(0)
 
 
 def _unpickle(path):

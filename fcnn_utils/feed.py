@@ -38,10 +38,14 @@ def augmented(images, recipe, rng):
 
 def channel_scale(dataset):
     """(mean, standard deviation) of each channel over the training images, on the scale 0–255: two (C,) float32."""
-    pixels = dataset.train.images.reshape(-1, dataset.train.images.shape[-1])
-    mean = pixels.mean(axis=0, dtype="float64")
-    square = np.mean([np.square(part, dtype="float32").mean(axis=0) for part in np.array_split(pixels, 64)], axis=0)
-    return mean.astype("float32"), np.sqrt(np.maximum(square - mean**2, 1e-6)).astype("float32")
+    images = dataset.train.images
+    counts = np.zeros((images.shape[-1], 256))  # how often each value occurs: exact, and small
+    for part in np.array_split(images, 1 + len(images) // 1000):
+        counts += [np.bincount(part[..., channel].ravel(), minlength=256) for channel in range(images.shape[-1])]
+    values, total = np.arange(256), counts.sum(axis=1)
+    mean = counts @ values / total
+    variance = np.maximum(counts @ values**2 / total - mean**2, 1e-6)
+    return mean.astype("float32"), np.sqrt(variance).astype("float32")
 
 
 def normalised(images, scale):

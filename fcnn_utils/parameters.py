@@ -13,7 +13,7 @@ def check_number(name, value, kind, low, high):
 
 def check_choice(name, value, allowed):
     """`value` if it is one of `allowed`; else ValueError."""
-    if value not in allowed:
+    if value not in list(allowed):  # a list takes any value, also one that cannot be hashed
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
     return value
 
@@ -45,8 +45,8 @@ def check(**values):
         rule = PARAMETERS[name]
         if isinstance(rule[0], type):
             check_number(name, value, *rule)
-        elif isinstance(value, int) and not isinstance(value, bool) and rule == (True, False):
-            check_choice(name, str(value), rule)  # 1 is not True here
+        elif rule == (True, False) and not isinstance(value, bool):
+            check_choice(name, str(value), rule)  # 1 equals True, and is not it
         else:
             check_choice(name, value, rule)
 

@@ -54,9 +54,10 @@ class Recipe:
 
     def but(self, **changes):
         """This recipe with some settings changed, and a name that tells: `FAST.but(epochs=2)` is "fast-epochs2"."""
-        unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(self)})
+        settings = [field.name for field in dataclasses.fields(self) if field.name != "name"]
+        unknown = sorted(set(changes) - set(settings))
         if unknown:
-            raise ValueError(f"recipe has no setting {unknown[0]!r}; it has {', '.join(self.as_dict())}")
+            raise ValueError(f"recipe has no setting {unknown[0]!r} to change; it has {', '.join(settings)}")
         changes = {key: value for key, value in changes.items() if getattr(self, key) != value}
         suffix = "".join(f"-{key.replace('_', '')}{value}" for key, value in sorted(changes.items()) if key != "seed")
         return dataclasses.replace(self, **changes, name=self.name + suffix)

@@ -110,7 +110,10 @@ def load(name):
     for folder in folders():
         path = folder / f"{name}.json"
         if path.exists():
-            return json.loads(path.read_text()), path
+            try:
+                return json.loads(path.read_text()), path
+            except ValueError as error:
+                print(f"skipped: {shown(path)} is not readable ({error}); delete it and measure again")
     return None, None
 
 

@@ -272,10 +272,10 @@ def test_a_merge_is_an_operation_less_than_its_inputs(merge, count):
     inputs = [keras.Input((6, 7, 4)) for _ in range(count)]
     table = cost.layer_costs(keras.Model(inputs, merge()(inputs)))
     assert table["other_ops"].iloc[-1] == (count - 1) * 6 * 7 * 4
-    assert table["activation_bytes"].iloc[-1] == 4 * (count + 1) * 6 * 7 * 4
+    assert table["activation_bytes"].iloc[-1] == 4 * 6 * 7 * 4  # the inputs are not made here
 
 
-@pytest.mark.parametrize("dtype, size", [("float32", 4), ("mixed_bfloat16", 2), ("mixed_float16", 2), ("float64", 8)])
+@pytest.mark.parametrize("dtype, size", [("float32", 4), ("mixed_bfloat16", 2), ("mixed_float16", 2)])
 def test_activations_take_the_bytes_of_the_precision(dtype, size):
     model = network(
         layers.Conv2D(5, 3, dtype=dtype),
@@ -292,8 +292,8 @@ def test_precision_changes_the_bytes_and_nothing_else(name):
     same = ["layer", "kind", "output_shape", "params", "trainable", "macs", "other_ops"]
     assert tables[0][same].equals(tables[1][same])
     ratio = (tables[0]["activation_bytes"] / tables[1]["activation_bytes"]).to_numpy()
-    assert ratio[1:-3].tolist() == [2] * (len(ratio) - 4)  # all but the images, and pooling and softmax in float32
-    assert [ratio[0], *ratio[-3:-1]] == [1, 1, 1]
+    assert ratio[:-3].tolist() == [2] * (len(ratio) - 3)  # all but pooling and softmax, which stay in float32
+    assert ratio[-3:-1].tolist() == [1, 1]
 
 
 # --- correct: whole networks -------------------------------------------------------------------------------------
@@ -310,8 +310,7 @@ def test_a_network_in_a_network_counts_as_its_layers(kind):
     plain = network(layers.Conv2D(5, 3), layers.BatchNormalization(), layers.Conv2D(3, 1))
     table = cost.layer_costs(nested)
     assert table.loc[table["kind"] != "InputLayer", "layer"].tolist() == ["first", "second", "third", "total"]
-    expected = cost.totals(plain) | {"activation_bytes": cost.totals(plain)["activation_bytes"] + 6 * 7 * 4 * 4}
-    assert cost.totals(nested) == expected  # and the images, once
+    assert cost.totals(nested) == cost.totals(plain)  # the images are counted once
 
 
 @pytest.mark.parametrize("way", ["in a list", "by add", "loaded"])

@@ -41,7 +41,7 @@ def test_a_setting_out_of_range_is_refused(name, value, allowed):
 
 
 def test_an_unknown_setting_is_refused():
-    with pytest.raises(ValueError, match="no setting 'decay'; it has name, epochs, batch_size"):
+    with pytest.raises(ValueError, match="no setting 'decay' to change; it has epochs, batch_size"):
         FAST.but(epochs=2, decay=0.1)
 
 

@@ -72,20 +72,22 @@ def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False)
     record["epochs"] = _resume(model, record)
 
     scale = feed.channel_scale(dataset)
-    for epoch in range(len(record["epochs"]), recipe.epochs):
-        try:
+    try:
+        for epoch in range(len(record["epochs"]), recipe.epochs):
             row = fit_epoch(model, feed.batches(split, recipe, epoch, scale, classes), steps, epoch)
-        except Diverged:
-            records.write(record | {"status": "diverged"})
-            raise
-        if recipe.train_on == "train":
-            row["validation"] = evaluate(model, dataset.validation, scale, dataset.coarse_names)
-        record["epochs"].append(row)
-        _save_checkpoint(model, record)
-        records.write(record)
-        print(progress_line(record, row), flush=True)
-
-    record["test"] = evaluate(model, dataset.test, scale, dataset.coarse_names)
+            if recipe.train_on == "train":
+                row["validation"] = evaluate(model, dataset.validation, scale, dataset.coarse_names)
+                _check_finite(row["validation"]["loss"], f"on the validation images after epoch {epoch + 1}")
+            record["epochs"].append(row)
+            _save_checkpoint(model, record)
+            records.write(record)
+            print(progress_line(record, row), flush=True)
+        test = evaluate(model, dataset.test, scale, dataset.coarse_names)
+        _check_finite(test["loss"], "on the test images after the last epoch")
+    except Diverged:
+        records.write(record | {"status": "diverged"})
+        raise
+    record["test"] = test
     record["status"] = "complete"
     if save_model:
         _save_model(model, _file(record, "keras"))
@@ -128,7 +130,10 @@ def evaluate(model, split, scale, coarse_names):
     images = feed.normalised(split.images, scale)
     probabilities = model.predict(images, batch_size=_EVALUATION_BATCH, verbose=0).astype("float64")
     own = probabilities[np.arange(len(split)), split.fine]
-    rank = (probabilities > own[:, None]).sum(axis=1)  # classes that were thought likelier than the right one
+    # Classes before the right one: the likelier ones, and of equally likely ones those with a lower label.
+    ties = (probabilities == own[:, None]) & (np.arange(probabilities.shape[1]) < split.fine[:, None])
+    rank = ((probabilities > own[:, None]) | ties).sum(axis=1)
+    rank[~np.isfinite(own)] = probabilities.shape[1]  # what is not a number is not a guess
     shares = {name: rank[split.coarse == label] < 1 for label, name in enumerate(coarse_names)}
     return {
         "images": len(split),
@@ -159,7 +164,7 @@ def schedule(recipe, steps):
         return recipe.learning_rate
     warmup = round(recipe.warmup * recipe.epochs * steps)
     return keras.optimizers.schedules.CosineDecay(
-        0.0, recipe.epochs * steps - warmup, warmup_target=recipe.learning_rate, warmup_steps=warmup
+        0.0, max(1, recipe.epochs * steps - warmup), warmup_target=recipe.learning_rate, warmup_steps=warmup
     )
 
 
@@ -216,11 +221,13 @@ class _Watch(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         self.ends.append(time.perf_counter())
         self.logs = {key: float(value) for key, value in logs.items()}
-        if not math.isfinite(self.logs["loss"]):
-            raise Diverged(
-                f"the loss is {self.logs['loss']} at epoch {self.epoch + 1}, step {batch + 1}: "
-                "try a lower learning rate, a longer warm-up, or float32; the record up to this epoch is kept"
-            )
+        _check_finite(self.logs["loss"], f"at epoch {self.epoch + 1}, step {batch + 1}")
+
+
+def _check_finite(loss, where):
+    if not math.isfinite(loss):
+        cure = "try a lower learning rate, a longer warm-up, or float32"
+        raise Diverged(f"the loss is {loss} {where}: {cure}; the record up to there is kept")
 
 
 class _Load:
@@ -301,7 +308,7 @@ def _file(record, suffix):
 
 
 def _state(model):
-    return [*model.weights, *model.optimizer.variables]
+    return [*model.variables, *model.optimizer.variables]  # with the seeds of layers that draw, such as dropout
 
 
 def _save_checkpoint(model, record):
@@ -339,7 +346,7 @@ def _resume(model, record):
 
 def _save_model(model, path):
     """Keep the trained network, without its optimizer; written whole."""
-    bare = keras.Model.from_config(model.get_config())  # a compiled model would bring its optimizer, as large again
+    bare = type(model).from_config(model.get_config())  # a compiled model would bring its optimizer, as large again
     bare.set_weights(model.get_weights())
     temporary = path.with_name(f".{path.stem}.tmp.keras")
     try:

@@ -6,8 +6,6 @@ laptop shows the numbers of a machine that had the time; the record tells which 
 """
 
 import dataclasses
-import io
-import json
 import math
 import time
 
@@ -15,7 +13,7 @@ import keras
 import numpy as np
 import psutil
 
-from fcnn_utils import cost, feed, machine, models, records
+from fcnn_utils import checkpoint, cost, feed, machine, models, records
 from fcnn_utils.recipes import recipe_named
 
 _EVALUATION_BATCH = 500
@@ -37,7 +35,8 @@ def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False)
         dataset: `data.Dataset`.
         recipe: `Recipe`, or the name of one.
         seed: starts weights, order and augmentation; default: the recipe's.
-        retrain: train anew though there is a record, and replace it.
+        retrain: train anew though there is a record, and replace it. Without it `model` is not trained where there
+            is one.
         save_model: also keep the trained network, as `seedN.keras` beside the record.
 
     Returns:
@@ -69,7 +68,7 @@ def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False)
     steps = len(split) // recipe.batch_size  # the rest of the images waits for another epoch's order
     compile_model(model, recipe, steps)
     record = _new_record(model, name, dataset, recipe, len(split))
-    record["epochs"] = _resume(model, record)
+    record["epochs"] = checkpoint.resume(model, record)
 
     scale = feed.channel_scale(dataset)
     try:
@@ -79,7 +78,7 @@ def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False)
                 row["validation"] = evaluate(model, dataset.validation, scale, dataset.coarse_names)
                 _check_finite(row["validation"]["loss"], f"on the validation images after epoch {epoch + 1}")
             record["epochs"].append(row)
-            _save_checkpoint(model, record)
+            checkpoint.save(model, record)
             records.write(record)
             print(progress_line(record, row), flush=True)
         test = evaluate(model, dataset.test, scale, dataset.coarse_names)
@@ -90,10 +89,10 @@ def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False)
     record["test"] = test
     record["status"] = "complete"
     if save_model:
-        _save_model(model, _file(record, "keras"))
+        checkpoint.keep(model, record)
     path = records.write(record)
     for left_over in ("checkpoint.npz", "partial.json"):
-        _file(record, left_over).unlink(missing_ok=True)
+        checkpoint.file_of(record, left_over).unlink(missing_ok=True)
     print(f"{result_line(record)}; record in {records.shown(path)}", flush=True)
     return record
 
@@ -248,7 +247,7 @@ class _Load:
         return time.monotonic(), sum(machine_times[:8]) - idle, own.user + own.system
 
 
-# --- records, checkpoints ----------------------------------------------------------------------------------------
+# --- records -----------------------------------------------------------------------------------------------------
 
 
 def _new_record(model, name, dataset, recipe, images):
@@ -299,60 +298,3 @@ def _stored(name, dataset, recipe):
         )
     print(f"{result_line(record)}; read from {records.shown(path)}", flush=True)
     return record
-
-
-def _file(record, suffix):
-    return records.path_of(record["dataset"], record["model"], record["recipe"]["name"], record["seed"]).with_suffix(
-        f".{suffix}"
-    )
-
-
-def _state(model):
-    return [*model.variables, *model.optimizer.variables]  # with the seeds of layers that draw, such as dropout
-
-
-def _save_checkpoint(model, record):
-    """Weights, optimizer and record in one file, so that they belong together whatever happens."""
-    arrays = {f"v{number}": keras.ops.convert_to_numpy(variable.value) for number, variable in enumerate(_state(model))}
-    content = io.BytesIO()
-    np.savez(content, record=json.dumps(record), **arrays)
-    records.write_atomic(_file(record, "checkpoint.npz"), content.getvalue())
-
-
-def _resume(model, record):
-    """Epochs that the checkpoint of the same run has behind it, its state loaded into `model`; [] without one."""
-    path = _file(record, "checkpoint.npz")
-    if not path.exists():
-        return []
-    model.optimizer.build(model.trainable_variables)
-    try:
-        with np.load(path) as checkpoint:
-            earlier = json.loads(str(checkpoint["record"]))
-            arrays = [checkpoint[f"v{number}"] for number in range(len(checkpoint.files) - 1)]
-        same = all(
-            earlier[key] == record[key] for key in ("fingerprint", "model", "recipe", "seed", "precision", "params")
-        )
-        if not same or [array.shape for array in arrays] != [tuple(variable.shape) for variable in _state(model)]:
-            print(f"{records.shown(path)} belongs to other settings: starting anew", flush=True)
-            return []
-    except Exception as error:  # a damaged file raises nearly anything
-        print(f"{records.shown(path)} is damaged ({error}): starting anew", flush=True)
-        return []
-    for variable, array in zip(_state(model), arrays, strict=True):
-        variable.assign(array)
-    print(f"{record['model']} · {record['recipe']['name']} · going on after epoch {len(earlier['epochs'])}", flush=True)
-    return earlier["epochs"]
-
-
-def _save_model(model, path):
-    """Keep the trained network, without its optimizer; written whole."""
-    bare = type(model).from_config(model.get_config())  # a compiled model would bring its optimizer, as large again
-    bare.set_weights(model.get_weights())
-    temporary = path.with_name(f".{path.stem}.tmp.keras")
-    try:
-        bare.save(temporary)
-        records.write_atomic(path, temporary.read_bytes())
-    except OSError as error:
-        raise ValueError(records.cannot_write(path, error)) from None
-    finally:
-        temporary.unlink(missing_ok=True)

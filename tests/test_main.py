@@ -5,7 +5,7 @@ import tomllib
 import nbformat
 import pytest
 
-from fcnn_utils import data, models, pipeline, training
+from fcnn_utils import cifar100, data, models, pipeline, training
 from fcnn_utils.__main__ import main
 from fcnn_utils.recipes import RECIPES
 
@@ -179,7 +179,7 @@ def test_run_hands_everything_on(monkeypatch):
     [
         (training.Diverged("the loss is nan at epoch 1, step 2"), 1, "stopped: the loss is nan at epoch 1, step 2\n"),
         (ValueError("the disk is full"), 2, "fcnn_utils: the disk is full\n"),
-        (data.Unavailable("no network"), 2, "fcnn_utils: no network\n"),
+        (cifar100.Unavailable("no network"), 2, "fcnn_utils: no network\n"),
         (KeyboardInterrupt(), 130, "stopped; the same command goes on from here\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",

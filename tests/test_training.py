@@ -217,13 +217,10 @@ def test_an_output_that_cannot_be_written_is_found_before_training(dataset, outp
 # --- correct: a step ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("name", models.NETWORKS)
-def test_a_step_changes_every_layer(dataset, name, dtype):
-    if dtype != "float32" and name != "wider_separable":
-        pytest.skip("one network with all kinds of layers stands for the three in the second precision")
+def test_a_step_changes_every_layer(dataset, name):
     keras.utils.set_random_seed(0)
-    model = models.build(name, dtype=dtype)
+    model = models.build(name)
     recipe = RECIPE.but(batch_size=4, schedule="constant")  # a handful of images: one step is what is looked at
     training.compile_model(model, recipe, 1)
     before = model.get_weights()
@@ -526,21 +523,12 @@ def test_a_network_of_no_numbers_stops_at_once(dataset, output):
     assert records.find(status="diverged")["epochs"].tolist() == [0]
 
 
-def test_a_learning_rate_that_is_too_high_is_told(dataset):
-    keras.utils.set_random_seed(0)
-    stack = [keras.Input((32, 32, 3)), layers.Flatten(), *(layers.Dense(20) for _ in range(5))]
-    model = keras.Sequential([*stack, layers.Dense(100, activation="softmax")])
-    recipe = dataclasses.replace(RECIPE, schedule="constant", learning_rate=100.0, epochs=20)
-    with pytest.raises(ArithmeticError, match=r"the loss is (nan|inf) at epoch \d+, step \d"):
-        training.train(model, dataset, recipe)
-
-
 def test_a_run_that_diverges_later_keeps_its_epochs(dataset, whole, monkeypatch):
     original = feed.batches
 
     def batches(split, recipe, epoch, scale, classes):
         for step, (images, labels) in enumerate(original(split, recipe, epoch, scale, classes)):
-            yield (np.full_like(images, np.nan) if (epoch, step) == (1, 2) else images), labels
+            yield images, (np.full_like(labels, np.nan) if (epoch, step) == (1, 2) else labels)
 
     with monkeypatch.context() as patch:
         patch.setattr(training.feed, "batches", batches)
@@ -554,20 +542,23 @@ def test_a_run_that_diverges_later_keeps_its_epochs(dataset, whole, monkeypatch)
     assert len(records.find(status="diverged")) == 0
 
 
-def test_a_network_that_the_last_step_ruined_is_no_complete_run(dataset, monkeypatch):
-    """The loss is that before a step: after the last one only the test shows what became of the network."""
+@pytest.mark.parametrize("ruined", ["all weights", "the first kernel"])
+def test_a_network_that_the_last_step_ruined_is_no_complete_run(dataset, monkeypatch, ruined):
+    """The loss is that before a step, and a ReLU may make 0 of what is not a number: the weights tell."""
     original = training.fit_epoch
 
     def fit_epoch(model, *arguments):
         row = original(model, *arguments)
         if row["epoch"] == 3:
-            model.set_weights([np.full_like(weight, np.nan) for weight in model.get_weights()])
+            for weight in model.weights if ruined == "all weights" else model.weights[:1]:
+                weight.assign(np.full(weight.shape, np.nan))
         return row
 
     monkeypatch.setattr(training, "fit_epoch", fit_epoch)
     with pytest.raises(training.Diverged):
         training.train(network(), dataset, RECIPE)
     assert records.lookup("standin-200", "tiny", RECIPE.name, 0) == (None, None)
+    assert records.find(status="diverged")["epochs"].iloc[0] >= 2
 
 
 # --- correct: by name, and the network that is kept --------------------------------------------------------------
@@ -575,9 +566,9 @@ def test_a_network_that_the_last_step_ruined_is_no_complete_run(dataset, monkeyp
 
 def test_a_network_by_name_is_built_from_the_seed_and_kept(dataset):
     small = dataset.subset(20, 20)  # the real network on few images, as its steps are slow
-    recipe = RECIPE.but(epochs=1, batch_size=10)
+    recipe = RECIPE.but(epochs=1, batch_size=10, precision="mixed_bfloat16")
     record = training.train("wider_separable", small, recipe, seed=2, save_model=True)
-    assert (record["model"], record["seed"]) == ("wider_separable", 2)
+    assert (record["model"], record["seed"], record["precision"]) == ("wider_separable", 2, "mixed_bfloat16")
     assert (record["params"], record["trainable"]) == thesis.PARAMS["wider_separable"][:2]
     kept = training.load_trained("wider_separable", "standin-20", recipe.name, 2)
     assert not kept.compiled
@@ -587,8 +578,10 @@ def test_a_network_by_name_is_built_from_the_seed_and_kept(dataset):
     folder = records.path_of("standin-20", "wider_separable", recipe.name, 2).parent
     assert files(folder) == ["seed2.json", "seed2.keras"]
     keras.utils.set_random_seed(2)
-    fresh = models.build("wider_separable")
-    assert not np.array_equal(fresh.get_weights()[0], kept.get_weights()[0])
+    fresh, rate = models.build("wider_separable"), RECIPE.learning_rate
+    for weight, start, end in zip(kept.weights, fresh.get_weights(), kept.get_weights(), strict=True):
+        if weight.path.endswith("kernel"):  # two steps from the weights of the seed, and not from others
+            assert 0 < np.abs(end - start).max() < rate
 
 
 def test_any_network_can_be_kept(dataset):

@@ -72,9 +72,10 @@ def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh
             "the full profile runs the notebooks as they stand, on cifar100; to change one, edit its parameters"
         )
 
-    dataset = dataset or ("cifar100" if profile == "full" else profiles[profile].get("DATASET", "auto"))
+    settings = dict(settings or {})
+    dataset = settings.pop("DATASET", None) or dataset or _usual_dataset(profile, profiles[profile])
     on_standin = data.locate(dataset) is None
-    values = {} if profile == "full" else _values(profiles[profile], on_standin) | (settings or {})
+    values = {} if profile == "full" else _values(profiles[profile], on_standin) | settings
     folder = BUILD / profile
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
@@ -125,6 +126,10 @@ def _parameters_of(path):
     cells = nbformat.read(path, as_version=4).cells
     source = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), "")
     return set(re.findall(r"^([A-Z_]+)\s*=", source, re.MULTILINE))
+
+
+def _usual_dataset(name, profile):
+    return "cifar100" if name == "full" else profile.get("DATASET", "auto")
 
 
 def _values(profile, on_standin):

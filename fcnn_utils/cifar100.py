@@ -126,7 +126,7 @@ def _names(meta, key, count, folder):
 
 def download():
     """Download CIFAR-100 (169 MB) through Keras, in a process of its own, so that the wait has an end."""
-    limit = float(os.environ.get("FCNN_DOWNLOAD_SECONDS", _DOWNLOAD_SECONDS))
+    limit = _limit()
     keras_home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
     print(f"CIFAR-100 is not on this machine: downloading 169 MB to {keras_home}, at most {limit:.0f} s", flush=True)
     code = "import socket; socket.setdefaulttimeout(20); from keras.datasets import cifar100; cifar100.load_data()"
@@ -149,9 +149,19 @@ def download():
         timed_out = child.poll() is None
     finally:
         child.kill()
+        child.wait()
     if timed_out:
         raise Unavailable(f"CIFAR-100 was not downloaded within {limit:.0f} s; {_WAY_OUT}")
     if child.returncode or (folder := find()) is None:
         reason = (child.stderr.read().strip().splitlines() or ["no reason given"])[-1]
         raise Unavailable(f"CIFAR-100 cannot be downloaded ({reason[:200]}); {_WAY_OUT}")
     return folder
+
+
+def _limit():
+    """Seconds that a download may take: `$FCNN_DOWNLOAD_SECONDS`, else a quarter of an hour."""
+    text = os.environ.get("FCNN_DOWNLOAD_SECONDS") or str(_DOWNLOAD_SECONDS)
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"FCNN_DOWNLOAD_SECONDS must be a number of seconds; got {text!r}") from None

@@ -3,6 +3,7 @@
 Batches are made here with 2 or 20 images a class, not CIFAR-100's 500: enough for every rule, and quick to write.
 """
 
+import os
 import pickle
 import subprocess
 import sys
@@ -146,8 +147,6 @@ class Foreign:
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("how", ["open", "function", "system", "getattr", "array"])
 def test_a_foreign_pickle_is_refused_and_nothing_of_it_runs(tmp_path, how, protocol):
-    import os
-
     mark = tmp_path / "touched"
     foreign = {
         "open": Foreign(open, str(mark), "w"),
@@ -368,8 +367,16 @@ def test_a_download_that_never_ends_is_stopped(download, monkeypatch, capsys):
     with pytest.raises(cifar100.Unavailable, match="not downloaded within 1 s.*--dataset standin"):
         data.load("cifar100")
     assert cifar100.time.monotonic() - start < 20
-    assert [child.wait(timeout=10) for child in children] == [-9]
+    assert [child.returncode for child in children] == [-9]  # ended, and waited for: no zombie is left
     assert "downloading 169 MB" in capsys.readouterr().out
+
+
+def test_a_limit_that_is_no_number_is_named(download, monkeypatch):
+    monkeypatch.setenv("FCNN_DOWNLOAD_SECONDS", "soon")
+    children = download("pass")
+    with pytest.raises(ValueError, match="FCNN_DOWNLOAD_SECONDS.*'soon'"):
+        data.load("cifar100")
+    assert not children
 
 
 def test_an_interrupted_download_leaves_no_process(download, monkeypatch):
@@ -382,7 +389,7 @@ def test_an_interrupted_download_leaves_no_process(download, monkeypatch):
         patch.setattr(cifar100.time, "sleep", interrupt)
         with pytest.raises(KeyboardInterrupt):
             data.load("cifar100")
-    assert [child.wait(timeout=10) for child in children] == [-9]
+    assert [child.returncode for child in children] == [-9]  # ended, and waited for: no zombie is left
 
 
 def test_a_failed_download_tells_its_reason(download):

@@ -104,7 +104,9 @@ def test_a_partial_record_lies_beside_the_complete_one(output, project, status):
 
 
 def test_lookup_finds_complete_runs_only(project):
-    records.write(record(status="running"))
+    partial = records.write(record(status="running"))
+    assert records.lookup("cifar100", "simple", "fast", 0) == (None, None)
+    partial.rename(partial.with_name("seed0.json"))  # its name does not make it complete
     assert records.lookup("cifar100", "simple", "fast", 0) == (None, None)
 
 

@@ -74,6 +74,8 @@ def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False)
     try:
         for epoch in range(len(record["epochs"]), recipe.epochs):
             row = fit_epoch(model, feed.batches(split, recipe, epoch, scale, classes), steps, epoch)
+            if not all(np.isfinite(weight).all() for weight in model.get_weights()):
+                _check_finite(float("nan"), f"or soon will be: weights are not finite after epoch {epoch + 1}")
             if recipe.train_on == "train":
                 row["validation"] = evaluate(model, dataset.validation, scale, dataset.coarse_names)
                 _check_finite(row["validation"]["loss"], f"on the validation images after epoch {epoch + 1}")
@@ -100,21 +102,24 @@ def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False)
 def fit_epoch(model, batches, steps, epoch=0):
     """Fit a compiled `model` to one epoch of `steps` batches, and time it; a dict as `train` describes it.
 
+    Step by step and not by `fit`: on TensorFlow 2.21 each `fit` or `predict` ends with a wait for the autotuner of
+    tf.data, which wakes 10, 20, 40, … ms after the start, so that a call may take twice its time.
+
     Raises:
         Diverged: the loss was not finite.
     """
-    watch, load = _Watch(epoch), _Load()
-    start = time.perf_counter()
-    epochs = {"initial_epoch": epoch, "epochs": epoch + 1}
-    model.fit(batches, steps_per_epoch=steps, callbacks=[watch], verbose=0, shuffle=False, **epochs)
-    seconds = time.perf_counter() - start
-    times = np.diff([start, *watch.ends]) * 1e3
+    load, times, rows = _Load(), [time.perf_counter()], []
+    for step, (images, labels) in zip(range(1, steps + 1), batches, strict=False):
+        rows.append(model.train_on_batch(images, labels, return_dict=True))
+        times.append(time.perf_counter())
+        _check_finite(rows[-1]["loss"], f"at epoch {epoch + 1}, step {step}")
+    step_times = np.diff(times) * 1e3
     return {
         "epoch": epoch + 1,
-        **watch.logs,
-        "seconds": round(seconds, 3),
-        "ms_per_step": round(float(np.median(times[1:] if steps > 1 else times)), 3),
-        "first_step_ms": round(float(times[0]), 3),
+        **{key: float(np.mean([row[key] for row in rows])) for key in rows[0]},  # all batches are of one size
+        "seconds": round(times[-1] - times[0], 3),
+        "ms_per_step": round(float(np.median(step_times[1:] if steps > 1 else step_times)), 3),
+        "first_step_ms": round(float(step_times[0]), 3),
         "others_cpu": round(load.others(), 4),
     }
 
@@ -127,7 +132,8 @@ def evaluate(model, split, scale, coarse_names):
         (a number for each class) and `top1_by_superclass` (a share for each of `coarse_names`).
     """
     images = feed.normalised(split.images, scale)
-    probabilities = model.predict(images, batch_size=_EVALUATION_BATCH, verbose=0).astype("float64")
+    parts = [images[start : start + _EVALUATION_BATCH] for start in range(0, len(images), _EVALUATION_BATCH)]
+    probabilities = np.concatenate([model.predict_on_batch(part) for part in parts]).astype("float64")
     own = probabilities[np.arange(len(split)), split.fine]
     # Classes before the right one: the likelier ones, and of equally likely ones those with a lower label.
     ties = (probabilities == own[:, None]) & (np.arange(probabilities.shape[1]) < split.fine[:, None])
@@ -208,19 +214,6 @@ def result_line(record):
 
 
 # --- one epoch ---------------------------------------------------------------------------------------------------
-
-
-class _Watch(keras.callbacks.Callback):
-    """Times every step and stops at a loss that is not finite."""
-
-    def __init__(self, epoch):
-        super().__init__()
-        self.epoch, self.ends, self.logs = epoch, [], {}
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.ends.append(time.perf_counter())
-        self.logs = {key: float(value) for key, value in logs.items()}
-        _check_finite(self.logs["loss"], f"at epoch {self.epoch + 1}, step {batch + 1}")
 
 
 def _check_finite(loss, where):

@@ -47,6 +47,7 @@ class Recipe:
         check_number("label_smoothing", self.label_smoothing, float, 0, 0.9999)
         check_number("shift", self.shift, int, 0, 8)
         check_number("seed", self.seed, int, 0, 2**31 - 1)
+        check_choice("flip", self.flip, (True, False))
         check_choice("optimizer", self.optimizer, ("sgd", "adam"))
         check_choice("schedule", self.schedule, ("constant", "one_cycle"))
         check_choice("precision", self.precision, ("float32", "mixed_bfloat16", "auto"))

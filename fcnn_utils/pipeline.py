@@ -309,16 +309,18 @@ def _environment(values):
 
 @contextlib.contextmanager
 def _terminable():
-    """SIGTERM ends a run as Ctrl-C does: the kernel is shut down, nothing is left half-written."""
+    """SIGTERM ends a run as Ctrl-C does, also where a shell started it with Ctrl-C ignored (in the background)."""
 
     def stop(signum, frame):
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    handlers = {signal.SIGTERM: stop, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _minutes(seconds):

@@ -10,16 +10,19 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is impor
 
 __version__ = "0.1.0"
 __all__ = [
+    "blocks",
     "checkpoint",
     "cifar100",
     "cost",
     "data",
+    "decompose",
     "feed",
     "machine",
     "models",
     "parameters",
     "pipeline",
     "plots",
+    "ranks",
     "recipes",
     "records",
     "standin",

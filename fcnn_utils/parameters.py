@@ -18,6 +18,14 @@ def check_choice(name, value, allowed):
     return value
 
 
+def check_pair(name, value):
+    """(rows, columns) from a whole number of at least 1 or a pair of them; else ValueError."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in pair):
+        raise ValueError(f"{name} must be a whole number of at least 1, or two of them; got {value!r}")
+    return pair
+
+
 # Every parameter that a notebook has: (kind, lowest, highest), or the values it may take. One name means the same
 # thing in all notebooks; 0 is the recipe's own batch size, and all images.
 PARAMETERS = {
@@ -30,6 +38,8 @@ PARAMETERS = {
     "TEST_IMAGES": (int, 0, 10_000),
     "LIVE_IMAGES": (int, 100, 50_000),
     "TIMED_STEPS": (int, 1, 1000),
+    "TENSORS": (int, 100, 1_000_000),
+    "SWEEPS": (int, 10, 1_000_000),
     "RETRAIN": (True, False),
 }
 

@@ -6,7 +6,8 @@ which it returns a `keras.Model`. Saved models load anywhere, with no custom obj
     block = blocks.cp((32, 32, 96), filters=192, kernel_size=3, rank=64, strides=2)
     block.set_weights(blocks.weights(decompose.cp(kernel, 64), bias))     # or both at once: blocks.factorized
 
-`filters`, `kernel_size` and these options are as in Conv2D: `strides`, `padding`, `dilation_rate`, `activation`,
+`padding` is "same" unless told otherwise (Conv2D itself has "valid"). `filters`, `kernel_size` and the options are as
+in Conv2D: `strides`, `padding`, `dilation_rate`, `activation`,
 `use_bias`, `kernel_initializer`, `kernel_regularizer`, `bias_initializer`, `bias_regularizer`, `trainable`, `dtype`,
 `name` (its layers are NAME_in, NAME_column, ...). Bias and activation are the last layer's. Images are channels-last.
 
@@ -246,7 +247,10 @@ def spatial_bottleneck(x, filters, kernel_size, **options):
         height, width = x.shape[1:3]
         if None in (height, width) or height % kh or width % kw:
             raise ValueError(f"a spatial bottleneck wants images that {kh}×{kw} cells divide; got {(height, width)}")
-        x = o.convolution("down", x.shape[-1], (kh, kw), strides=(kh, kw), groups=x.shape[-1])(x)
+        if kh == kw:
+            x = o.depthwise("down", (kh, kw), strides=(kh, kw))(x)
+        else:  # TensorFlow's depthwise layer refuses unequal strides; this is the same, and slower
+            x = o.convolution("down", x.shape[-1], (kh, kw), strides=(kh, kw), groups=x.shape[-1])(x)
         x = o.convolution("project", filters)(x)  # (N, h, w, T)
         x = o.depthwise("up", (1, 1), depth_multiplier=kh * kw, last=True)(x)  # (N, h, w, T kh kw)
         x = o.layer(layers.Reshape, "cells", (height // kh, width // kw, filters, kh, kw))(x)

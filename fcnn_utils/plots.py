@@ -8,8 +8,8 @@ import seaborn as sns
 
 from fcnn_utils import machine, models, records
 
-_PALETTE = sns.color_palette("colorblind")
-COLORS = {"simple": _PALETTE[0], "wider_factorized": _PALETTE[1], "wider_separable": _PALETTE[2]}
+PALETTE = sns.color_palette("colorblind")
+COLORS = {"simple": PALETTE[0], "wider_factorized": PALETTE[1], "wider_separable": PALETTE[2]}
 MARKERS = {"simple": "o", "wider_factorized": "s", "wider_separable": "^"}
 _GREY = "0.45"
 
@@ -55,8 +55,8 @@ def cost_by_layer(costs, title="", axes=None):
         _, axes = plt.subplots(figsize=(7, 0.6 + 0.38 * len(rows)))
     position = np.arange(len(rows))
     for offset, column, label, color in (
-        (-0.2, "macs", "MACs", _PALETTE[0]),
-        (0.2, "params", "parameters", _PALETTE[1]),
+        (-0.2, "macs", "MACs", PALETTE[0]),
+        (0.2, "params", "parameters", PALETTE[1]),
     ):
         share = 100 * rows[column].astype(float) / total[column]
         bars = axes.barh(

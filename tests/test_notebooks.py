@@ -114,7 +114,10 @@ def series(tmp_path_factory):
 def test_smoke_series_runs_and_says_that_its_data_are_a_stand_in(series, name):
     notebook = nbformat.read(series / f"{name}.ipynb", 4)
     outputs = [output for cell in code_of(notebook) for output in cell.outputs]
-    assert "STAND-IN" in "".join(output.get("text", "") for output in outputs if output.output_type == "stream")
+    has_data = "data.load(" in "".join(cell.source for cell in code_of(notebook))
+    assert has_data or name[:2] in ("02", "03")  # these take kernels apart and see no image
+    said = "".join(output.get("text", "") for output in outputs if output.output_type == "stream")
+    assert ("STAND-IN" in said) == has_data
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
 
 

@@ -179,7 +179,8 @@ def correct(kernel, decomposition, *, error=None, n_iter=1000, tol=1e-4, until=0
         kernel: (kh, kw, S, T), what was decomposed.
         decomposition: a CP of it.
         error: relative error allowed, at least that of the decomposition; by default 1% more of it, 1.01 times.
-        n_iter: most sweeps; they end when one lowers the norms by a share of less than `tol`,
+        n_iter: most sweeps; they end when one lowers the norms by a share of less than `tol` (they crawl where the
+            error allowed is tiny: lower `tol` and raise `n_iter` there),
         until: or when the root of the sum of squared component norms over ‖K‖ is that low.
 
     Returns:

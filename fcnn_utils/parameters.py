@@ -39,7 +39,7 @@ PARAMETERS = {
     "LIVE_IMAGES": (int, 100, 50_000),
     "TIMED_STEPS": (int, 1, 1000),
     "TENSORS": (int, 100, 1_000_000),
-    "SWEEPS": (int, 10, 1_000_000),
+    "SWEEPS": (int, 100, 1_000_000),
     "RETRAIN": (True, False),
 }
 

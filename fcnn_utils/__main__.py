@@ -71,10 +71,12 @@ def _parser():
 
     train = commands.add_parser("train", help="train a network without a notebook")
     train.add_argument("model", help="simple, wider_factorized or wider_separable")
-    train.add_argument("--recipe", default="fast", help="fast (default) or thesis")
+    train.add_argument(
+        "--recipe", default="fast", help="fast (default), thesis, or tune (small steps, for trained weights)"
+    )
     train.add_argument("--seed", type=int, default=None, help="default: the recipe's, 0")
     train.add_argument("--dataset", default="auto", help="cifar100, standin or auto (default)")
-    train.add_argument("--epochs", type=int, help="default: the recipe's, 5")
+    train.add_argument("--epochs", type=int, help="default: the recipe's")
     train.add_argument("--train-images", type=int, default=0, metavar="N", help="train on N images only")
     train.add_argument("--test-images", type=int, default=0, metavar="N", help="test on N images only")
     train.add_argument("--retrain", action="store_true", help="train anew though there is a record, and replace it")

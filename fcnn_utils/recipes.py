@@ -12,7 +12,11 @@ class Recipe:
     optimizer: "sgd" (with Nesterov momentum if `momentum` > 0) or "adam".
     schedule: "constant", or "one_cycle": linear from 0 to `learning_rate` over the first `warmup` of all steps,
         then down to 0 along half a cosine (after Smith & Topin 2018, arXiv 1708.07120).
+    clip_norm: largest norm of the gradient, all weights together; a longer one is shortened to it. 0: any.
     label_smoothing: share of the target spread evenly over all classes.
+    distillation: share of the target that the teacher's probabilities for the same image have, at most 0.5; the rest is
+        the label's. As cross-entropy is linear in its target, this is the usual sum of two losses, at temperature 1
+        (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
     flip, shift: augmentation: mirror half of the images; move each by up to `shift` pixels, the border filled
         with the mean colour.
     precision: "float32", "mixed_bfloat16", or "auto": mixed_bfloat16 where the hardware computes in it.
@@ -30,7 +34,9 @@ class Recipe:
     momentum: float = 0.9
     schedule: str = "constant"
     warmup: float = 0.2
+    clip_norm: float = 0.0
     label_smoothing: float = 0.0
+    distillation: float = 0.0
     flip: bool = True
     shift: int = 0
     precision: str = "float32"
@@ -44,7 +50,9 @@ class Recipe:
         check_number("learning_rate", self.learning_rate, float, 0, 100)
         check_number("momentum", self.momentum, float, 0, 0.9999)
         check_number("warmup", self.warmup, float, 0, 1)
+        check_number("clip_norm", self.clip_norm, float, 0, 1e6)
         check_number("label_smoothing", self.label_smoothing, float, 0, 0.9999)
+        check_number("distillation", self.distillation, float, 0, 0.5)
         check_number("shift", self.shift, int, 0, 8)
         check_number("seed", self.seed, int, 0, 2**31 - 1)
         check_choice("flip", self.flip, (True, False))
@@ -94,6 +102,19 @@ RECIPES = {
             learning_rate=0.2,
             momentum=0.9,
             schedule="one_cycle",
+            label_smoothing=0.1,
+            shift=2,
+            precision="auto",
+        ),
+        Recipe(
+            name="tune",  # what `convert` made, from weights that are nearly right
+            epochs=2,
+            batch_size=128,
+            optimizer="sgd",
+            learning_rate=0.05,
+            momentum=0.9,
+            schedule="one_cycle",
+            clip_norm=1.0,
             label_smoothing=0.1,
             shift=2,
             precision="auto",

@@ -23,7 +23,7 @@ class Diverged(ArithmeticError):
     """The loss was not finite; the record up to there is kept, with status "diverged"."""
 
 
-def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False):
+def train(model, dataset, recipe, seed=None, *, teacher=None, retrain=False, save_model=False):
     """Train `model` on `dataset` by `recipe`, or read the record of the same run where there is one.
 
     Interrupted at any point and called again, it goes on after the last whole epoch: the order of the images, the
@@ -35,6 +35,7 @@ def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False)
         dataset: `data.Dataset`.
         recipe: `Recipe`, or the name of one.
         seed: starts weights, order and augmentation; default: the recipe's.
+        teacher: keras.Model whose probabilities are a part of the target where the recipe has `distillation`.
         retrain: train anew though there is a record, and replace it. Without it `model` is not trained where there
             is one.
         save_model: also keep the trained network, as `seedN.keras` beside the record.
@@ -59,6 +60,8 @@ def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False)
     split = dataset.everything if recipe.train_on == "all" else dataset.train
     if len(split) < recipe.batch_size:
         raise ValueError(f"batch_size must be at most {len(split)}, the training images; got {recipe.batch_size}")
+    if recipe.distillation and teacher is None:
+        raise ValueError(f"recipe {recipe.name} has a share of distillation, {recipe.distillation}: give a teacher")
     records.check_writable(records.path_of(dataset.name, name, recipe.name, recipe.seed).parent)
 
     keras.utils.set_random_seed(recipe.seed)
@@ -73,7 +76,10 @@ def train(model, dataset, recipe, seed=None, *, retrain=False, save_model=False)
     scale = feed.channel_scale(dataset)
     try:
         for epoch in range(len(record["epochs"]), recipe.epochs):
-            row = fit_epoch(model, feed.batches(split, recipe, epoch, scale, classes), steps, epoch)
+            batches = feed.batches(split, recipe, epoch, scale, classes)
+            if recipe.distillation:
+                batches = _taught(batches, teacher, recipe.distillation)
+            row = fit_epoch(model, batches, steps, epoch)
             if not all(np.isfinite(weight).all() for weight in model.get_weights()):
                 _check_finite(float("nan"), f"or soon will be: weights are not finite after epoch {epoch + 1}")
             if recipe.train_on == "train":
@@ -175,11 +181,13 @@ def schedule(recipe, steps):
 
 def compile_model(model, recipe, steps):
     """Compile `model` for `steps` steps an epoch of `recipe`."""
-    rate = schedule(recipe, steps)
+    rate, clip = schedule(recipe, steps), recipe.clip_norm or None
     if recipe.optimizer == "adam":
-        optimizer = keras.optimizers.Adam(rate)
+        optimizer = keras.optimizers.Adam(rate, global_clipnorm=clip)
     else:
-        optimizer = keras.optimizers.SGD(rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+        optimizer = keras.optimizers.SGD(
+            rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0, global_clipnorm=clip
+        )
     model.compile(
         optimizer,
         keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing),
@@ -220,6 +228,12 @@ def _check_finite(loss, where):
     if not math.isfinite(loss):
         cure = "try a lower learning rate, a longer warm-up, or float32"
         raise Diverged(f"the loss is {loss} {where}: {cure}; the record up to there is kept")
+
+
+def _taught(batches, teacher, share):
+    """The batches with the teacher's probabilities as a share of the target."""
+    for images, labels in batches:
+        yield images, (1 - share) * labels + share * teacher.predict_on_batch(images)
 
 
 class _Load:
@@ -282,6 +296,8 @@ def _stored(name, dataset, recipe):
     if record is None:
         return None
     wanted = _wanted(name, dataset, recipe)
+    given = {field.name: field.default for field in dataclasses.fields(recipe)} | record["recipe"]  # it may be older
+    record = record | {"recipe": given}
     differs = [key for key, value in wanted.items() if record[key] != value]
     if "recipe" in differs:
         differs += [key for key, value in wanted["recipe"].items() if record["recipe"].get(key) != value]

@@ -93,7 +93,7 @@ def test_run_refuses(course, capsys, arguments, message):
     "arguments, message",
     [
         (["nope"], "model must be one of simple, wider_factorized, wider_separable; got 'nope'"),
-        (["simple", "--recipe", "nope"], "recipe must be one of thesis, fast; got 'nope'"),
+        (["simple", "--recipe", "nope"], "recipe must be one of thesis, fast, tune; got 'nope'"),
         (["simple", "--dataset", "nope"], "dataset must be one of cifar100, standin, auto; got 'nope'"),
         (["simple", "--epochs", "0"], "epochs must be a whole number between 1 and 1000; got 0"),
         (["simple", "--epochs", "-1"], "epochs must be a whole number between 1 and 1000; got -1"),

@@ -25,6 +25,8 @@ FAST = RECIPES["fast"]
         ("momentum", 1, "between 0 and 0.9999"),
         ("warmup", 1.5, "between 0 and"),
         ("label_smoothing", 1, "between 0 and 0.9999"),
+        ("clip_norm", -1, "between 0 and"),
+        ("distillation", 0.6, "between 0 and 0.5"),
         ("shift", 9, "between 0 and 8"),
         ("seed", -1, "between 0 and 2147483647"),
         ("seed", None, "between 0 and 2147483647"),
@@ -52,7 +54,7 @@ def test_the_name_is_not_a_setting_to_change():
 
 @pytest.mark.parametrize("name", ["slow", "", None])
 def test_an_unknown_recipe_is_refused(name):
-    with pytest.raises(ValueError, match=f"recipe must be one of thesis, fast; got {name!r}"):
+    with pytest.raises(ValueError, match=f"recipe must be one of thesis, fast, tune; got {name!r}"):
         recipe_named(name)
 
 
@@ -65,7 +67,7 @@ def test_a_recipe_is_frozen():
 
 
 def test_the_recipes_are_those_of_the_course():
-    assert list(RECIPES) == ["thesis", "fast"] and all(recipe.name == name for name, recipe in RECIPES.items())
+    assert list(RECIPES) == ["thesis", "fast", "tune"] and all(recipe.name == name for name, recipe in RECIPES.items())
     thesis = RECIPES["thesis"]
     assert (thesis.epochs, thesis.batch_size, 50_000 // thesis.batch_size) == (5, 32, 1562)
     assert (thesis.optimizer, thesis.learning_rate, thesis.schedule) == ("sgd", 0.01, "constant")

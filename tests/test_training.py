@@ -197,7 +197,7 @@ def test_a_batch_larger_than_the_data_is_refused(dataset, train_on, images):
     "arguments, message",
     [
         (("nope", RECIPE), "model must be one of simple, .*; got 'nope'"),
-        (("simple", "nope"), "recipe must be one of thesis, fast; got 'nope'"),
+        (("simple", "nope"), "recipe must be one of thesis, fast, tune; got 'nope'"),
         (("simple", RECIPE, -1), "seed must be .*; got -1"),
     ],
 )
@@ -254,6 +254,52 @@ def test_steps_are_those_of_gradient_descent(dataset, momentum, smoothing):
     training.fit_epoch(model, (batch for batch in batches), len(batches))
     for found, expected, old in zip(model.get_weights(), weights, start, strict=True):
         np.testing.assert_allclose((found - old) / rate, (expected - old) / rate, rtol=1e-3, atol=1e-4)
+
+
+def test_a_long_gradient_is_shortened_to_the_norm_of_the_recipe(dataset):
+    """One step of SGD at rate 1 moves the weights by the clipped gradient."""
+    images = np.random.default_rng(0).standard_normal((20, 32, 32, 3)).astype("float32")
+    labels = np.eye(100, dtype="float32")[np.arange(20)]
+    moved = {}
+    for clip in (0.0, 0.1, 1e5):
+        model = linear()
+        before = model.get_weights()
+        training.compile_model(
+            model, RECIPE.but(learning_rate=1.0, momentum=0.0, schedule="constant", clip_norm=clip), 1
+        )
+        model.train_on_batch(images, labels)
+        moved[clip] = [new - old for new, old in zip(model.get_weights(), before, strict=True)]
+    length = {clip: np.sqrt(sum(np.sum(change**2) for change in changes)) for clip, changes in moved.items()}
+    assert length[0.1] == pytest.approx(0.1, rel=1e-4) and length[0.0] > 1
+    assert all(np.allclose(a, b) for a, b in zip(moved[0.0], moved[1e5], strict=True))
+    assert all(np.allclose(a * 0.1 / length[0.0], b, atol=1e-5) for a, b in zip(moved[0.0], moved[0.1], strict=True))
+
+
+def test_a_teacher_has_its_share_of_the_target(dataset):
+    """One step on the mixed target, against the target mixed by hand."""
+    recipe = RECIPE.but(epochs=1, batch_size=200, distillation=0.3)
+    model, teacher = linear(1), linear(2)
+    with pytest.raises(ValueError, match="has a share of distillation, 0.3: give a teacher"):
+        training.train(model, dataset, recipe)
+    (batch,) = feed.batches(dataset.everything, recipe, 0, feed.channel_scale(dataset), 100)
+    expected = linear(1)
+    training.compile_model(expected, recipe, 1)
+    expected.train_on_batch(batch[0], 0.7 * batch[1] + 0.3 * by_hand(teacher, batch[0]).astype("float32"))
+    training.train(model, dataset, recipe, teacher=teacher)
+    pairs = list(zip(model.get_weights(), expected.get_weights(), linear(1).get_weights(), strict=True))
+    assert all(np.allclose(ours, theirs, atol=1e-6) for ours, theirs, _ in pairs)
+    assert not all(np.allclose(ours, before, atol=1e-6) for ours, _, before in pairs)
+
+
+def test_a_record_from_before_a_setting_was_there_is_the_default_of_that_setting(dataset, done, monkeypatch):
+    path = next(iter(records.output().glob("results/**/seed0.json")))
+    record = json.loads(path.read_text())
+    del record["recipe"]["distillation"], record["recipe"]["clip_norm"]
+    path.write_text(json.dumps(record))
+    monkeypatch.setattr(training, "fit_epoch", None)
+    assert training.train(network(), dataset, RECIPE)["test"] == record["test"]
+    with pytest.raises(ValueError, match="another recipe, clip_norm"):
+        training.train(network(), dataset, dataclasses.replace(RECIPE, clip_norm=1.0))
 
 
 @pytest.mark.parametrize("optimizer, kind", [("sgd", keras.optimizers.SGD), ("adam", keras.optimizers.Adam)])

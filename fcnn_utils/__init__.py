@@ -11,12 +11,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is impor
 __version__ = "0.1.0"
 __all__ = [
     "blocks",
+    "calibrate",
     "checkpoint",
     "cifar100",
+    "convert",
     "cost",
     "data",
     "decompose",
     "feed",
+    "graph",
     "machine",
     "models",
     "parameters",

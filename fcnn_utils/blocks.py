@@ -6,10 +6,10 @@ which it returns a `keras.Model`. Saved models load anywhere, with no custom obj
     block = blocks.cp((32, 32, 96), filters=192, kernel_size=3, rank=64, strides=2)
     block.set_weights(blocks.weights(decompose.cp(kernel, 64), bias))     # or both at once: blocks.factorized
 
-`padding` is "same" unless told otherwise (Conv2D itself has "valid"). `filters`, `kernel_size` and the options are as
-in Conv2D: `strides`, `padding`, `dilation_rate`, `activation`,
-`use_bias`, `kernel_initializer`, `kernel_regularizer`, `bias_initializer`, `bias_regularizer`, `trainable`, `dtype`,
-`name` (its layers are NAME_in, NAME_column, ...). Bias and activation are the last layer's. Images are channels-last.
+`filters`, `kernel_size` and the options are as in Conv2D, but that `padding` is "same" unless told otherwise:
+`strides`, `dilation_rate`, `activation`, `use_bias`, `kernel_initializer`, `kernel_regularizer`, `bias_initializer`,
+`bias_regularizer`, `trainable`, `dtype`, `name` (its layers are NAME_in, NAME_column, ...). A single rank may stand in
+a tuple. Bias and activation are the last layer's. Images are channels-last.
 
 **Strides.** A stride sits in the layer that moves along its axis, so that `same` padding falls where the dense layer's
 does. A depthwise layer wants equal strides (TensorFlow): it takes their greatest common divisor and the last 1×1 layer
@@ -31,7 +31,7 @@ from fcnn_utils.parameters import check_choice, check_number, check_pair
 def cp(x, filters, kernel_size, rank, **options):
     """CP with merged spatial modes: 1×1 S→R, kh×kw depthwise, 1×1 R→T (see `decompose.cp`)."""
     o = _Options(kernel_size, **options)
-    _check_ranks("rank", (rank,))
+    (rank,) = _check_ranks("rank", rank)
 
     def chain(x):
         x = o.convolution("in", rank)(x)
@@ -43,7 +43,7 @@ def cp(x, filters, kernel_size, rank, **options):
 def cp4(x, filters, kernel_size, rank, **options):
     """CP with four modes: 1×1 S→R, kh×1 depthwise, 1×kw depthwise, 1×1 R→T (Lebedev et al. 2014, arXiv 1412.6553)."""
     o = _Options(kernel_size, **options)
-    _check_ranks("rank", (rank,))
+    (rank,) = _check_ranks("rank", rank)
 
     def chain(x):
         x = o.convolution("in", rank)(x)
@@ -89,14 +89,14 @@ def tensor_train(x, filters, kernel_size, ranks, **options):
 def spatial_svd(x, filters, kernel_size, rank, **options):
     """Column and row: kh×1 S→R, 1×kw R→T (Jaderberg et al. 2014, arXiv 1405.3866)."""
     o = _Options(kernel_size, **options)
-    _check_ranks("rank", (rank,))
+    (rank,) = _check_ranks("rank", rank)
     return _applied(lambda x: o.row(filters, last=True)(o.column(rank)(x)), x, filters, o)
 
 
 def depthwise_separable(x, filters, kernel_size, multiplier=1, **options):
     """kh×kw depthwise with `multiplier` outputs a channel, 1×1 to T (Chollet 2017, arXiv 1610.02357)."""
     o = _Options(kernel_size, **options)
-    _check_ranks("multiplier", (multiplier,))
+    (multiplier,) = _check_ranks("multiplier", multiplier)
     return _applied(lambda x: _depthwise_then_pointwise(x, o, filters, multiplier), x, filters, o)
 
 
@@ -155,8 +155,8 @@ def factorized(x, decomposition, bias=None, **options):
     shape = tuple(x) if isinstance(x, (tuple, list)) else tuple(x.shape)
     if shape[-1] != channels:
         raise ValueError(f"the kernel reads {channels} channels; got an input of {shape[-1]}")
-    ranks = decomposition.ranks if decomposition.method in ("tucker", "tt") else decomposition.ranks[0]
-    y = BLOCKS[decomposition.method](x, filters, (kh, kw), ranks, use_bias=bias is not None, **options)
+    block = BLOCKS[decomposition.method]
+    y = block(x, filters, (kh, kw), decomposition.ranks, use_bias=bias is not None, **options)
     (y if isinstance(y, keras.Model) else keras.Model(x, y)).set_weights(weights(decomposition, bias))
     return y
 
@@ -170,7 +170,7 @@ def bottleneck(x, filters, kernel_size, width, inner_activation="relu", **option
     With `inner_activation=None` it is linear: a Tucker-2 of ranks (width, width).
     """
     o = _Options(kernel_size, **options)
-    _check_ranks("width", (width,))
+    (width,) = _check_ranks("width", width)
 
     def chain(x):
         x = o.convolution("in", width, activation=inner_activation)(x)

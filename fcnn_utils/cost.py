@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from keras import layers
 
+from fcnn_utils import graph
+
 COLUMNS = ["layer", "kind", "output_shape", "params", "trainable", "macs", "other_ops", "activation_bytes"]
 
 _FREE = (  # layers without weights, which move values or do nothing at inference
@@ -35,6 +37,8 @@ _MERGES = (layers.Add, layers.Subtract, layers.Multiply, layers.Average, layers.
 def layer_costs(model):
     """Cost of one image's forward pass, one row a layer, in the order of the model, and a row "total".
 
+    A layer that is called more than once has a row for each call; its weights stand in the first.
+
     Returns:
         DataFrame with the columns
             layer, kind: its name and its class;
@@ -45,12 +49,14 @@ def layer_costs(model):
             activation_bytes: size of the output.
 
     Raises:
-        ValueError: a layer has weights and is none of those counted here, or the model is not built of layers
-            that are each called once.
+        ValueError: a layer has weights and is none of those counted here, or the model is no graph of layers on
+            images of a fixed size.
     """
-    if not isinstance(model, keras.Model) or not model.built:
-        raise ValueError(f"model must be a built keras.Model; got {type(model).__name__}")
-    rows = _rows(model)
+    rows = [
+        _row(place.layer, inputs, output, number)
+        for place in graph.places(model)
+        for number, (inputs, output) in enumerate(place.calls)
+    ]
     table = pd.DataFrame(rows, columns=COLUMNS)
     sums = table[["params", "trainable", "macs", "other_ops", "activation_bytes"]].sum()
     total = {"layer": "total", "kind": "", "output_shape": table["output_shape"].iloc[-1], **sums}
@@ -73,36 +79,23 @@ def convolution_macs(output_shape, kernel_shape):
     return math.prod(output_shape) * math.prod(kernel_shape)
 
 
-def _rows(model):
-    """Table rows of a model's layers, without its input, which it does not make."""
-    graph = getattr(model, "_functional", None) or model  # a Sequential holds its graph inside
-    if not hasattr(graph, "operations"):
-        raise ValueError(
-            f"model {model.name!r} is not a graph of layers (Sequential or functional), so it has no table"
-        )
-    nodes = [node for depth in graph._nodes_by_depth.values() for node in depth]  # a call of a layer is a node
-    rows = []
-    for layer in graph.layers:
-        calls = [node for node in nodes if node.operation is layer]
-        if len(calls) > 1:
-            raise ValueError(f"layer {layer.name!r} is called more than once; costs are counted for layers called once")
-        if isinstance(layer, keras.Model):
-            rows += _rows(layer)
-        elif not isinstance(layer, layers.InputLayer):
-            rows.append(_row(layer, tuple(calls[0].outputs[0].shape[1:])))
-    return rows
+def macs_of(place):
+    """MACs of a layer (`graph.Place`) for one image, all its calls together; ValueError where that is not known."""
+    rows = [_row(place.layer, inputs, output, 0) for inputs, output in place.calls]
+    return sum(row[COLUMNS.index("macs")] for row in rows)
 
 
-def _row(layer, shape):
+def _row(layer, inputs, output, number):
+    shape = output[1:]
     if None in shape:
         raise ValueError(f"layer {layer.name!r} has the output shape {shape}: give the model images of a fixed size")
-    macs, other_ops = _operations(layer, shape)
+    macs, other_ops = _operations(layer, [one[1:] for one in inputs], shape)
     size = np.dtype("uint16" if "float16" in layer.compute_dtype else layer.compute_dtype).itemsize
-    params, trainable = _count(layer.weights), _count(layer.trainable_weights)
+    params, trainable = (0, 0) if number else (_count(layer.weights), _count(layer.trainable_weights))
     return layer.name, type(layer).__name__, shape, params, trainable, macs, other_ops, math.prod(shape) * size
 
 
-def _operations(layer, shape):
+def _operations(layer, inputs, shape):
     """(MACs, other operations) of one layer for one image."""
     size = math.prod(shape)
     if isinstance(layer, layers.SeparableConv2D):
@@ -122,9 +115,9 @@ def _operations(layer, shape):
     if isinstance(layer, _POOLING):
         return 0, size * math.prod(layer.pool_size)
     if isinstance(layer, _GLOBAL_POOLING):
-        return 0, math.prod(layer.input.shape[1:])
+        return 0, math.prod(inputs[0])
     if isinstance(layer, _MERGES):
-        return 0, size * (len(layer.input) - 1)
+        return 0, size * (len(inputs) - 1)
     if isinstance(layer, (layers.Activation, layers.ReLU, layers.LeakyReLU, layers.Softmax)):
         return 0, size
     if isinstance(layer, _FREE) or not layer.weights:

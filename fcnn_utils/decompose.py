@@ -69,14 +69,13 @@ class Decomposition:
     @property
     def component_norms(self):
         """(R,) Frobenius norms of the rank-one terms, in falling order; of a CP only."""
-        if self.method not in ("cp", "cp4"):
-            raise ValueError(f"component norms are those of a CP; this is a {self.method} decomposition")
-        return math.prod(np.linalg.norm(factor, axis=0) for factor in self.factors)
+        return math.prod(np.linalg.norm(factor, axis=0) for factor in self._vectors())
 
     @property
     def degeneracy(self):
         """Largest component norm over ‖K‖; of a CP. Below 1 where nothing cancels, tens and more when degenerate."""
-        return float(self.component_norms.max() / self.kernel_norm) if self.kernel_norm else 0.0
+        largest = float(self.component_norms.max())
+        return largest / self.kernel_norm if self.kernel_norm else 0.0
 
     @property
     def sensitivity(self):
@@ -84,9 +83,9 @@ class Decomposition:
 
         Σ_r Σ_n I_n Π_{m≠n} ‖a_r^(m)‖², where mode n has the size I_n (Phan et al. 2020, arXiv 2008.05441).
         """
+        squares = [np.sum(factor**2, axis=0) for factor in self._vectors()]
         if not self.kernel_norm:
             return 0.0
-        squares = [np.sum(factor**2, axis=0) for factor in self.factors]
         terms = [
             len(factor) * math.prod(squares[:n] + squares[n + 1 :]) for n, factor in enumerate(self.factors)
         ]  # N × (R,)
@@ -103,6 +102,33 @@ class Decomposition:
             "separable": "ijsr,srt->ijst",
         }[self.method]
         return np.einsum(equation, *self.factors, optimize=True).reshape(self.shape)
+
+    def basis(self):
+        """(kh kw S, F): what all layers but the last make of the pixels of a patch.
+
+        The last layer combines them: K as a (kh kw S, T) matrix is `basis() @ last_factor()`.
+        """
+        *factors, last = self.factors
+        eye = np.eye(last.shape[1] if self.method == "spatial" else len(last))
+        equation, factors = {
+            "cp": ("pr,sr->psr", factors),
+            "cp4": ("ir,jr,sr->ijsr", factors),
+            "tucker": ("sa,ijab->ijsb", factors),
+            "tt": ("sa,aib,bjc->ijsc", factors),
+            "spatial": ("isr,jk->ijsrk", [*factors, eye]),  # the row sees every r at every column
+            "separable": ("ijsr,sz->ijszr", [*factors, eye]),
+        }[self.method]
+        return np.einsum(equation, *factors, optimize=True).reshape(math.prod(self.shape[:3]), -1)
+
+    def last_factor(self):
+        """(F, T) matrix of the last layer, whose rows are the columns of `basis`."""
+        last = self.factors[-1]
+        return last.T if self.method in ("cp", "cp4", "tucker") else last.reshape(-1, self.shape[3])
+
+    def _vectors(self):
+        if self.method not in ("cp", "cp4"):
+            raise ValueError(f"component norms are those of a CP; this is a {self.method} decomposition")
+        return self.factors
 
 
 def decompose(kernel, method, ranks, **options):
@@ -146,7 +172,7 @@ def cp(kernel, rank, *, merge_spatial=True, n_starts=1, seed=0, n_iter=100, tol=
     Raises:
         ValueError: the kernel is not 4-way and finite, or a number is out of its range.
     """
-    kernel, method = _checked(kernel), "cp" if merge_spatial else "cp4"
+    kernel, method = ranks_of.check_kernel(kernel), "cp" if merge_spatial else "cp4"
     (rank,) = ranks_of.check(method, kernel.shape, rank)
     check_number("n_starts", n_starts, int, 1, 1000)
     check_number("seed", seed, int, 0, 2**31 - 1)
@@ -189,13 +215,18 @@ def correct(kernel, decomposition, *, error=None, n_iter=1000, tol=1e-4, until=0
     Raises:
         ValueError: the decomposition is no CP, or not of this kernel's shape, or its error is larger than allowed.
     """
-    kernel = _checked(kernel)
+    kernel = ranks_of.check_kernel(kernel)
+    check_number("n_iter", n_iter, int, 1, 1_000_000)
+    check_number("tol", tol, float, 0, 1)
+    check_number("until", until, float, 0, math.inf)
     before = _root_sum_square(decomposition)
     if decomposition.shape != kernel.shape:
         raise ValueError(f"the decomposition is of a {decomposition.shape} kernel; this one is {kernel.shape}")
     error = 1.01 * decomposition.relative_error if error is None else error
     check_number("error", error, float, decomposition.relative_error * (1 - 1e-9), math.inf)
     norm = decomposition.kernel_norm
+    if error < 1e-12:  # exact but for rounding, and rounding is all that is left to choose
+        return decomposition
     ridge = functools.partial(_preserving, squared_error=(error * norm) ** 2)
     tensor, factors = _modes(kernel, decomposition.method == "cp"), decomposition.factors
     for _ in range(n_iter):
@@ -215,8 +246,10 @@ def tucker2(kernel, ranks, *, n_iter=100, tol=1e-6):
     The truncated higher-order SVD, at most √2 times the best error (De Lathauwer, De Moor & Vandewalle 2000), refined
     by alternating least squares. `ranks`: (R1, R2). Raises ValueError as `cp`.
     """
-    kernel = _checked(kernel)
+    kernel = ranks_of.check_kernel(kernel)
     ranks = ranks_of.check("tucker", kernel.shape, ranks)
+    check_number("n_iter", n_iter, int, 1, 1_000_000)
+    check_number("tol", tol, float, 0, 1)
     if not kernel.any():  # TensorLy would divide by the norm
         shapes = (kernel.shape[2], ranks[0]), (*kernel.shape[:2], *ranks), (kernel.shape[3], ranks[1])
         return _decomposition(kernel, "tucker", [np.zeros(shape) for shape in shapes])
@@ -231,7 +264,7 @@ def tensor_train(kernel, ranks):
 
     By successive truncated SVDs, at most √3 times the best error. `ranks`: (R1, R2, R3). Raises ValueError as `cp`.
     """
-    kernel = _checked(kernel)
+    kernel = ranks_of.check_kernel(kernel)
     ranks = ranks_of.check("tt", kernel.shape, ranks)
     first, *middle, last = tensorly_tensor_train(kernel.transpose(2, 0, 1, 3), [1, *ranks, 1]).factors
     return _decomposition(kernel, "tt", (first[0], *middle, last[..., 0]))
@@ -243,7 +276,7 @@ def spatial_svd(kernel, rank):
     The truncated SVD of the kernel as a (kh S, kw T) matrix, hence the best for its rank (Eckart & Young 1936); each
     singular value is spread evenly over both. Raises ValueError as `cp`.
     """
-    kernel = _checked(kernel)
+    kernel = ranks_of.check_kernel(kernel)
     (rank,) = ranks_of.check("spatial", kernel.shape, rank)
     kh, kw, channels, filters = kernel.shape
     matrix = kernel.transpose(0, 2, 1, 3).reshape(kh * channels, kw * filters)  # (i s, j t)
@@ -256,7 +289,7 @@ def depthwise_separable(kernel, multiplier):
 
     A truncated SVD of each input channel's (kh kw, T) matrix, hence the best. Raises ValueError as `cp`.
     """
-    kernel = _checked(kernel)
+    kernel = ranks_of.check_kernel(kernel)
     (multiplier,) = ranks_of.check("separable", kernel.shape, multiplier)
     kh, kw, channels, filters = kernel.shape
     matrices = kernel.reshape(kh * kw, channels, filters).transpose(1, 0, 2)  # (s, i j, t)
@@ -371,17 +404,6 @@ def _exact(tensor):
 
 
 # --- small helpers -----------------------------------------------------------------------------------------------
-
-
-def _checked(kernel):
-    kernel = np.asarray(kernel)
-    if kernel.dtype.kind not in "fiu" and kernel.dtype.name != "bfloat16":
-        raise ValueError(f"a kernel is an array of real numbers; got {kernel.dtype}")
-    kernel = kernel.astype(np.float64)
-    ranks_of.check_shape(kernel.shape)
-    if not np.isfinite(kernel).all():
-        raise ValueError(f"the kernel has {np.size(kernel) - np.isfinite(kernel).sum()} values that are not finite")
-    return kernel
 
 
 def _decomposition(kernel, method, factors):

@@ -1,7 +1,7 @@
 """Ranks of a factorized convolution: which are possible, what they cost, which to choose. Formulas only, no Keras.
 
 A kernel (kh, kw, S, T) reads S channels and writes T. Each method makes it a chain of small convolutions with these
-ranks, at most those at which every kernel is represented exactly:
+ranks, at most those that are enough for every kernel (a CP of a given kernel needs fewer as a rule):
 
     method       chain                                        ranks         at most
     "cp"         1×1 S→R, kh×kw depthwise, 1×1 R→T            (R,)          min(kh kw S, kh kw T, S T)
@@ -25,7 +25,10 @@ METHODS = ("cp", "cp4", "tucker", "tt", "spatial", "separable")
 
 
 def maximum(method, shape):
-    """Smallest ranks at which the method represents every kernel of this shape exactly: a tuple of ints."""
+    """Ranks that are enough to represent every kernel of this shape exactly, a tuple of ints.
+
+    For CP an upper bound of the largest tensor rank, which is not known in general; for the others the smallest.
+    """
     check_choice("method", method, METHODS)
     kh, kw, channels, filters = check_shape(shape)
     area, size = kh * kw, math.prod(shape)
@@ -63,7 +66,12 @@ def check(method, shape, ranks):
 
 def parameters(method, shape, ranks):
     """Number of weights of the chain, without bias."""
-    return sum(count for count, _ in _layers(method, shape, check(method, shape, ranks)))
+    return sum(layer_parameters(method, shape, ranks))
+
+
+def layer_parameters(method, shape, ranks):
+    """Number of weights of each layer of the chain, in its order, without bias."""
+    return [count for count, _ in _layers(method, shape, check(method, shape, ranks))]
 
 
 def macs(method, shape, ranks, strides=(1, 1)):
@@ -129,6 +137,8 @@ def vbmf(matrix):
     Babacan & Tomioka 2013, JMLR 14; threshold and bounds from Nakajima, Tomioka, Sugiyama & Babacan 2015, JMLR 16).
     """
     matrix = np.asarray(matrix, np.float64)
+    if matrix.ndim != 2 or not matrix.size or not np.isfinite(matrix).all():
+        raise ValueError(f"vbmf takes a matrix of finite numbers; got an array of the shape {matrix.shape}")
     short, long = sorted(matrix.shape)
     gamma2 = np.linalg.svd(matrix, compute_uv=False) ** 2
     if gamma2[0] == 0:
@@ -159,9 +169,20 @@ def vbmf_tucker(kernel):
 
     An unfolding that looks like noise has the estimate 0; a layer needs a channel, so it gets 1.
     """
-    kernel = np.asarray(kernel, np.float64)
-    check_shape(kernel.shape)
+    kernel = check_kernel(kernel)
     return tuple(max(1, vbmf(np.moveaxis(kernel, mode, 0).reshape(kernel.shape[mode], -1))) for mode in (2, 3))
+
+
+def check_kernel(kernel):
+    """`kernel` in float64 if it is (kh, kw, S, T), real and finite; else ValueError."""
+    kernel = np.asarray(kernel)
+    if kernel.dtype.kind not in "fiu" and kernel.dtype.name != "bfloat16":
+        raise ValueError(f"a kernel is an array of real numbers; got {kernel.dtype}")
+    kernel = kernel.astype(np.float64)
+    check_shape(kernel.shape)
+    if not np.isfinite(kernel).all():
+        raise ValueError(f"the kernel has {np.size(kernel) - np.isfinite(kernel).sum()} values that are not finite")
+    return kernel
 
 
 def check_shape(shape):

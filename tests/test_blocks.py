@@ -35,10 +35,6 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype("float32")
 
 
-def one_rank(method, given):
-    return given[0] if method not in ("tucker", "tt") and isinstance(given, tuple) else given
-
-
 def largest_difference(kernel, decomposition, size, *, bias=None, images=2, **options):
     """Between the outputs of the dense layer with `kernel` and of the block of `decomposition`."""
     inputs = keras.Input((*size, kernel.shape[2]))

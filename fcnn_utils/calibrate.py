@@ -1,0 +1,270 @@
+"""What a few images without labels do for a factorized network: choose its ranks, and correct what it computes.
+
+Nothing here takes a gradient. `images` are inputs of the model (N, H, W, C), normalised as in training: some hundreds.
+"""
+
+import keras
+import numpy as np
+from keras import layers
+
+from fcnn_utils import decompose, graph
+from fcnn_utils import ranks as ranks_of
+
+FRACTIONS = (0.03, 0.045, 0.07, 0.1, 0.15, 0.22, 0.33, 0.5)  # of a kernel's parameters: where its curve is measured
+_BATCH = 128
+_BINS = 4000  # steps in which the budget is dealt out
+
+
+def check_images(model, images):
+    """`images` as a float32 array if the model takes them; else ValueError."""
+    images = np.asarray(images, "float32")
+    if len(model.inputs) != 1:
+        raise ValueError(f"calibration wants a model with one input; {model.name!r} has {len(model.inputs)}")
+    wanted = tuple(model.inputs[0].shape)
+    fits = images.ndim == len(wanted) and all(
+        a in (None, b) for a, b in zip(wanted[1:], images.shape[1:], strict=False)
+    )
+    if not fits or not len(images) or not np.isfinite(images).all():
+        raise ValueError(
+            f"calibration images must be finite numbers of the shape (N, {', '.join(map(str, wanted[1:]))}), at least "
+            f"one; got {images.shape}"
+        )
+    return images
+
+
+def sensitivity(model, method, images, places, *, fractions=FRACTIONS, **options):
+    """How much worse the network's answers get when one kernel is factorized, layer by layer and size by size.
+
+    Every kernel in turn is replaced by its decomposition, whose last factor is refitted to the layer's output on these
+    images (`refitted`), all others staying as they are. Worse is the mean Kullback-Leibler divergence of the model's
+    probabilities from those that it had; of a model without probabilities, the squared change of its output relative to
+    the output's variance.
+
+    Args:
+        places: `graph.Place`s of the Conv2D layers.
+        options: of the decomposition.
+
+    Returns:
+        dict path -> list of (fraction of the parameters, ranks, loss), in rising order of the fraction.
+    """
+    images = check_images(model, images)
+    trial = graph.rebuilt(model, {})
+    copies = {place.path: place.layer for place in graph.places(trial)}
+    before = _outputs(trial, images)
+    curves = {}
+    for place in places:
+        layer, curve = copies[place.path], []
+        weights = layer.get_weights()
+        moment = _moment(trial, layer, images)
+        for fraction in fractions:
+            try:
+                ranks = ranks_of.for_fraction(method, weights[0].shape, fraction)
+            except ValueError:  # even rank 1 is larger
+                continue
+            result = decompose.decompose(weights[0], method, ranks, **options)
+            kernel, shift = refitted(weights[0], result, moment)
+            layer.set_weights([kernel, *(bias + shift for bias in weights[1:])])
+            curve.append((fraction, ranks, _loss(before, _outputs(trial, images))))
+        layer.set_weights(weights)
+        curves[place.path] = curve
+    return curves
+
+
+def refitted(kernel, decomposition, moment):
+    """The kernel of the decomposition with the last factor that is best for the layer's output, not for the kernel.
+
+    With B the decomposition's `basis`, it solves  min E‖(K − B W)ᵀ(p − p̄)‖²  over W for the patches p that the layer
+    reads: least squares in the metric of their covariance.
+
+    Args:
+        kernel: (kh, kw, S, T), what was decomposed.
+        moment: (mean (kh kw S,), covariance (kh kw S, kh kw S)) of the patches.
+
+    Returns:
+        kernel (kh, kw, S, T), and the shift of the bias (T,) that keeps the mean output.
+    """
+    mean, covariance = moment
+    dense = np.reshape(kernel, (-1, kernel.shape[-1])).astype(np.float64)
+    basis, last = decomposition.basis(), decomposition.last_factor()
+    change = _least_squares(basis.T @ covariance @ basis, basis.T @ covariance @ (dense - basis @ last))
+    rebuilt = basis @ (last + change)
+    return rebuilt.reshape(kernel.shape), mean @ (dense - rebuilt)
+
+
+def choose(curves, costs, budget):
+    """The cheapest sum of losses within a budget: which point of its curve each layer takes, or none (it stays dense).
+
+    Between its measured points a curve is interpolated, both axes logarithmic, and made to fall. The losses of layers
+    are taken to add up. Exact but for the steps of the budget, by dynamic programming (the multiple-choice knapsack).
+
+    Args:
+        curves: of `sensitivity`.
+        costs: dict path -> function of a fraction that gives (ranks, cost), or (None, the dense layer's) for None.
+        budget: largest sum of the costs.
+
+    Returns:
+        dict path -> ranks, without the layers that stay dense.
+    """
+    unit = budget / _BINS
+    best, choices = np.zeros(_BINS + 1), []
+    for path, curve in curves.items():
+        options = [(*costs[path](None), 0.0)]
+        if curve:
+            fractions, losses = np.array([(fraction, loss) for fraction, _, loss in curve]).T
+            losses = np.maximum(np.minimum.accumulate(losses), 1e-9)  # more parameters are never worse
+            for fraction in np.geomspace(fractions[0], fractions[-1], 80):
+                loss = np.exp(np.interp(np.log(fraction), np.log(fractions), np.log(losses)))
+                options.append((*costs[path](float(fraction)), loss))
+        total, chosen = np.full(_BINS + 1, np.inf), np.zeros(_BINS + 1, int)
+        for number, (_, cost, loss) in enumerate(options):
+            steps = int(np.ceil(cost / unit))
+            if steps <= _BINS:
+                reached = np.full(_BINS + 1, np.inf)
+                reached[steps:] = best[: _BINS + 1 - steps] + loss
+                chosen[reached < total] = number
+                total = np.minimum(total, reached)
+        choices.append((path, options, chosen))
+        best = total
+    left, plan = _BINS, {}
+    for path, options, chosen in reversed(choices):
+        ranks, cost, _ = options[chosen[left]]
+        left -= int(np.ceil(cost / unit))
+        if ranks is not None:
+            plan[path] = ranks
+    return dict(reversed(plan.items()))
+
+
+def correct(new, model, images):
+    """Refit the factorized layers of `new` to what the layers of `model` compute, then its batch-norm statistics.
+
+    From the first layer to the last, the last small layer of each chain gets the weights (and the bias) at which its
+    output on these images is nearest to the dense layer's, given what the layers before it, corrected already, hand
+    on: so it makes up for their errors, too (asymmetric reconstruction, Zhang et al. 2015, arXiv 1505.06798). `new` is
+    changed in place.
+    """
+    images = check_images(model, images)
+    ours = {place.path: place.layer for place in graph.places(new)}
+    for place in graph.places(model):
+        dense, last = place.layer, ours.get(place.path)
+        if (
+            type(dense) is not layers.Conv2D
+            or type(last) is not layers.Conv2D
+            or dense.kernel.shape == last.kernel.shape
+        ):
+            continue
+        centred = last.use_bias or any(isinstance(after, layers.BatchNormalization) for after in place.after)
+        _refit(new, last, model, dense, images, centred)
+    reestimate(new, images)
+
+
+def reestimate(model, images):
+    """Batch-norm statistics anew, as training on these images would gather them: the mean over batches. In place."""
+    images = check_images(model, images)
+    norms = [place.layer for place in graph.places(model) if isinstance(place.layer, layers.BatchNormalization)]
+    if not norms:
+        return
+    before = [(norm.momentum, norm.trainable) for norm in norms]
+    try:
+        seen = 0
+        for part in _batches(images):
+            for norm in norms:
+                norm.trainable, norm.momentum = True, seen / (seen + len(part))  # a mean, not a moving average
+            model(part, training=True)
+            seen += len(part)
+    finally:
+        for norm, (momentum, trainable) in zip(norms, before, strict=True):
+            norm.momentum, norm.trainable = momentum, trainable
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+
+def _refit(new, last, model, dense, images, centred):
+    """Least squares of the dense layer's output, before its activation, on the patches that `last` reads."""
+    sums = 0
+    for part in _batches(images):
+        outputs = _seen(model, dense, part, lambda x: _linear(dense, x))
+        inputs = _seen(new, last, part, lambda x: _patches(last, x))
+        for z, y in zip(inputs, outputs, strict=True):
+            rows = np.concatenate([np.ones((len(z), 1), z.dtype), z, y], axis=1)
+            sums = sums + rows.T @ rows  # all sums, squares and products at once
+    size = int(np.prod(last.kernel.shape[:3]))
+    products = sums / sums[0, 0]
+    mean, squares = products[0, 1:], products[1:, 1:]
+    if centred:
+        squares = squares - np.outer(mean, mean)
+    start = last.get_weights()[0].reshape(size, -1).astype(np.float64)
+    gram, right = squares[:size, :size], squares[:size, size:]
+    weights = start + _least_squares(gram, right - gram @ start)
+    bias = [mean[size:] - mean[:size] @ weights] if last.use_bias else []
+    last.set_weights([weights.reshape(last.kernel.shape), *bias])
+
+
+def _moment(model, layer, images):
+    """Mean and covariance of the patches that a layer reads; of so many images as it takes to know them."""
+    total, squares, count = 0, 0, 0
+    for part in _batches(images, 16):
+        for rows in _seen(model, layer, part, lambda x: _patches(layer, x)):
+            total, squares, count = total + rows.sum(axis=0), squares + rows.T @ rows, count + len(rows)
+        if count > 20 * rows.shape[1]:
+            break
+    mean = total / count
+    return mean, squares / count - np.outer(mean, mean)
+
+
+def _least_squares(gram, right):
+    """Least-squares solution from the normal equations, directions that the data hardly show left at zero."""
+    values, vectors = np.linalg.eigh(gram)
+    if values[-1] <= 0:
+        return np.zeros_like(right)
+    return vectors @ ((vectors.T @ right) / (np.maximum(values, 0) + 1e-6 * values[-1])[:, None])
+
+
+def _linear(layer, x):
+    y = layer.convolution_op(x, keras.ops.cast(layer.kernel, x.dtype))
+    return _rows(keras.ops.add(y, keras.ops.cast(layer.bias, x.dtype)) if layer.use_bias else y)
+
+
+def _patches(layer, x):
+    """(N h w, kh kw S) what a layer reads, by a convolution with the identity: strides, padding, dilation are its own."""
+    kh, kw, channels, _ = layer.kernel.shape
+    identity = np.eye(kh * kw * channels, dtype="float32").reshape(kh, kw, channels, -1)
+    return _rows(layer.convolution_op(x, keras.ops.cast(identity, x.dtype)))
+
+
+def _rows(x):
+    return keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")).reshape(-1, x.shape[-1]).astype(np.float64)
+
+
+def _seen(model, layer, images, function):
+    """`function` of what the layer reads, for each of its calls, when the model sees the images."""
+    seen, call = [], layer.call
+
+    def watched(inputs, *args, **kwargs):
+        seen.append(function(inputs))
+        return call(inputs, *args, **kwargs)
+
+    layer.call = watched  # as Keras's own calibration of quantized layers does it
+    try:
+        model(images, training=False)
+    finally:
+        layer.call = call
+    return seen
+
+
+def _outputs(model, images):
+    """(N, D) all outputs of the model."""
+    parts = [model.predict_on_batch(part) for part in _batches(images)]
+    parts = [part if isinstance(part, (list, tuple)) else [part] for part in parts]
+    rows = [np.concatenate([np.reshape(y, (len(y), -1)) for y in part], axis=1) for part in parts]
+    return np.concatenate(rows).astype(np.float64)
+
+
+def _loss(before, after):
+    if before.min() >= 0 and np.allclose(before.sum(axis=1), 1, atol=1e-2):
+        return float(np.mean(np.sum(before * (np.log(before + 1e-9) - np.log(after + 1e-9)), axis=1)))
+    return float(np.mean((after - before) ** 2) / max(np.var(before), 1e-30))
+
+
+def _batches(images, size=_BATCH):
+    return [images[start : start + size] for start in range(0, len(images), size)]

@@ -1,0 +1,385 @@
+"""A trained network -> a factorized one: chosen convolutions become chains of small ones that carry their factors.
+
+    compressed, report = convert.factorize(model, "cp", ratio=0.15)                # from the weights alone
+    compressed, report = convert.factorize(model, "cp", macs=60e6, images=images)  # ranks and factors from images, too
+
+Functional and Sequential models, with branches, shared layers and models within models, whose layers are named by
+their path, `inner/conv1`. The original is not changed, and the new model shares nothing with it; it is of stock
+layers, so that it is saved and loaded without custom objects.
+"""
+
+import dataclasses
+import functools
+import math
+
+import keras
+import numpy as np
+import pandas as pd
+from keras import layers as keras_layers
+
+from fcnn_utils import blocks, calibrate, cost, decompose, graph
+from fcnn_utils import ranks as ranks_of
+from fcnn_utils.parameters import check_choice, check_number
+
+COLUMNS = [
+    "layer",
+    "method",
+    "ranks",
+    "relative_error",
+    "degeneracy",
+    "params_before",
+    "params_after",
+    "macs_before",
+    "macs_after",
+    "reason",
+]
+_CONVOLUTIONS = (
+    keras_layers.Conv1D,
+    keras_layers.Conv2D,
+    keras_layers.Conv3D,
+    keras_layers.DepthwiseConv1D,
+    keras_layers.DepthwiseConv2D,
+    keras_layers.SeparableConv1D,
+    keras_layers.SeparableConv2D,
+    keras_layers.Conv1DTranspose,
+    keras_layers.Conv2DTranspose,
+    keras_layers.Conv3DTranspose,
+)
+_FEW_CHANNELS = 4
+_FOLDABLE = (  # with their kernel's output channels last, or (depthwise) in its last two axes
+    keras_layers.Conv1D,
+    keras_layers.Conv2D,
+    keras_layers.Conv3D,
+    keras_layers.DepthwiseConv2D,
+    keras_layers.SeparableConv2D,
+    keras_layers.Dense,
+)
+
+
+def factorize(model, method="cp", *, ratio=None, ranks=None, macs=None, layers=None, images=None, seed=0, **options):
+    """Replace convolutions of a trained model by factorized ones that carry its weights.
+
+    A converted layer becomes a chain (see `blocks`) whose last layer keeps its name, with the bias and the activation;
+    the ones before are NAME_in, NAME_depthwise, ... Stride, padding, dilation, initializers, regularizers (the kernel's
+    on every factor), dtype policy and `trainable` are the layer's. Everything else is copied.
+
+    Args:
+        model: built, functional or sequential.
+        method: one of `ranks.METHODS`.
+        ratio: share of each converted kernel's parameters that is kept, in (0, 1];
+        ranks: or the ranks of each layer to convert, {path: ranks};
+        macs: or the most multiply-adds that the whole network may take for one image: with `images` the ranks are
+            chosen by sensitivity (`calibrate.sensitivity`, `calibrate.choose`), without them one ratio serves all.
+            Give one of the three.
+        layers: paths of the layers to convert; default: all that can be, but those that read fewer than 4 channels
+            (there is little to save and much to lose) and those that are part of a factorization already.
+        images: some hundred inputs (N, H, W, C), normalised as in training, without labels: the factors are then
+            fitted to what the layers compute on them (`calibrate.correct`), not to the kernels alone.
+        seed: of the random numbers in a CP's starts.
+        options: of the decomposition; a CP's norms are bounded, `max_norm=1.0`, unless told otherwise.
+
+    Returns:
+        (new model, report): the report is a DataFrame, a row for each convolution, with the columns layer, method,
+        ranks, relative_error (of the kernel, before `images` came in), degeneracy (CP only), params_before,
+        params_after, macs_before, macs_after, and `reason` where it was left as it is. MACs are NaN on images of no
+        fixed size.
+
+    Raises:
+        ValueError: a model that is not built or no graph of layers; nothing to convert; a layer that is not there or
+            can't be converted; a budget below the smallest possible; images that the model does not take.
+    """
+    graph.check(model)
+    check_choice("method", method, ranks_of.METHODS)
+    check_number("seed", seed, int, 0, 2**31 - 1)
+    if sum(value is not None for value in (ratio, ranks, macs)) != 1:
+        raise ValueError("give one of ratio=, ranks= and macs=")
+    if ranks is not None and layers is not None:
+        raise ValueError("ranks= names the layers already: leave out layers=")
+    if images is not None:
+        images = calibrate.check_images(model, images)
+    if method in ("cp", "cp4"):
+        options = {"max_norm": 1.0, "seed": seed} | options
+
+    sites = {place.path: _Site(place) for place in graph.places(model) if isinstance(place.layer, _CONVOLUTIONS)}
+    chosen = _chosen(sites, layers if ranks is None else ranks, model)
+    if ranks is not None:
+        plan = {path: ranks_of.check(method, chosen[path].shape, given) for path, given in ranks.items()}
+    elif ratio is not None:
+        plan = _by_ratio(chosen, method, check_number("ratio", ratio, float, 1e-9, 1))
+    else:
+        plan = _by_budget(model, chosen, method, macs, images, options)
+
+    chains, rows = {}, []
+    for path, site in sites.items():
+        row = {"layer": path, "params_before": site.parameters, "params_after": site.parameters}
+        row |= {"macs_before": site.macs, "macs_after": site.macs, "reason": site.reason}
+        if path in plan:
+            row |= _converted(site, method, plan[path], options, chains)
+        elif path in chosen:
+            row["reason"] = f"{method} would cost more than the layer itself" if ranks is None else "not chosen"
+        elif not site.reason:
+            row["reason"] = "not chosen"
+        rows.append(row)
+    new = graph.rebuilt(model, chains)
+    if images is not None:
+        calibrate.correct(new, model, images)
+    return new, pd.DataFrame(rows, columns=COLUMNS)
+
+
+def fold_batch_norm(model, dtype=None):
+    """The model for inference: every batch normalisation behind a convolution or a dense layer is in its weights.
+
+        y = γ (W x + b − μ) / √(σ² + ε) + β  =  (γ / √(σ² + ε)) W x + γ (b − μ) / √(σ² + ε) + β
+
+    Folded where the layer before has no activation and is read by the normalisation alone, both called once; others
+    stay. Exact but for rounding; to be used, not trained on.
+
+    Args:
+        model: built, functional or sequential.
+        dtype: dtype policy of the new model's layers, "float32" to leave mixed precision; default: as they are.
+
+    Returns:
+        keras.Model, not compiled; it shares nothing with `model`.
+    """
+    if dtype is not None:
+        model = graph.rebuilt(model, {}, dtype=dtype)
+    chains, places = {}, {id(place.layer): place for place in graph.places(model)}
+    for place in places.values():
+        if isinstance(place.layer, keras_layers.BatchNormalization):
+            before = places.get(id(place.before[0]))
+            if _folds(place, before):
+                chains[id(before.layer)], chains[id(place.layer)] = [_scaled(before.layer, place.layer)], []
+    return graph.rebuilt(model, chains)
+
+
+# --- which layers, which ranks -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class _Site:
+    """A convolution in a model: whether it can be converted, and what that costs."""
+
+    place: graph.Place
+
+    @property
+    def layer(self):
+        return self.place.layer
+
+    @property
+    def shape(self):
+        return tuple(self.layer.kernel.shape)
+
+    @property
+    def parameters(self):
+        return sum(math.prod(weight.shape) for weight in self.layer.weights)
+
+    @functools.cached_property
+    def obstacle(self):
+        """Why it can't be converted; "" if it can."""
+        layer = self.layer
+        if type(layer) is not keras_layers.Conv2D:
+            kinds = {"Depthwise": "depthwise", "Separable": "separable already", "Transpose": "transposed"}
+            name = type(layer).__name__
+            return next((said for kind, said in kinds.items() if kind in name), f"a {name}, not a Conv2D")
+        refusals = {
+            "grouped": layer.groups > 1,
+            "1×1: nothing to separate": layer.kernel_size == (1, 1),
+            "channels come first": layer.data_format != "channels_last",
+            "its kernel has a constraint": layer.kernel_constraint is not None,
+            "its weights are quantized or have a LoRA": "float" not in layer.kernel.dtype
+            or getattr(layer, "lora_enabled", False),
+            "it is called on images of several sizes": len({str(call[0]) for call in self.place.calls}) > 1,
+        }
+        return next((reason for reason, holds in refusals.items() if holds), "")
+
+    @functools.cached_property
+    def reason(self):
+        """Why it is left unless it is named; "" if it is not."""
+        if self.obstacle:
+            return self.obstacle
+        joined = self._joined()
+        if joined:
+            return f"no activation between it and {joined[0].name}: factorized already"
+        if self.shape[2] < _FEW_CHANNELS:
+            return f"reads {self.shape[2]} channel{'s' * (self.shape[2] > 1)}: little to save, much to lose"
+        return ""
+
+    def _joined(self):
+        """Convolutions before and after it with nothing in between."""
+        before = [other for other in self.place.before if _is_linear(other)]
+        after = self.place.after if _is_linear(self.layer) else []
+        return [other for other in (*before, *after) if isinstance(other, _CONVOLUTIONS)]
+
+    @property
+    def input_shape(self):
+        return self.place.calls[0][0][0][1:]
+
+    @property
+    def options(self):
+        names = ("strides", "padding", "dilation_rate", "activation", "trainable", "name")
+        names += ("kernel_initializer", "kernel_regularizer", "bias_initializer", "bias_regularizer")
+        return {name: getattr(self.layer, name) for name in names} | {"dtype": self.layer.dtype_policy}
+
+    @functools.cached_property
+    def macs(self):
+        """Of all calls; NaN where they are not known."""
+        try:
+            return cost.macs_of(self.place)
+        except ValueError:
+            return math.nan
+
+    def macs_at(self, method, ranks):
+        """MACs of the chain at these ranks, of all calls."""
+        ones = (1,) * len(ranks)
+        if method not in self._positions:
+            block = blocks.BLOCKS[method](
+                self.input_shape, self.shape[3], self.shape[:2], ones, **self.options | {"use_bias": False}
+            )
+            table = cost.layer_costs(block).iloc[:-1]
+            table = table[table["params"] > 0]
+            self._positions[method] = (table["macs"] / table["params"]).to_numpy() * len(self.place.calls)
+        return round(float(self._positions[method] @ ranks_of.layer_parameters(method, self.shape, ranks)))
+
+    @functools.cached_property
+    def _positions(self):
+        return {}
+
+    def chain(self, result, bias):
+        """New layers of a decomposition, with their weights; the last one has the layer's name."""
+        block = blocks.factorized(self.input_shape, result, bias, **self.options)
+        return [self._copy(layer, last=layer is block.layers[-1]) for layer in block.layers[1:]]
+
+    def _copy(self, layer, last):
+        config = layer.get_config()
+        if last:
+            config |= {"name": self.layer.name, "activity_regularizer": self.layer.activity_regularizer}
+            config |= {"bias_constraint": self.layer.bias_constraint}
+        copy = type(layer).from_config(config)
+        copy.build(layer.input.shape)
+        copy.set_weights(layer.get_weights())
+        return copy
+
+
+def _is_linear(operation):
+    return getattr(operation, "activation", None) is keras.activations.linear
+
+
+def _chosen(sites, named, model):
+    """The sites to convert, by path."""
+    if named is None:
+        chosen = {path: site for path, site in sites.items() if not site.reason}
+        if not chosen:
+            reasons = "; ".join(f"{path}: {site.reason}" for path, site in list(sites.items())[:5])
+            raise ValueError(
+                f"model {model.name!r} has no convolution to factorize ({reasons or 'it has none at all'})"
+            )
+        return chosen
+    named = [named] if isinstance(named, str) else list(named)
+    if not named:
+        raise ValueError("name at least one layer to convert")
+    unknown = [path for path in named if path not in sites]
+    if unknown:
+        raise ValueError(f"layer {unknown[0]!r} is no convolution of model {model.name!r}; it has {', '.join(sites)}")
+    for path in named:
+        if sites[path].obstacle:
+            raise ValueError(f"layer {path!r} can't be factorized: {sites[path].obstacle}")
+    return {path: site for path, site in sites.items() if path in named}
+
+
+def _by_ratio(chosen, method, ratio):
+    plan = {}
+    for path, site in chosen.items():
+        try:
+            plan[path] = ranks_of.for_fraction(method, site.shape, ratio)
+        except ValueError:  # even rank 1 is larger: it stays
+            continue
+    if not plan:
+        raise ValueError(f"ratio {ratio} is below what {method} takes at rank 1 in every layer: {', '.join(chosen)}")
+    return plan
+
+
+def _by_budget(model, chosen, method, macs, images, options):
+    """Ranks at which the whole network stays within `macs`."""
+    check_number("macs", macs, float, 1, math.inf)
+    unknown = [path for path, site in chosen.items() if math.isnan(site.macs)]
+    if unknown:
+        raise ValueError(f"macs= needs images of a fixed size, and layer {unknown[0]!r} has none: use ratio= or ranks=")
+
+    def at(site, fraction):
+        """(ranks, MACs): of the fraction, at least rank 1; of the dense layer where that costs no more."""
+        if fraction is None:
+            return None, site.macs
+        smallest = ranks_of.parameters(method, site.shape, (1,) * len(ranks_of.maximum(method, site.shape)))
+        share = max(fraction, (smallest + 0.5) / ranks_of.dense(site.shape))
+        ranks = ranks_of.for_fraction(method, site.shape, share)
+        count = site.macs_at(method, ranks)
+        return (ranks, count) if count < site.macs else (None, site.macs)
+
+    fixed = cost.totals(model)["macs"] - sum(site.macs for site in chosen.values())
+    smallest = fixed + sum(at(site, 1e-9)[1] for site in chosen.values())
+    if macs < smallest:
+        raise ValueError(f"macs must be at least {smallest:,}, with {method} at rank 1 in all layers; got {macs:,}")
+    if images is not None:
+        places = [site.place for site in chosen.values()]
+        curves = calibrate.sensitivity(model, method, images, places, **options)
+        costs = {path: functools.partial(at, site) for path, site in chosen.items()}
+        return calibrate.choose(curves, costs, macs - fixed)
+    low, high = 1e-9, 1.0
+    if fixed + sum(at(site, high)[1] for site in chosen.values()) <= macs:
+        low = high
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2 if low > 1e-6 else high / 2
+        fits = fixed + sum(at(site, middle)[1] for site in chosen.values()) <= macs
+        low, high = (middle, high) if fits else (low, middle)
+    plan = {path: at(site, low)[0] for path, site in chosen.items()}
+    return {path: ranks for path, ranks in plan.items() if ranks is not None}
+
+
+def _converted(site, method, ranks, options, chains):
+    """Decompose a site's kernel, put its chain into `chains`, return its entries in the report."""
+    kernel, *bias = site.layer.get_weights()
+    try:
+        result = decompose.decompose(kernel, method, ranks, **options)
+        chain = site.chain(result, bias[0] if bias else None)
+    except ValueError as error:
+        raise ValueError(f"layer {site.place.path!r}: {error}") from None
+    chains[id(site.layer)] = chain
+    return {
+        "method": method,
+        "ranks": result.ranks,
+        "relative_error": result.relative_error,
+        "degeneracy": result.degeneracy if method in ("cp", "cp4") else math.nan,
+        "params_after": sum(layer.count_params() for layer in chain),
+        "macs_after": math.nan if math.isnan(site.macs) else site.macs_at(method, result.ranks),
+        "reason": "",
+    }
+
+
+# --- folding -----------------------------------------------------------------------------------------------------
+
+
+def _folds(place, before):
+    """Whether a batch normalisation goes into the layer before it, whose place is `before` (or None)."""
+    return (
+        before is not None
+        and isinstance(before.layer, _FOLDABLE)
+        and _is_linear(before.layer)
+        and getattr(before.layer, "data_format", "channels_last") == "channels_last"
+        and place.layer.axis in (-1, len(place.calls[0][1]) - 1)
+        and len(place.calls) == len(before.calls) == len(before.after) == 1
+    )
+
+
+def _scaled(layer, norm):
+    """A copy of a layer with the normalisation in its weights."""
+    mean, variance = (np.asarray(value, np.float64) for value in (norm.moving_mean, norm.moving_variance))
+    gamma, beta = (1.0 if norm.gamma is None else norm.gamma), (0.0 if norm.beta is None else norm.beta)
+    scale = np.asarray(gamma, np.float64) / np.sqrt(variance + norm.epsilon)
+    kernels = layer.get_weights()
+    bias = kernels.pop() if layer.use_bias else 0.0
+    last = np.asarray(kernels[-1], np.float64)
+    kernels[-1] = last * scale.reshape(last.shape[2:] if isinstance(layer, keras_layers.DepthwiseConv2D) else -1)
+    copy = type(layer).from_config(layer.get_config() | {"use_bias": True})
+    copy.build(layer.input.shape)
+    copy.set_weights([*kernels, (np.asarray(bias, np.float64) - mean) * scale + np.asarray(beta, np.float64)])
+    return copy

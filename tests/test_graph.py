@@ -1,0 +1,139 @@
+"""Layers in their places, and models rebuilt: `fcnn_utils.graph`."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from fcnn_utils import graph
+
+
+def zoo():
+    """A functional model with a branch, a layer called twice, a model within, a Sequential within, a bare operation."""
+    inner_in = keras.Input((8, 8, 4))
+    inner = keras.Model(inner_in, layers.Conv2D(4, 3, padding="same", name="conv")(inner_in), name="inner")
+    stack = keras.Sequential([layers.Conv2D(4, 3, padding="same", name="conv"), layers.ReLU(name="r")], name="stack")
+    x = inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, padding="same", activation="relu", name="first")(x)
+    shared = layers.Conv2D(4, 3, padding="same", activation="tanh", name="shared")
+    x = layers.Add(name="add")([shared(shared(x)), inner(x), stack(x)])
+    x = layers.BatchNormalization(name="norm")(keras.ops.abs(x))
+    model = keras.Model(inputs, [x, layers.GlobalAveragePooling2D(name="pool")(x)], name="zoo")
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.uniform(0.1, 0.5, weight.shape) for weight in model.get_weights()])
+    return model
+
+
+def sequential():
+    return keras.Sequential(
+        [keras.Input((8, 8, 3)), layers.Conv2D(4, 3, name="conv"), layers.BatchNormalization(), layers.ReLU()], name="s"
+    )
+
+
+def outputs(model, seed=0):
+    x = np.random.default_rng(seed).standard_normal((2, *model.inputs[0].shape[1:])).astype("float32")
+    return [keras.ops.convert_to_numpy(y) for y in keras.tree.flatten(model(x))]
+
+
+# --- basic -------------------------------------------------------------------------------------------------------
+
+
+def test_models_whose_layers_can_not_be_told_are_refused():
+    class Own(keras.Model):
+        def call(self, x):
+            return x
+
+    own = Own(name="own")
+    own(np.zeros((1, 2)))
+    with pytest.raises(ValueError, match="model must be a built keras.Model; got str"):
+        graph.check("simple")
+    with pytest.raises(ValueError, match="'sequential.*' is not built: call it on images once"):
+        graph.check(keras.Sequential([layers.Conv2D(4, 3)]))
+    with pytest.raises(ValueError, match="model 'own' is not a graph of layers"):
+        graph.check(own)
+
+
+# --- correct -----------------------------------------------------------------------------------------------------
+
+
+def test_places_of_branches_shared_layers_and_inner_models():
+    places = {place.path: place for place in graph.places(zoo())}
+    assert set(places) == {"first", "shared", "inner/conv", "stack/conv", "stack/r", "add", "norm", "pool"}
+    assert [len(place.calls) for place in places.values()].count(2) == 1 and len(places["shared"].calls) == 2
+    assert places["first"].calls == [([(None, 8, 8, 3)], (None, 8, 8, 4))]
+    assert len(places["add"].calls[0][0]) == 3
+    names = sorted(operation.name for operation in places["first"].after)
+    assert names == ["inner", "shared", "stack"]
+    assert {operation.name for operation in places["shared"].before} == {"first", "shared"}
+    assert [operation.name for operation in places["stack/conv"].after] == ["r"] and places["inner/conv"].after == [
+        None
+    ]
+    assert None in places["norm"].after and places["pool"].after == [None]
+
+
+def test_an_inner_model_called_twice_counts_twice():
+    inner = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(3, 3, padding="same", name="conv")], name="inner")
+    inputs = keras.Input((8, 8, 3))
+    (place,) = graph.places(keras.Model(inputs, inner(inner(inputs))))
+    assert place.path == "inner/conv" and len(place.calls) == 2
+
+
+@pytest.mark.parametrize("make", [zoo, sequential])
+def test_a_rebuilt_model_is_the_same_and_shares_nothing(make):
+    model = make()
+    before = outputs(model)
+    new = graph.rebuilt(model, {})
+    assert type(new) is type(model) and new.name == model.name
+    assert all(np.array_equal(a, b) for a, b in zip(outputs(new), before, strict=True))
+    new.set_weights([weight + 1 for weight in new.get_weights()])
+    assert all(np.array_equal(a, b) for a, b in zip(outputs(model), before, strict=True))
+    assert not {id(place.layer) for place in graph.places(new)} & {id(place.layer) for place in graph.places(model)}
+    assert [place.path for place in graph.places(new)] == [place.path for place in graph.places(model)]
+
+
+@pytest.mark.parametrize("make", [zoo, sequential])
+def test_what_is_trainable_stays_so(make):
+    model = make()
+    model.trainable = False
+    model.layers[1].trainable = True
+    new = graph.rebuilt(model, {})
+    pairs = list(zip(graph.places(model), graph.places(new), strict=True))
+    assert [old.layer.trainable for old, _ in pairs] == [copy.layer.trainable for _, copy in pairs]
+    assert len({old.layer.trainable for old, _ in pairs}) == 2
+
+
+def test_chains_stand_for_layers_wherever_they_are_called():
+    """Doubling layers in place of the activation-free ones, in the shared, the nested and the sequential one."""
+    model = zoo()
+    places = {place.path: place.layer for place in graph.places(model)}
+    chains = {}
+    for number, path in enumerate(("shared", "inner/conv", "stack/r")):
+        chains[id(places[path])] = [layers.Rescaling(2.0, name=f"a{number}"), layers.Rescaling(0.5, name=f"b{number}")]
+    new = graph.rebuilt(model, chains)
+    found = [place.path for place in graph.places(new)]
+    assert {"a0", "b0", "inner/a1", "inner/b1", "stack/a2", "stack/b2"} <= set(found)
+    assert not {"shared", "inner/conv", "stack/r"} & set(found)
+
+    weights = {path: layer.get_weights() for path, layer in places.items() if layer.weights}
+    x = np.random.default_rng(0).standard_normal((2, 8, 8, 3)).astype("float32")
+    relu = lambda v: np.maximum(v, 0)  # noqa: E731
+    convolve = lambda v, path: keras.ops.convert_to_numpy(  # noqa: E731
+        keras.ops.conv(v, weights[path][0], padding="same") + weights[path][1]
+    )
+    first = relu(convolve(x, "first"))
+    summed = np.abs(first + first + convolve(first, "stack/conv"))  # the doubled and halved are the identity
+    gamma, beta, mean, variance = weights["norm"]
+    expected = (summed - mean) / np.sqrt(variance + 1e-3) * gamma + beta
+    assert np.allclose(keras.ops.convert_to_numpy(new(x)[0]), expected, atol=1e-3)
+
+
+def test_an_empty_chain_takes_a_layer_out():
+    model = sequential()
+    new = graph.rebuilt(model, {id(model.layers[1]): []})
+    assert [type(layer) for layer in new.layers] == [layers.Conv2D, layers.ReLU]
+
+
+def test_layers_in_another_dtype():
+    new = graph.rebuilt(zoo(), {}, dtype="mixed_bfloat16")
+    assert {place.layer.dtype_policy.name for place in graph.places(new)} == {"mixed_bfloat16"}
+    assert {place.layer.dtype_policy.name for place in graph.places(graph.rebuilt(new, {}, "float32"))} == {"float32"}

@@ -10,7 +10,6 @@ from keras import layers
 from fcnn_utils import decompose, graph
 from fcnn_utils import ranks as ranks_of
 
-FRACTIONS = (0.03, 0.045, 0.07, 0.1, 0.15, 0.22, 0.33)  # of a kernel's parameters: where its curve is measured
 _BATCH = 128
 _BINS = 4000  # steps in which the budget is dealt out
 
@@ -32,7 +31,7 @@ def check_images(model, images):
     return images
 
 
-def sensitivity(model, method, images, places, *, fractions=FRACTIONS, **options):
+def sensitivity(model, method, images, places, fractions, **options):
     """How much worse the network's answers get when one kernel is factorized, layer by layer and size by size.
 
     Every kernel in turn is replaced by its decomposition, whose last factor is refitted to the layer's output on these
@@ -42,10 +41,11 @@ def sensitivity(model, method, images, places, *, fractions=FRACTIONS, **options
 
     Args:
         places: `graph.Place`s of the Conv2D layers.
+        fractions: of a kernel's parameters, rising: the sizes to try; those below rank 1 are left out.
         options: of the decomposition; a CP is content with 20 sweeps here unless told otherwise.
 
     Returns:
-        dict path -> list of (fraction of the parameters, ranks, loss), in rising order of the fraction.
+        dict path -> list of (fraction, ranks, loss).
     """
     images = check_images(model, images)
     if method in ("cp", "cp4"):

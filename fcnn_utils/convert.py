@@ -109,12 +109,12 @@ def factorize(model, method="cp", *, ratio=None, ranks=None, macs=None, layers=N
     else:
         plan = _by_budget(model, chosen, method, macs, images, options)
 
-    chains, rows = {}, []
+    chains, rows, taken = {}, [], {place.layer.name for place in graph.places(model)}
     for path, site in sites.items():
         row = {"layer": path, "params_before": site.parameters, "params_after": site.parameters}
         row |= {"macs_before": site.macs, "macs_after": site.macs, "reason": site.reason}
         if path in plan:
-            row |= _converted(site, method, plan[path], options, chains)
+            row |= _converted(site, method, plan[path], options, chains, taken)
         elif path in chosen:
             row["reason"] = f"{method} would cost more than the layer itself" if ranks is None else "not chosen"
         elif not site.reason:
@@ -244,13 +244,16 @@ class _Site:
     def _positions(self):
         return {}
 
-    def chain(self, result, bias):
-        """New layers of a decomposition, with their weights; the last one has the layer's name."""
+    def chain(self, result, bias, taken):
+        """New layers of a decomposition, with their weights; the last one has the layer's name, the others new ones."""
         block = blocks.factorized(self.input_shape, result, bias, **self.options)
-        return [self._copy(layer, last=layer is block.layers[-1]) for layer in block.layers[1:]]
+        return [self._copy(layer, taken, last=layer is block.layers[-1]) for layer in block.layers[1:]]
 
-    def _copy(self, layer, last):
+    def _copy(self, layer, taken, last):
         config = layer.get_config()
+        while not last and config["name"] in taken:
+            config["name"] += "_"
+        taken.add(config["name"])
         if last:
             config |= {"name": self.layer.name, "activity_regularizer": self.layer.activity_regularizer}
             config |= {"bias_constraint": self.layer.bias_constraint}
@@ -319,11 +322,6 @@ def _by_budget(model, chosen, method, macs, images, options):
     smallest = fixed + sum(at(site, 1e-9)[1] for site in chosen.values())
     if macs < smallest:
         raise ValueError(f"macs must be at least {smallest:,}, with {method} at rank 1 in all layers; got {macs:,}")
-    if images is not None:
-        places = [site.place for site in chosen.values()]
-        curves = calibrate.sensitivity(model, method, images, places, **options)
-        costs = {path: functools.partial(at, site) for path, site in chosen.items()}
-        return calibrate.choose(curves, costs, macs - fixed)
     low, high = 1e-9, 1.0
     if fixed + sum(at(site, high)[1] for site in chosen.values()) <= macs:
         low = high
@@ -331,16 +329,24 @@ def _by_budget(model, chosen, method, macs, images, options):
         middle = (low + high) / 2 if low > 1e-6 else high / 2
         fits = fixed + sum(at(site, middle)[1] for site in chosen.values()) <= macs
         low, high = (middle, high) if fits else (low, middle)
+    if images is not None:
+        fractions = np.geomspace(max(low / 5, 1e-9), min(4 * low, 0.9), 8)  # around what would be the same for all
+        curves = calibrate.sensitivity(
+            model, method, images, [site.place for site in chosen.values()], fractions.tolist(), **options
+        )
+        return calibrate.choose(
+            curves, {path: functools.partial(at, site) for path, site in chosen.items()}, macs - fixed
+        )
     plan = {path: at(site, low)[0] for path, site in chosen.items()}
     return {path: ranks for path, ranks in plan.items() if ranks is not None}
 
 
-def _converted(site, method, ranks, options, chains):
-    """Decompose a site's kernel, put its chain into `chains`, return its entries in the report."""
+def _converted(site, method, ranks, options, chains, taken):
+    """Decompose a site's kernel, put its chain into `chains`, its names to those `taken`; its entries in the report."""
     kernel, *bias = site.layer.get_weights()
     try:
         result = decompose.decompose(kernel, method, ranks, **options)
-        chain = site.chain(result, bias[0] if bias else None)
+        chain = site.chain(result, bias[0] if bias else None, taken)
     except ValueError as error:
         raise ValueError(f"layer {site.place.path!r}: {error}") from None
     chains[id(site.layer)] = chain

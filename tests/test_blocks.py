@@ -176,6 +176,20 @@ def test_images_of_any_size_where_no_padding_layer_is_needed():
         assert np.allclose(block(x), fixed(x), atol=1e-5)
 
 
+def test_a_block_in_the_middle_of_a_model():
+    """On a tensor that other layers made: its weights are set, theirs are left."""
+    x = inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(6, 3, activation="relu", name="before")(x)
+    kernel = random(3, 3, 6, 4)
+    exact = decompose.decompose(kernel, "tt", ranks.maximum("tt", kernel.shape))
+    dense = layers.Conv2D(4, 3, padding="same", use_bias=False)
+    model = keras.Model(inputs, layers.ReLU()(blocks.factorized(x, exact)))
+    expected = keras.Model(inputs, layers.ReLU()(dense(x)))
+    dense.set_weights([kernel])
+    images = random(2, 8, 8, 3)
+    assert np.allclose(model(images), expected(images), atol=1e-4) and np.std(expected(images)) > 0.1
+
+
 # --- correct: the designs ----------------------------------------------------------------------------------------
 
 

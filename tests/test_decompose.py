@@ -9,7 +9,7 @@ import pytest
 import tensorly
 from tensorly.decomposition import parafac
 
-from fcnn_utils import decompose, models, ranks, records
+from fcnn_utils import decompose, ranks, records
 
 RANKS = {"cp": 6, "cp4": 6, "tucker": (4, 3), "tt": (4, 6, 3), "spatial": 5, "separable": 2}
 CHECKPOINT = records.ROOT / "results" / "cifar100" / "simple" / "fast" / "seed0.keras"
@@ -260,16 +260,19 @@ def test_sensitivity_is_the_expected_change_under_noise():
 
 def test_all_kernels_of_the_simple_network_in_fifteen_seconds(trained):
     """At 15% of their parameters, one start each; about 4 s on a quiet 2-core machine."""
-    assert {name: kernel.shape for name, kernel in trained.items() if kernel.shape[0] == 3} == {
-        layer.name: tuple(layer.kernel.shape) for layer in models.build("simple").layers[1:] if "conv" in layer.name
-        if layer.kernel_size == (3, 3)
-    }  # fmt: skip
+    assert [name for name, kernel in trained.items() if kernel.shape[0] == 3] == [f"conv{n}" for n in range(1, 8)]
     start = time.perf_counter()
     for kernel in trained.values():
         if kernel.shape[0] == 3:
             result = decompose.cp(kernel, *ranks.for_fraction("cp", kernel.shape, 0.15))
             assert result.parameters <= 0.15 * kernel.size and result.relative_error < 0.8
     assert time.perf_counter() - start < 15
+
+
+@pytest.mark.parametrize("method", ranks.METHODS)
+def test_the_last_factor_combines_the_basis(method):
+    result = decompose.decompose(random_kernel(), method, RANKS[method])
+    assert np.allclose(result.basis() @ result.last_factor(), result.to_kernel().reshape(-1, 8))
 
 
 # --- degeneracy and its cure -------------------------------------------------------------------------------------
@@ -296,7 +299,7 @@ def test_correction_where_plain_least_squares_degenerates_at_border_rank_three()
     """A second derivative, aac + aca + caa + abb + bab + bba, in noise, by 3 components."""
     rng = np.random.default_rng(0)
     a, b, c = np.eye(3)
-    core = sum(outer(*v) for v in (*set_of(a, a, c), *set_of(b, b, a)))
+    core = sum(outer(*v) for v in (*three_orders(a, c), *three_orders(b, a)))
     frames = [np.linalg.qr(rng.standard_normal((10, 10)))[0][:, :3] for _ in range(3)]
     tensor = np.einsum("abc,ia,jb,kc->ijk", core, *frames)
     noise = rng.standard_normal(tensor.shape)
@@ -307,9 +310,8 @@ def test_correction_where_plain_least_squares_degenerates_at_border_rank_three()
     assert cured.relative_error <= 1.01 * plain.relative_error * (1 + 1e-9)
 
 
-def set_of(x, y, z):
-    """Three orders of (x, x, z), for x = y."""
-    return (x, y, z), (x, z, y), (z, x, y)
+def three_orders(x, z):
+    return (x, x, z), (x, z, x), (z, x, x)
 
 
 @pytest.mark.parametrize(("layer", "rank", "n_iter"), [("conv1", 12, 5000), ("conv2", 61, 1000)])
@@ -355,3 +357,28 @@ def test_the_corrections_norm_never_rises():
         steps.append(decompose.correct(kernel, steps[-1], error=allowed, n_iter=1))
     sums = [np.sum(step.component_norms**2) for step in steps]
     assert (np.diff(sums) <= 1e-9 * sums[0]).all() and sums[-1] < sums[0]
+
+
+def test_an_exact_decomposition_is_left_as_it_is():
+    kernel = decompose.cp(random_kernel(), 3).to_kernel()
+    exact = decompose._cp_of(kernel, "cp", decompose.cp(random_kernel(), 3).factors)
+    assert exact.relative_error < 1e-14 and decompose.correct(kernel, exact).relative_error < 1e-14
+
+
+@pytest.mark.parametrize("figure", ["component_norms", "degeneracy", "sensitivity"])
+@pytest.mark.parametrize("kernel", [random_kernel(), np.zeros((3, 3, 6, 8))], ids=["some", "zero"])
+def test_figures_of_a_cp_are_refused_for_others(figure, kernel):
+    with pytest.raises(ValueError, match="component norms are those of a CP; this is a tucker"):
+        getattr(decompose.tucker2(kernel, (2, 2)), figure)
+
+
+@pytest.mark.parametrize("options", [{"n_iter": 0}, {"n_iter": -3}, {"tol": -1.0}, {"tol": "small"}])
+def test_numbers_of_the_iterations_are_checked(options):
+    kernel = random_kernel()
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=f"{name} must be a .*number between"):
+        decompose.tucker2(kernel, (2, 2), **options)
+    with pytest.raises(ValueError, match=f"{name} must be a .*number between"):
+        decompose.correct(kernel, decompose.cp(kernel, 3), **options)
+    with pytest.raises(ValueError, match="until must be a number between"):
+        decompose.correct(kernel, decompose.cp(kernel, 3), until=-1.0)

@@ -154,3 +154,11 @@ def test_vbmf_of_a_kernel_of_noise_gives_a_layer_one_channel():
     assert ranks.vbmf_tucker(kernel + 0.3 * rng.standard_normal(kernel.shape)) == (6, 4)
     assert ranks.vbmf_tucker(rng.standard_normal((3, 3, 32, 48))) == (1, 1)
     assert ranks.vbmf_tucker(np.zeros((3, 3, 4, 5))) == (1, 1)
+
+
+def test_what_vbmf_can_not_read_is_refused():
+    for bad in (np.ones(5), np.zeros((0, 3)), np.array([[1.0, np.nan]])):
+        with pytest.raises(ValueError, match="vbmf takes a matrix of finite numbers"):
+            ranks.vbmf(bad)
+    with pytest.raises(ValueError, match="36 values that are not finite"):
+        ranks.vbmf_tucker(np.full((3, 3, 2, 2), np.nan))

@@ -40,6 +40,12 @@ class Split:
         keep = np.lexsort((self.fine, _rank_in_class(self.fine)))[:count]
         return self._take(np.sort(keep))
 
+    def sample(self, count, seed):
+        """`count` images drawn at random, without regard to their class; another draw for another seed."""
+        check_number("number of images", count, int, 1, len(self))
+        check_number("seed", seed, int, 0, 2**31 - 1)
+        return self._take(np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False)))
+
     def _take(self, keep):
         return Split(self.images[keep], self.fine[keep], self.coarse[keep])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import keras
 import pandas as pd
+import psutil
 
 from fcnn_utils.records import ROOT
 
@@ -43,6 +44,24 @@ def alternate(runs, repeats):
     return pd.DataFrame(rounds[1:])
 
 
+class Load:
+    """How much of the processor other programs took, from its making to `others()`."""
+
+    def __init__(self):
+        self.start = self._now()
+
+    def others(self):
+        """Share of all cores' time, 0 to 1. A timing with more than a few percent here was not taken in quiet."""
+        wall, busy, own = (after - before for after, before in zip(self._now(), self.start, strict=True))
+        return min(1.0, max(0.0, busy - own) / (wall * psutil.cpu_count()))
+
+    @staticmethod
+    def _now():
+        machine_times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle = machine_times.idle + getattr(machine_times, "iowait", 0.0)
+        return time.monotonic(), sum(machine_times[:8]) - idle, own.user + own.system
+
+
 def line(here):
     """One line that tells where a number comes from, from `describe()` or from a record."""
     when = f" · {here['date'][:10]}" if "epochs" in here else ""
@@ -53,7 +72,7 @@ def describe():
     """Dict: device, cores, backend, versions, python, date (UTC), commit ("unknown" outside a git checkout)."""
     return {
         "device": gpu() or processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "backend": keras.config.backend(),
         "versions": {
             name: version for name in ("keras", "tensorflow", "jax", "torch", "numpy") if (version := _version(name))
@@ -62,6 +81,11 @@ def describe():
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
     }
+
+
+def cores():
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @functools.cache

@@ -13,7 +13,7 @@ normalisation, as its counts demand, though the normalisation cancels them.
 import keras
 from keras import layers
 
-from fcnn_utils.parameters import check_choice
+from fcnn_utils.parameters import check_choice, check_number
 
 # (kind, filters, kernel size, stride); filters None: one a class.
 NETWORKS = {
@@ -49,13 +49,14 @@ NETWORKS = {
 TITLES = {"simple": "simple", "wider_factorized": "wider, factorized", "wider_separable": "wider, separable"}
 
 
-def build(name, input_shape=(32, 32, 3), classes=100, *, dtype="float32"):
+def build(name, input_shape=(32, 32, 3), classes=100, *, width=1.0, dtype="float32"):
     """One of the thesis's networks, not compiled, with fresh weights.
 
     Args:
         name: "simple", "wider_factorized" or "wider_separable".
         input_shape: (height, width, channels) of one image, each at least 1.
         classes: number of classes, at least 2.
+        width: factor of the numbers of filters (rounded, at least 1), but for the last layer's, one a class.
         dtype: Keras dtype policy of the layers, e.g. "float32" or "mixed_bfloat16"; pooling and softmax stay float32.
 
     Returns:
@@ -74,9 +75,11 @@ def build(name, input_shape=(32, 32, 3), classes=100, *, dtype="float32"):
     if not _is_count(classes) or classes < 2:
         raise ValueError(f"classes must be a whole number of at least 2; got {classes!r}")
 
+    check_number("width", width, float, 1e-3, 1e3)
     x = inputs = keras.Input(tuple(input_shape), name="image")
     for number, (kind, filters, size, strides) in enumerate(NETWORKS[name], 1):
-        x = _convolution(x, number, kind, filters or classes, size, strides, dtype)
+        filters = max(1, round(width * filters)) if filters else classes
+        x = _convolution(x, number, kind, filters, size, strides, dtype)
         x = layers.BatchNormalization(name=f"bn{number}", dtype=dtype)(x)
         x = layers.Activation("relu", name=f"relu{number}", dtype=dtype)(x)
     x = layers.GlobalAveragePooling2D(name="pool", dtype="float32")(x)  # (N, h, w, classes) -> (N, classes)

@@ -11,7 +11,6 @@ import time
 
 import keras
 import numpy as np
-import psutil
 
 from fcnn_utils import checkpoint, cost, feed, machine, models, records
 from fcnn_utils.recipes import recipe_named
@@ -23,7 +22,7 @@ class Diverged(ArithmeticError):
     """The loss was not finite; the record up to there is kept, with status "diverged"."""
 
 
-def train(model, dataset, recipe, seed=None, *, teacher=None, retrain=False, save_model=False):
+def train(model, dataset, recipe, seed=None, *, name=None, teacher=None, retrain=False, save_model=False):
     """Train `model` on `dataset` by `recipe`, or read the record of the same run where there is one.
 
     Interrupted at any point and called again, it goes on after the last whole epoch: the order of the images, the
@@ -31,10 +30,12 @@ def train(model, dataset, recipe, seed=None, *, teacher=None, retrain=False, sav
 
     Args:
         model: a name of `models.NETWORKS`, built here from `seed`; or a built keras.Model, which is trained in
-            place and recorded under its own name (and precision).
+            place and recorded under its own name (and precision); or a function of the seed that makes such a model,
+            which is called only where there is no record.
         dataset: `data.Dataset`.
         recipe: `Recipe`, or the name of one.
         seed: starts weights, order and augmentation; default: the recipe's.
+        name: what the record calls the network; default: the model's own name. A function needs it.
         teacher: keras.Model whose probabilities are a part of the target where the recipe has `distillation`.
         retrain: train anew though there is a record, and replace it. Without it `model` is not trained where there
             is one.
@@ -52,7 +53,12 @@ def train(model, dataset, recipe, seed=None, *, teacher=None, retrain=False, sav
     """
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
     recipe = recipe if seed is None else dataclasses.replace(recipe, seed=seed)
-    name = model if isinstance(model, str) else model.name
+    is_maker = not isinstance(model, (str, keras.Model))
+    if is_maker and (name is None or not callable(model)):
+        raise ValueError(
+            f"model must be a network's name, a built keras.Model, or a function and a name; got {model!r}"
+        )
+    name = name or (model if isinstance(model, str) else model.name)
     if not retrain:
         stored = _stored(name, dataset, recipe)
         if stored:
@@ -68,6 +74,9 @@ def train(model, dataset, recipe, seed=None, *, teacher=None, retrain=False, sav
     shape, classes = dataset.train.images.shape[1:], len(dataset.fine_names)
     if isinstance(model, str):
         model = models.build(model, shape, classes, dtype=machine.precision(recipe.precision))
+    elif is_maker:
+        model = model(recipe.seed)
+        keras.utils.set_random_seed(recipe.seed)
     steps = len(split) // recipe.batch_size  # the rest of the images waits for another epoch's order
     compile_model(model, recipe, steps)
     record = _new_record(model, name, dataset, recipe, len(split))
@@ -114,7 +123,7 @@ def fit_epoch(model, batches, steps, epoch=0):
     Raises:
         Diverged: the loss was not finite.
     """
-    load, times, rows = _Load(), [time.perf_counter()], []
+    load, times, rows = machine.Load(), [time.perf_counter()], []
     for step, (images, labels) in zip(range(1, steps + 1), batches, strict=False):
         rows.append(model.train_on_batch(images, labels, return_dict=True))
         times.append(time.perf_counter())
@@ -234,24 +243,6 @@ def _taught(batches, teacher, share):
     """The batches with the teacher's probabilities as a share of the target."""
     for images, labels in batches:
         yield images, (1 - share) * labels + share * teacher.predict_on_batch(images)
-
-
-class _Load:
-    """How much of the processor other programs took, from its making to `others()`."""
-
-    def __init__(self):
-        self.start = self._now()
-
-    def others(self):
-        """Share of all cores' time, 0 to 1. A timing with more than a few percent here was not taken in quiet."""
-        wall, busy, own = (after - before for after, before in zip(self._now(), self.start, strict=True))
-        return min(1.0, max(0.0, busy - own) / (wall * psutil.cpu_count()))
-
-    @staticmethod
-    def _now():
-        machine_times, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        idle = machine_times.idle + getattr(machine_times, "iowait", 0.0)
-        return time.monotonic(), sum(machine_times[:8]) - idle, own.user + own.system
 
 
 # --- records -----------------------------------------------------------------------------------------------------

@@ -414,8 +414,8 @@ def test_the_share_of_other_programs(monkeypatch, wall, busy, own, share):
     """Of 4 cores: seconds passed, seconds worked in all, seconds of ours."""
     monkeypatch.setattr(training.psutil, "cpu_count", lambda: 4)
     moments = iter([(100.0, 7.0, 3.0), (100.0 + wall, 7.0 + busy, 3.0 + own)])
-    monkeypatch.setattr(training._Load, "_now", staticmethod(lambda: next(moments)))
-    assert training._Load().others() == share
+    monkeypatch.setattr(machine.Load, "_now", staticmethod(lambda: next(moments)))
+    assert machine.Load().others() == share
 
 
 # --- correct: records of earlier runs ----------------------------------------------------------------------------

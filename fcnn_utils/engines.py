@@ -1,0 +1,153 @@
+"""A network where its users run it: Keras, ONNX Runtime, OpenVINO, LiteRT.
+
+    run = engines.load(convert.fold_batch_norm(model), "onnxruntime")
+    probabilities = run(images)
+
+The engines beside Keras are optional (`requirements-export.txt`), and so is Keras's way there, `model.export`.
+"""
+
+import importlib.util
+import tempfile
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from fcnn_utils import graph, machine, records
+from fcnn_utils.parameters import check_choice, check_number
+
+ENGINES = ("keras", "onnxruntime", "openvino", "litert")
+TITLES = {"keras": "Keras", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "litert": "LiteRT"}
+_NEEDS = {  # to export and to run: with TensorFlow as backend; others may want more, and Keras then says so
+    "keras": (),
+    "onnxruntime": ("onnx", "tf2onnx", "onnxruntime"),
+    "openvino": ("openvino",),
+    "litert": ("ai_edge_litert",),
+}
+_FORMATS = {".onnx": "onnx", ".xml": "openvino", ".tflite": "litert"}
+_ENDINGS = {"onnxruntime": ".onnx", "openvino": ".xml", "litert": ".tflite"}
+
+
+def available():
+    """The engines whose packages are installed here, a tuple in the order of `ENGINES`."""
+    return tuple(engine for engine in ENGINES if not _missing(engine))
+
+
+def export(model, path):
+    """Write a built model to `path` in the format that its ending names: .onnx, .xml (OpenVINO) or .tflite (LiteRT).
+
+    It is exported in float32, whatever precision it was trained in, for batches of any size. An OpenVINO model is two
+    files, the weights in a .bin beside the .xml.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: another ending; a model that is not built; a package that is not installed; a file that can't be
+            written.
+    """
+    path = Path(path)
+    check_choice("ending of the exported file", path.suffix, _FORMATS)
+    _check_installed(next(engine for engine, ending in _ENDINGS.items() if ending == path.suffix))
+    model = _single_precision(graph.check(model))
+    model(np.zeros([1 if size is None else size for size in model.inputs[0].shape], "float32"))  # export wants a call
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / path.name
+        model.export(str(made), format=_FORMATS[path.suffix], verbose=False)
+        for file in sorted(made.parent.glob(f"{path.stem}.*")):  # the .bin before the .xml that reads it
+            records.write_atomic(path.with_name(file.name), file.read_bytes())
+    return path
+
+
+def load(model, engine="keras", *, precision="float32", threads=None):
+    """A function from images (N, H, W, C) to the model's output, both NumPy arrays, that runs on an engine.
+
+    Args:
+        model: built keras.Model of one input and one output, or the path of an exported file for its engine.
+        engine: one of `ENGINES`.
+        precision: "float32", or "bfloat16" on OpenVINO, which computes in it where the processor can. Keras has the
+            precision that its model has.
+        threads: how many; default: as many as there are processors (Keras always takes what its backend has).
+
+    Raises:
+        ValueError: an argument is not as above, or the engine is not installed.
+    """
+    check_choice("engine", engine, ENGINES)
+    check_choice("precision", precision, ("float32", "bfloat16") if engine == "openvino" else ("float32",))
+    threads = check_number("threads", machine.cores() if threads is None else threads, int, 1, 4096)
+    if engine == "keras":
+        if isinstance(model, (str, Path)):
+            model = keras.saving.load_model(model, compile=False)
+        return graph.check(model).predict_on_batch
+    _check_installed(engine)
+    start = {"onnxruntime": _onnxruntime, "openvino": _openvino, "litert": _litert}[engine]
+    if isinstance(model, (str, Path)):
+        return start(str(model), threads, precision)
+    with tempfile.TemporaryDirectory() as folder:
+        return start(str(export(model, Path(folder) / f"model{_ENDINGS[engine]}")), threads, precision)
+
+
+# --- one engine each ---------------------------------------------------------------------------------------------
+
+
+def _onnxruntime(path, threads, precision):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: np.asarray(images, "float32")})[0]
+
+
+def _openvino(path, threads, precision):
+    import openvino
+
+    core = openvino.Core()
+    core.set_property({"ENABLE_MMAP": False})  # the file may be gone before the model is
+    settings = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision]}
+    settings |= {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    model = core.compile_model(core.read_model(path), "CPU", settings)
+    return lambda images: model(np.asarray(images, "float32"))[0]
+
+
+def _litert(path, threads, precision):
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_content=Path(path).read_bytes(), num_threads=threads)
+    (enter,), (leave,) = interpreter.get_input_details(), interpreter.get_output_details()
+    shape = None
+
+    def run(images):
+        nonlocal shape
+        if images.shape != shape:
+            interpreter.resize_tensor_input(enter["index"], images.shape)
+            interpreter.allocate_tensors()
+            shape = images.shape
+        interpreter.set_tensor(enter["index"], np.asarray(images, "float32"))
+        interpreter.invoke()
+        return interpreter.get_tensor(leave["index"])
+
+    return run
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+
+def _single_precision(model):
+    """The model, or a copy of it that computes in float32 where it does not."""
+    if all(place.layer.compute_dtype == "float32" for place in graph.places(model)):
+        return model
+    return graph.rebuilt(model, {}, dtype="float32")
+
+
+def _missing(engine):
+    return [package for package in _NEEDS[engine] if importlib.util.find_spec(package) is None]
+
+
+def _check_installed(engine):
+    missing = _missing(engine)
+    if missing:
+        raise ValueError(
+            f"{TITLES[engine]} needs {', '.join(missing).replace('_', '-')}: pip install -r requirements-export.txt"
+        )

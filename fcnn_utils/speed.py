@@ -1,0 +1,159 @@
+"""What a network costs on the clock: latencies compared fairly, and what the machine could do at best.
+
+`cost` counts; this measures, on a machine that should be doing nothing else: every result has `others_cpu`, the share
+of the processor that other programs took meanwhile. Above a few percent its times are not worth quoting.
+"""
+
+import time
+
+import keras
+import numpy as np
+import pandas as pd
+
+from fcnn_utils import cost, engines, graph, machine
+from fcnn_utils.parameters import check_number
+
+COLUMNS = ["model", "engine", "batch", "median_ms", "low_ms", "high_ms", "speedup", "speedup_low", "speedup_high"]
+
+
+def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", threads=None):
+    """Time of one call on `batch` images, for one model or for several that take turns.
+
+    The models are called alternately, each once a round, after some rounds that do not count; so a change of the
+    machine's pace meets all alike, and speed-ups are ratios within a round.
+
+    Args:
+        models: built keras.Model, or dict name -> model; the first is what the others are compared with. They should
+            have their batch norms folded (`convert.fold_batch_norm`), as a deployed network has.
+        batch: images a call.
+        engine, precision, threads: see `engines.load`; all models in float32 or all in what they were trained in.
+        rounds: calls of each model that count.
+
+    Returns:
+        DataFrame, a row a model: model, engine, batch; median_ms with low_ms and high_ms, the quartiles; speedup, the
+        median of the first model's time over this one's, with its 95% interval speedup_low, speedup_high (bootstrap
+        over rounds); others_cpu (see the module).
+
+    Raises:
+        ValueError: an argument is not as above, or the engine is not installed.
+    """
+    models = models if isinstance(models, dict) else {getattr(models, "name", "model"): models}
+    if not models:
+        raise ValueError("give at least one model to time")
+    check_number("batch", batch, int, 1, 65536)
+    check_number("rounds", rounds, int, 2, 1_000_000)
+    images = np.random.default_rng(0).standard_normal((batch, *_image_shape(models))).astype("float32")
+    runs = {name: engines.load(model, engine, precision=precision, threads=threads) for name, model in models.items()}
+    for run in runs.values():
+        for _ in range(3):
+            run(images)  # compiles, allocates, warms up
+    load = machine.Load()
+    times = 1e3 * batch / machine.alternate({name: _work(run, images) for name, run in runs.items()}, rounds)  # ms
+    table = pd.DataFrame([_row(name, engine, batch, times) for name in times], columns=COLUMNS)
+    return table.assign(others_cpu=round(load.others(), 3))
+
+
+def gemm_peak(size=2048, repeats=5):
+    """MACs a second of the backend's best matrix product in float32, size × size × size: the machine's peak."""
+    a = keras.ops.ones((size, size), "float32")
+    return size**3 / _fastest(lambda: keras.ops.matmul(a, a), repeats)
+
+
+def bandwidth(megabytes=256, repeats=5):
+    """Bytes a second to and from memory: the backend adds two float32 arrays of this size, far larger than a cache."""
+    a = keras.ops.ones((megabytes * 2**20 // 4,), "float32")
+    return 3 * a.shape[0] * 4 / _fastest(lambda: keras.ops.add(a, a), repeats)
+
+
+def roofline(model, batch=64, *, peak=None, bytes_per_second=None, repeats=5):
+    """Each layer's least possible time, and its time, on this machine (Williams, Waterman & Patterson 2009).
+
+    A layer can't be faster than its MACs at the machine's peak, nor than its input, weights and output at the memory's
+    pace. It is measured by itself, in Keras, on `batch` images, so nothing is fused with its neighbours, as an engine
+    would: a model's own time is less than the sum.
+
+    Args:
+        model: built, with images of a fixed size.
+        batch: images a call.
+        peak, bytes_per_second: of `gemm_peak` and `bandwidth`, which are measured where they are not given.
+        repeats: of each layer; the median counts.
+
+    Returns:
+        DataFrame, a row for each call of a layer that has MACs: layer, kind, macs, bytes (both of the whole batch),
+        intensity (MACs a byte), predicted_ms, measured_ms, bound ("arithmetic" or "memory").
+    """
+    check_number("batch", batch, int, 1, 65536)
+    peak = peak or gemm_peak()
+    bytes_per_second = bytes_per_second or bandwidth()
+    rows, counted = [], iter(cost.layer_costs(model).itertuples())
+    for place in graph.places(model):
+        for inputs, output in place.calls:
+            macs = next(counted).macs
+            if macs:
+                rows.append((place.layer, macs, inputs[0], output))
+    return pd.DataFrame([_layer_row(*row, batch, peak, bytes_per_second, repeats) for row in rows])
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+
+def _image_shape(models):
+    shapes = set()
+    for name, model in models.items():
+        if not isinstance(model, keras.Model):
+            raise ValueError(f"models must be built keras.Models; {name!r} is a {type(model).__name__}")
+        shapes.add(tuple(graph.check(model).inputs[0].shape[1:]))
+    if len(shapes) > 1 or None in next(iter(shapes)):
+        raise ValueError(
+            f"models must read images of one fixed size; got {', '.join(map(str, sorted(shapes, key=str)))}"
+        )
+    return shapes.pop()
+
+
+def _work(run, images):
+    def work():
+        run(images)
+        return len(images)
+
+    return work
+
+
+def _row(name, engine, batch, times):
+    low, median, high = np.percentile(times[name], [25, 50, 75])
+    ratios = (times.iloc[:, 0] / times[name]).to_numpy()
+    resampled = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+    interval = np.percentile(np.median(resampled, axis=1), [2.5, 97.5])
+    return name, engine, batch, median, low, high, np.median(ratios), *interval
+
+
+def _layer_row(layer, macs, inputs, output, batch, peak, bytes_per_second, repeats):
+    values = keras.ops.ones((batch, *inputs[1:]), layer.compute_dtype)
+    seconds = np.median(_times(lambda: layer(values, training=False), repeats))
+    size = np.dtype("uint16" if "float16" in layer.compute_dtype else layer.compute_dtype).itemsize
+    moved = size * (batch * (np.prod(inputs[1:]) + np.prod(output[1:])) + layer.count_params())
+    arithmetic, memory = batch * macs / peak, moved / bytes_per_second
+    return {
+        "layer": layer.name,
+        "kind": type(layer).__name__,
+        "macs": batch * macs,
+        "bytes": int(moved),
+        "intensity": batch * macs / moved,
+        "predicted_ms": 1e3 * max(arithmetic, memory),
+        "measured_ms": 1e3 * seconds,
+        "bound": "arithmetic" if arithmetic > memory else "memory",
+    }
+
+
+def _fastest(compute, repeats):
+    return min(_times(compute, repeats))
+
+
+def _times(compute, repeats):
+    """Seconds of each call but the first two, with the result there (JAX returns before it is)."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        result = compute()
+        getattr(result, "block_until_ready", lambda: None)()
+        times.append(time.perf_counter() - start)
+    return times[2:]

@@ -3,6 +3,8 @@
 Nothing here takes a gradient. `images` are inputs of the model (N, H, W, C), normalised as in training: some hundreds.
 """
 
+import contextlib
+
 import keras
 import numpy as np
 from keras import layers
@@ -11,6 +13,8 @@ from fcnn_utils import decompose, graph
 from fcnn_utils import ranks as ranks_of
 
 _BATCH = 128
+_ROWS = 20_000  # patches of a batch that least squares reads: neighbours tell the same
+_FEW = 256  # images that tell a sensitivity
 _BINS = 4000  # steps in which the budget is dealt out
 
 
@@ -41,15 +45,16 @@ def sensitivity(model, method, images, places, fractions, **options):
 
     Args:
         places: `graph.Place`s of the Conv2D layers.
+        images: the first 256 count.
         fractions: of a kernel's parameters, rising: the sizes to try; those below rank 1 are left out.
-        options: of the decomposition; a CP is content with 20 sweeps here unless told otherwise.
+        options: of the decomposition; a CP is content with 10 sweeps here unless told otherwise.
 
     Returns:
         dict path -> list of (fraction, ranks, loss).
     """
-    images = check_images(model, images)
+    images = check_images(model, images)[:_FEW]
     if method in ("cp", "cp4"):
-        options = {"n_iter": 20} | options
+        options = {"n_iter": 10} | options
     trial = graph.rebuilt(model, {})
     copies = {place.path: place.layer for place in graph.places(trial)}
     before = _outputs(trial, images)
@@ -57,7 +62,7 @@ def sensitivity(model, method, images, places, fractions, **options):
     for place in places:
         layer, curve = copies[place.path], []
         weights = layer.get_weights()
-        moment = _moment(trial, layer, images)
+        moment = _moment(trial, layer, images, len(place.calls))
         for fraction in fractions:
             try:
                 ranks = ranks_of.for_fraction(method, weights[0].shape, fraction)
@@ -155,7 +160,7 @@ def correct(new, model, images):
         ):
             continue
         centred = last.use_bias or any(isinstance(after, layers.BatchNormalization) for after in place.after)
-        _refit(new, last, model, dense, images, centred)
+        _refit(new, last, model, dense, images, centred, len(place.calls))
     reestimate(new, images)
 
 
@@ -181,14 +186,14 @@ def reestimate(model, images):
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
-def _refit(new, last, model, dense, images, centred):
+def _refit(new, last, model, dense, images, centred, calls):
     """Least squares of the dense layer's output, before its activation, on the patches that `last` reads."""
     sums = 0
     for part in _batches(images):
-        outputs = _seen(model, dense, part, lambda x: _linear(dense, x))
-        inputs = _seen(new, last, part, lambda x: _patches(last, x))
+        outputs = _seen(model, dense, part, lambda x: _linear(dense, x), calls)
+        inputs = _seen(new, last, part, lambda x: _patches(last, x), calls)
         for z, y in zip(inputs, outputs, strict=True):
-            rows = np.concatenate([np.ones((len(z), 1), z.dtype), z, y], axis=1)
+            rows = np.concatenate([np.ones((len(z), 1)), z, y], axis=1, dtype=np.float64)
             sums = sums + rows.T @ rows  # all sums, squares and products at once
     size = int(np.prod(last.kernel.shape[:3]))
     products = sums / sums[0, 0]
@@ -202,11 +207,12 @@ def _refit(new, last, model, dense, images, centred):
     last.set_weights([weights.reshape(last.kernel.shape), *bias])
 
 
-def _moment(model, layer, images):
+def _moment(model, layer, images, calls=1):
     """Mean and covariance of the patches that a layer reads; of so many images as it takes to know them."""
     total, squares, count = 0, 0, 0
     for part in _batches(images, 16):
-        for rows in _seen(model, layer, part, lambda x: _patches(layer, x)):
+        for rows in _seen(model, layer, part, lambda x: _patches(layer, x), calls):
+            rows = rows.astype(np.float64)
             total, squares, count = total + rows.sum(axis=0), squares + rows.T @ rows, count + len(rows)
         if count > 20 * rows.shape[1]:
             break
@@ -235,22 +241,30 @@ def _patches(layer, x):
 
 
 def _rows(x):
-    return keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")).reshape(-1, x.shape[-1]).astype(np.float64)
+    rows = keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")).reshape(-1, x.shape[-1])
+    return rows[:: len(rows) // _ROWS | 1]  # an odd step, so that it does not keep to some columns of the image
 
 
-def _seen(model, layer, images, function):
-    """`function` of what the layer reads, for each of its calls, when the model sees the images."""
+class _Enough(BaseException):  # no Exception, to which Keras would add its own words
+    """Nothing behind this layer is of interest."""
+
+
+def _seen(model, layer, images, function, calls):
+    """`function` of what the layer reads, for each of its `calls`, when the model sees the images."""
     seen, call = [], layer.call
 
     def watched(inputs, *args, **kwargs):
         seen.append(function(inputs))
+        if len(seen) == calls:
+            raise _Enough
         return call(inputs, *args, **kwargs)
 
     layer.call = watched  # as Keras's own calibration of quantized layers does it
-    try:
-        model(images, training=False)
-    finally:
-        layer.call = call
+    with contextlib.suppress(_Enough):
+        try:
+            model(images, training=False)
+        finally:
+            layer.call = call
     return seen
 
 

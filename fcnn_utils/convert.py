@@ -56,7 +56,9 @@ _FOLDABLE = (  # with their kernel's output channels last, or (depthwise) in its
 )
 
 
-def factorize(model, method="cp", *, ratio=None, ranks=None, macs=None, layers=None, images=None, seed=0, **options):
+def factorize(
+    model, method="cp", *, ratio=None, ranks=None, macs=None, layers=None, images=None, uniform=False, seed=0, **options
+):
     """Replace convolutions of a trained model by factorized ones that carry its weights.
 
     A converted layer becomes a chain (see `blocks`) whose last layer keeps its name, with the bias and the activation;
@@ -69,12 +71,13 @@ def factorize(model, method="cp", *, ratio=None, ranks=None, macs=None, layers=N
         ratio: share of each converted kernel's parameters that is kept, in (0, 1];
         ranks: or the ranks of each layer to convert, {path: ranks};
         macs: or the most multiply-adds that the whole network may take for one image: with `images` the ranks are
-            chosen by sensitivity (`calibrate.sensitivity`, `calibrate.choose`), without them one ratio serves all.
-            Give one of the three.
+            chosen by sensitivity (`calibrate.sensitivity`, `calibrate.choose`), unless `uniform`; without them one
+            ratio serves all layers. Give one of the three.
         layers: paths of the layers to convert; default: all that can be, but those that read fewer than 4 channels
             (there is little to save and much to lose) and those that are part of a factorization already.
         images: some hundred inputs (N, H, W, C), normalised as in training, without labels: the factors are then
             fitted to what the layers compute on them (`calibrate.correct`), not to the kernels alone.
+        uniform: whether one ratio serves all layers although there are images.
         seed: of the random numbers in a CP's starts.
         options: of the decomposition; a CP's norms are bounded, `max_norm=1.0`, unless told otherwise.
 
@@ -107,7 +110,7 @@ def factorize(model, method="cp", *, ratio=None, ranks=None, macs=None, layers=N
     elif ratio is not None:
         plan = _by_ratio(chosen, method, check_number("ratio", ratio, float, 1e-9, 1))
     else:
-        plan = _by_budget(model, chosen, method, macs, images, options)
+        plan = _by_budget(model, chosen, method, macs, None if uniform else images, options)
 
     chains, rows, taken = {}, [], {place.layer.name for place in graph.places(model)}
     for path, site in sites.items():
@@ -330,7 +333,7 @@ def _by_budget(model, chosen, method, macs, images, options):
         fits = fixed + sum(at(site, middle)[1] for site in chosen.values()) <= macs
         low, high = (middle, high) if fits else (low, middle)
     if images is not None:
-        fractions = np.geomspace(max(low / 5, 1e-9), min(4 * low, 0.9), 8)  # around what would be the same for all
+        fractions = np.geomspace(max(low / 3, 1e-9), min(2.5 * low, 0.9), 6)  # around what would be the same for all
         curves = calibrate.sensitivity(
             model, method, images, [site.place for site in chosen.values()], fractions.tolist(), **options
         )

@@ -108,10 +108,10 @@ RECIPES = {
         ),
         Recipe(
             name="tune",  # what `convert` made, from weights that are nearly right
-            epochs=2,
+            epochs=1,
             batch_size=128,
             optimizer="sgd",
-            learning_rate=0.02,
+            learning_rate=0.01,
             momentum=0.9,
             schedule="one_cycle",
             clip_norm=1.0,

@@ -1,0 +1,127 @@
+"""Latencies and the roofline: `fcnn_utils.speed`. Sizes are small: what a machine does in CI is not its speed."""
+
+import time
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from fcnn_utils import cost, engines, machine, models, speed
+
+
+def small(width=0.05):
+    return models.build("simple", (8, 8, 3), 5, width=width)
+
+
+class Clock:
+    """A processor on which each image of a model takes a fixed time, and everything gets slower as it goes."""
+
+    def __init__(self, monkeypatch, milliseconds, growth=0.0):
+        self.now, self.calls, self.growth = 0.0, [], growth
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(engines, "load", lambda model, *_, **__: self.runner(model, milliseconds[model.name]))
+
+    def runner(self, model, milliseconds):
+        def run(images):
+            self.calls.append(model.name)
+            self.now += 1e-3 * milliseconds * len(images) * (1 + self.growth * len(self.calls))
+
+        return run
+
+
+# --- basic -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_arguments_are_refused():
+    for arguments, said in (
+        ({"batch": 0}, "batch must be a whole number between 1 and"),
+        ({"rounds": 1}, "rounds must be a whole number between 2 and"),
+        ({"engine": "tensorrt"}, "engine must be one of keras"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            speed.latency(small(), **arguments)
+    with pytest.raises(ValueError, match="give at least one model to time"):
+        speed.latency({})
+    with pytest.raises(ValueError, match="models must be built keras.Models; 'a' is a str"):
+        speed.latency({"a": "simple"})
+    with pytest.raises(ValueError, match=r"one fixed size; got \(16, 16, 3\), \(8, 8, 3\)"):
+        speed.latency({"a": small(), "b": models.build("simple", (16, 16, 3), 5, width=0.05)})
+    inputs = keras.Input((None, None, 3))
+    with pytest.raises(ValueError, match="one fixed size"):
+        speed.latency(keras.Model(inputs, layers.Conv2D(2, 3)(inputs)))
+    with pytest.raises(ValueError, match="batch must be a whole number"):
+        speed.roofline(small(), 0)
+
+
+def test_a_model_alone():
+    table = speed.latency(small(), 2, rounds=3)
+    assert table["model"].tolist() == ["simple"] and (table["speedup"] == 1).all()
+    assert table["low_ms"][0] <= table["median_ms"][0] <= table["high_ms"][0] and table["low_ms"][0] > 0
+
+
+# --- correct -----------------------------------------------------------------------------------------------------
+
+
+def test_times_and_speedups_of_a_known_clock(monkeypatch):
+    clock = Clock(monkeypatch, {"dense": 8.0, "half": 4.0})
+    pair = {name: keras.Model.from_config(small().get_config() | {"name": name}) for name in ("dense", "half")}
+    table = speed.latency(pair, 16, rounds=5).set_index("model")
+    assert table.loc["dense", ["median_ms", "low_ms", "high_ms"]].tolist() == pytest.approx([128.0] * 3)
+    assert table.loc["half", ["speedup", "speedup_low", "speedup_high"]].tolist() == pytest.approx([2.0] * 3)
+    assert clock.calls == ["dense"] * 3 + ["half"] * 3 + ["dense", "half"] * 6  # in turn, a round not counted
+
+
+def test_a_machine_that_slows_down_meets_all_alike(monkeypatch):
+    """Tenfold slower at the end: the median times say little, the ratio is kept."""
+    Clock(monkeypatch, {"dense": 8.0, "half": 4.0}, growth=0.1)
+    pair = {name: keras.Model.from_config(small().get_config() | {"name": name}) for name in ("dense", "half")}
+    table = speed.latency(pair, rounds=40).set_index("model")
+    assert table.loc["dense", "high_ms"] > 1.5 * table.loc["dense", "low_ms"]
+    assert table.loc["half", "speedup"] == pytest.approx(2.0, rel=0.05)
+    assert table.loc["half", "speedup_low"] <= table.loc["half", "speedup"] <= table.loc["half", "speedup_high"]
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_every_engine_that_is_there_is_timed(engine):
+    if engine not in engines.available() or (engine != "keras" and keras.config.backend() != "tensorflow"):
+        pytest.skip(f"{engine} is not installed, or not exported to from this backend")
+    table = speed.latency({"wide": small(1.0), "narrow": small(0.1)}, 8, engine, rounds=3)
+    assert table["engine"].unique().tolist() == [engine] and (table["median_ms"] > 0).all()
+    assert table["speedup"][1] > 1 and 0 <= table["others_cpu"][0] <= 1
+
+
+def test_the_machines_peaks_are_of_the_right_order():
+    """Between a slow phone and a large GPU."""
+    assert 1e8 < speed.gemm_peak(256, 2) < 1e15
+    assert 1e8 < speed.bandwidth(8, 2) < 1e14
+
+
+def test_the_roofline_by_hand():
+    inputs = keras.Input((4, 6, 8))
+    x = layers.Conv2D(16, 3, padding="same", name="conv")(inputs)
+    x = layers.ReLU()(layers.DepthwiseConv2D(3, padding="same", name="depthwise")(x))
+    model = keras.Model(inputs, x)
+    table = speed.roofline(model, 10, peak=1e6, bytes_per_second=4e5, repeats=2).set_index("layer")
+    assert table["macs"].to_dict() == {"conv": 10 * 24 * 9 * 8 * 16, "depthwise": 10 * 24 * 9 * 16}
+    assert table["bytes"].to_dict() == {
+        "conv": 4 * (10 * 24 * (8 + 16) + 9 * 8 * 16 + 16),
+        "depthwise": 4 * (10 * 24 * 32 + 10 * 16),
+    }
+    assert table.loc["conv", "predicted_ms"] == pytest.approx(1e3 * table.loc["conv", "macs"] / 1e6)
+    assert table.loc["depthwise", "predicted_ms"] == pytest.approx(1e3 * table.loc["depthwise", "bytes"] / 4e5)
+    assert table["bound"].tolist() == ["arithmetic", "memory"] and (table["measured_ms"] > 0).all()
+    assert np.allclose(table["intensity"], table["macs"] / table["bytes"])
+
+
+def test_the_roofline_has_a_row_for_each_call():
+    layer = layers.Conv2D(3, 3, padding="same", name="shared")
+    inputs = keras.Input((8, 8, 3))
+    model = keras.Model(inputs, layer(layer(inputs)))
+    table = speed.roofline(model, 2, peak=1e9, bytes_per_second=1e9, repeats=1)
+    assert table["layer"].tolist() == ["shared"] * 2 and table["macs"].sum() == 2 * cost.totals(model)["macs"]
+
+
+def test_the_load_is_told(monkeypatch):
+    monkeypatch.setattr(machine.Load, "others", lambda self: 0.25)
+    assert speed.latency(small(), rounds=2)["others_cpu"].tolist() == [0.25]

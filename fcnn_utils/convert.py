@@ -57,7 +57,18 @@ _FOLDABLE = (  # with their kernel's output channels last, or (depthwise) in its
 
 
 def factorize(
-    model, method="cp", *, ratio=None, ranks=None, macs=None, layers=None, images=None, uniform=False, seed=0, **options
+    model,
+    method="cp",
+    *,
+    ratio=None,
+    ranks=None,
+    macs=None,
+    layers=None,
+    images=None,
+    uniform=False,
+    multiple=1,
+    seed=0,
+    **options,
 ):
     """Replace convolutions of a trained model by factorized ones that carry its weights.
 
@@ -78,6 +89,8 @@ def factorize(
         images: some hundred inputs (N, H, W, C), normalised as in training, without labels: the factors are then
             fitted to what the layers compute on them (`calibrate.correct`), not to the kernels alone.
         uniform: whether one ratio serves all layers although there are images.
+        multiple: chosen ranks are multiples of this. 16 suits the vector units of processors: ONNX Runtime and oneDNN
+            then need no other, slower kernels.
         seed: of the random numbers in a CP's starts.
         options: of the decomposition; a CP's norms are bounded, `max_norm=1.0`, unless told otherwise.
 
@@ -108,9 +121,9 @@ def factorize(
     if ranks is not None:
         plan = {path: ranks_of.check(method, chosen[path].shape, given) for path, given in ranks.items()}
     elif ratio is not None:
-        plan = _by_ratio(chosen, method, check_number("ratio", ratio, float, 1e-9, 1))
+        plan = _by_ratio(chosen, method, check_number("ratio", ratio, float, 1e-9, 1), multiple)
     else:
-        plan = _by_budget(model, chosen, method, macs, None if uniform else images, options)
+        plan = _by_budget(model, chosen, method, macs, None if uniform else images, multiple, options)
 
     chains, rows, taken = {}, [], {place.layer.name for place in graph.places(model)}
     for path, site in sites.items():
@@ -292,19 +305,21 @@ def _chosen(sites, named, model):
     return {path: site for path, site in sites.items() if path in named}
 
 
-def _by_ratio(chosen, method, ratio):
+def _by_ratio(chosen, method, ratio, multiple):
     plan = {}
     for path, site in chosen.items():
         try:
-            plan[path] = ranks_of.for_fraction(method, site.shape, ratio)
-        except ValueError:  # even rank 1 is larger: it stays
+            plan[path] = ranks_of.for_fraction(method, site.shape, ratio, multiple=multiple)
+        except ValueError:  # even the smallest rank is larger: it stays
             continue
     if not plan:
-        raise ValueError(f"ratio {ratio} is below what {method} takes at rank 1 in every layer: {', '.join(chosen)}")
+        raise ValueError(
+            f"ratio {ratio} is below what {method} takes at rank {multiple} in every layer: {', '.join(chosen)}"
+        )
     return plan
 
 
-def _by_budget(model, chosen, method, macs, images, options):
+def _by_budget(model, chosen, method, macs, images, multiple, options):
     """Ranks at which the whole network stays within `macs`."""
     check_number("macs", macs, float, 1, math.inf)
     unknown = [path for path, site in chosen.items() if math.isnan(site.macs)]
@@ -312,19 +327,21 @@ def _by_budget(model, chosen, method, macs, images, options):
         raise ValueError(f"macs= needs images of a fixed size, and layer {unknown[0]!r} has none: use ratio= or ranks=")
 
     def at(site, fraction):
-        """(ranks, MACs): of the fraction, at least rank 1; of the dense layer where that costs no more."""
+        """(ranks, MACs): of the fraction, at least the smallest; of the dense layer where that costs no more."""
         if fraction is None:
             return None, site.macs
-        smallest = ranks_of.parameters(method, site.shape, (1,) * len(ranks_of.maximum(method, site.shape)))
-        share = max(fraction, (smallest + 0.5) / ranks_of.dense(site.shape))
-        ranks = ranks_of.for_fraction(method, site.shape, share)
+        least = tuple(min(multiple, high) for high in ranks_of.maximum(method, site.shape))
+        share = max(fraction, (ranks_of.parameters(method, site.shape, least) + 0.5) / ranks_of.dense(site.shape))
+        ranks = ranks_of.for_fraction(method, site.shape, share, multiple=multiple)
         count = site.macs_at(method, ranks)
         return (ranks, count) if count < site.macs else (None, site.macs)
 
     fixed = cost.totals(model)["macs"] - sum(site.macs for site in chosen.values())
     smallest = fixed + sum(at(site, 1e-9)[1] for site in chosen.values())
     if macs < smallest:
-        raise ValueError(f"macs must be at least {smallest:,}, with {method} at rank 1 in all layers; got {macs:,}")
+        raise ValueError(
+            f"macs must be at least {smallest:,}, with {method} at rank {multiple} in all layers; got {macs:,}"
+        )
     low, high = 1e-9, 1.0
     if fixed + sum(at(site, high)[1] for site in chosen.values()) <= macs:
         low = high

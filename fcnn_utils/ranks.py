@@ -89,24 +89,27 @@ def dense(shape):
     return math.prod(check_shape(shape))
 
 
-def for_fraction(method, shape, fraction, *, cost="parameters", strides=(1, 1)):
+def for_fraction(method, shape, fraction, *, cost="parameters", strides=(1, 1), multiple=1):
     """Largest ranks whose cost is at most `fraction` of the dense kernel's; several in proportion to their maxima.
 
     Args:
         fraction: above 0.
         cost: "parameters" or "macs" (which also depend on the strides).
+        multiple: ranks are multiples of this (or their maxima), as engines like them that compute 16 channels at once.
 
     Raises:
-        ValueError: even ranks of 1 cost more; the sentence says how much.
+        ValueError: even the smallest ranks cost more; the sentence says how much.
     """
     check_choice("cost", cost, ("parameters", "macs"))
+    check_number("multiple", multiple, int, 1, 4096)
     if not isinstance(fraction, (int, float)) or isinstance(fraction, bool) or not 0 < fraction < math.inf:
         raise ValueError(f"fraction must be a number above 0; got {fraction!r}")
     largest = maximum(method, shape)
     steps = max(largest)
 
     def ranks_at(step):
-        return tuple(-(-high * step // steps) for high in largest)  # rounded up: together they stay a possible chain
+        exact = (-(-high * step // steps) for high in largest)  # rounded up: together they stay a possible chain
+        return tuple(min(high, -(-rank // multiple) * multiple) for rank, high in zip(exact, largest, strict=True))
 
     def share(step):
         ranks = ranks_at(step)
@@ -115,8 +118,8 @@ def for_fraction(method, shape, fraction, *, cost="parameters", strides=(1, 1)):
 
     if share(1) > fraction:
         raise ValueError(
-            f"fraction must be at least {share(1):.4g}, the {cost} of {method} at rank 1 for a {tuple(shape)} kernel; "
-            f"got {fraction!r}"
+            f"fraction must be at least {share(1):.4g}, the {cost} of {method} at rank {max(ranks_at(1))} for a "
+            f"{tuple(shape)} kernel; got {fraction!r}"
         )
     low, high = 1, steps + 1  # share(low) <= fraction; share rises with the step
     while high - low > 1:

@@ -62,19 +62,35 @@ def sensitivity(model, method, images, places, fractions, **options):
     for place in places:
         layer, curve = copies[place.path], []
         weights = layer.get_weights()
-        moment = _moment(trial, layer, images, len(place.calls))
+        seen = moment(trial, layer, images, len(place.calls))
         for fraction in fractions:
             try:
                 ranks = ranks_of.for_fraction(method, weights[0].shape, fraction)
             except ValueError:  # even rank 1 is larger
                 continue
             result = decompose.decompose(weights[0], method, ranks, **options)
-            kernel, shift = refitted(weights[0], result, moment)
+            kernel, shift = refitted(weights[0], result, seen)
             layer.set_weights([kernel, *(bias + shift for bias in weights[1:])])
             curve.append((fraction, ranks, _loss(before, _outputs(trial, images))))
         layer.set_weights(weights)
         curves[place.path] = curve
     return curves
+
+
+def moment(model, layer, images, calls=1):
+    """Mean (kh kw S,) and covariance of the patches that a Conv2D reads, of so many images as it takes to know them.
+
+    `calls`: how often the model calls the layer.
+    """
+    total, squares, count = 0, 0, 0
+    for part in _batches(images, 16):
+        for rows in _seen(model, layer, part, lambda x: _patches(layer, x), calls):
+            rows = rows.astype(np.float64)
+            total, squares, count = total + rows.sum(axis=0), squares + rows.T @ rows, count + len(rows)
+        if count > 20 * rows.shape[1]:
+            break
+    mean = total / count
+    return mean, squares / count - np.outer(mean, mean)
 
 
 def refitted(kernel, decomposition, moment):
@@ -85,7 +101,7 @@ def refitted(kernel, decomposition, moment):
 
     Args:
         kernel: (kh, kw, S, T), what was decomposed.
-        moment: (mean (kh kw S,), covariance (kh kw S, kh kw S)) of the patches.
+        moment: (mean (kh kw S,), covariance (kh kw S, kh kw S)) of the patches, from `moment`.
 
     Returns:
         kernel (kh, kw, S, T), and the shift of the bias (T,) that keeps the mean output.
@@ -205,19 +221,6 @@ def _refit(new, last, model, dense, images, centred, calls):
     weights = start + _least_squares(gram, right - gram @ start)
     bias = [mean[size:] - mean[:size] @ weights] if last.use_bias else []
     last.set_weights([weights.reshape(last.kernel.shape), *bias])
-
-
-def _moment(model, layer, images, calls=1):
-    """Mean and covariance of the patches that a layer reads; of so many images as it takes to know them."""
-    total, squares, count = 0, 0, 0
-    for part in _batches(images, 16):
-        for rows in _seen(model, layer, part, lambda x: _patches(layer, x), calls):
-            rows = rows.astype(np.float64)
-            total, squares, count = total + rows.sum(axis=0), squares + rows.T @ rows, count + len(rows)
-        if count > 20 * rows.shape[1]:
-            break
-    mean = total / count
-    return mean, squares / count - np.outer(mean, mean)
 
 
 def _least_squares(gram, right):

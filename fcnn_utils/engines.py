@@ -95,6 +95,8 @@ def _onnxruntime(path, threads, precision):
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Threads that go on spinning after a call slow down whatever runs next, such as the model it is compared with.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: np.asarray(images, "float32")})[0]

@@ -40,6 +40,9 @@ PARAMETERS = {
     "TIMED_STEPS": (int, 1, 1000),
     "TENSORS": (int, 100, 1_000_000),
     "SWEEPS": (int, 100, 1_000_000),
+    "SEEDS": (int, 1, 100),
+    "CALIBRATION_IMAGES": (int, 10, 50_000),
+    "TUNE_ALL": (True, False),
     "RETRAIN": (True, False),
 }
 

@@ -129,3 +129,32 @@ def dots(table, xlabel="", ax=None):
     ax.set(xlabel=xlabel)
     ax.legend(loc="lower right", fontsize=8)
     return ax
+
+
+def roofline(tables, peak, bytes_per_second, ax=None):
+    """Achieved against possible: one point a layer, below the roof of this machine; both axes logarithmic.
+
+    Args:
+        tables: dict label -> table of `speed.roofline`.
+        peak, bytes_per_second: the machine's, from `speed.gemm_peak` and `speed.bandwidth`.
+    """
+    ax = ax or plt.subplots()[1]
+    every = np.concatenate([table["intensity"] for table in tables.values()])
+    intensity = np.geomspace(every.min() / 2, every.max() * 2, 200)  # MACs a byte
+    ax.plot(intensity, np.minimum(peak, intensity * bytes_per_second) / 1e9, color="0.3", label="this machine at best")
+    for number, (label, table) in enumerate(tables.items()):
+        for kind, rows in table.groupby("kind"):
+            filled = PALETTE[number] if kind != "DepthwiseConv2D" else "none"
+            ax.scatter(
+                rows["intensity"],
+                rows["macs"] / rows["measured_ms"] / 1e6,
+                s=12 + 150 * rows["measured_ms"] / table["measured_ms"].max(),
+                marker="os^"[number % 3],
+                facecolor=filled,
+                edgecolor=PALETTE[number],
+                label=f"{label}: {'depthwise' if filled == 'none' else 'convolutions'}",
+                alpha=0.8,
+            )
+    ax.set(xscale="log", yscale="log", xlabel="intensity (MACs a byte)", ylabel="billion MACs a second")
+    ax.legend(fontsize=8, loc="lower right")
+    return ax

@@ -117,6 +117,16 @@ def load(name):
     return None, None
 
 
+def remembered(name, compute, anew=False):
+    """What `compute()` gave, a dict, read from the nearest `NAME.json`; computed and kept where there is none (or
+    `anew`)."""
+    content, _ = (None, None) if anew else load(name)
+    if content is None:
+        save(name, compute())
+        content, _ = load(name)  # as it is when it is read: lists for tuples, words for the keys
+    return content
+
+
 def lookup(dataset, model, recipe, seed):
     """(record, path) of the nearest complete run with these names, or (None, None)."""
     for folder in folders():

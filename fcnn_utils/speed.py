@@ -25,14 +25,14 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
     Args:
         models: built keras.Model, or dict name -> model; the first is what the others are compared with. They should
             have their batch norms folded (`convert.fold_batch_norm`), as a deployed network has.
-        batch: images a call.
+        batch: images a call; or several such numbers, measured one after another.
         engine, precision, threads: see `engines.load`; all models in float32 or all in what they were trained in.
         rounds: calls of each model that count.
 
     Returns:
-        DataFrame, a row a model: model, engine, batch; median_ms with low_ms and high_ms, the quartiles; speedup, the
-        median of the first model's time over this one's, with its 95% interval speedup_low, speedup_high (bootstrap
-        over rounds); others_cpu (see the module).
+        DataFrame, a row a model and batch: model, engine, batch; median_ms with low_ms and high_ms, the quartiles;
+        speedup, the median of the first model's time over this one's, with its 95% interval speedup_low, speedup_high
+        (bootstrap over rounds); others_cpu (see the module).
 
     Raises:
         ValueError: an argument is not as above, or the engine is not installed.
@@ -40,17 +40,13 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
     models = models if isinstance(models, dict) else {getattr(models, "name", "model"): models}
     if not models:
         raise ValueError("give at least one model to time")
-    check_number("batch", batch, int, 1, 65536)
+    batches = batch if isinstance(batch, (tuple, list)) else [batch]
+    for number in batches:
+        check_number("batch", number, int, 1, 65536)
     check_number("rounds", rounds, int, 2, 1_000_000)
-    images = np.random.default_rng(0).standard_normal((batch, *_image_shape(models))).astype("float32")
+    shape = _image_shape(models)
     runs = {name: engines.load(model, engine, precision=precision, threads=threads) for name, model in models.items()}
-    for run in runs.values():
-        for _ in range(3):
-            run(images)  # compiles, allocates, warms up
-    load = machine.Load()
-    times = 1e3 * batch / machine.alternate({name: _work(run, images) for name, run in runs.items()}, rounds)  # ms
-    table = pd.DataFrame([_row(name, engine, batch, times) for name in times], columns=COLUMNS)
-    return table.assign(others_cpu=round(load.others(), 3))
+    return pd.concat([_compared(runs, shape, number, engine, rounds) for number in batches], ignore_index=True)
 
 
 def gemm_peak(size=2048, repeats=5):
@@ -108,6 +104,18 @@ def _image_shape(models):
             f"models must read images of one fixed size; got {', '.join(map(str, sorted(shapes, key=str)))}"
         )
     return shapes.pop()
+
+
+def _compared(runs, shape, batch, engine, rounds):
+    """The table of `latency` for one size of batch."""
+    images = np.random.default_rng(0).standard_normal((batch, *shape)).astype("float32")
+    for run in runs.values():
+        for _ in range(3):
+            run(images)  # compiles, allocates, warms up
+    load = machine.Load()
+    times = 1e3 * batch / machine.alternate({name: _work(run, images) for name, run in runs.items()}, rounds)  # ms
+    table = pd.DataFrame([_row(name, engine, batch, times) for name in times], columns=COLUMNS)
+    return table.assign(others_cpu=round(load.others(), 3))
 
 
 def _work(run, images):

@@ -117,7 +117,7 @@ def test_a_refitted_kernel_is_the_least_squares_fit_of_the_outputs(method):
 
 def test_the_moments_of_what_a_layer_reads():
     model, images = network(), pictures(200)
-    mean, covariance = calibrate._moment(model, model.get_layer("conv2"), images)
+    mean, covariance = calibrate.moment(model, model.get_layer("conv2"), images)
     used = 16 * -(-(20 * 72 + 1) // (16 * 90))  # it stops when it has seen 20 patches a value
     x = patches_by_hand(keras.ops.convert_to_numpy(reads(model, "conv2")(images[:used])))
     assert np.allclose(mean, x.mean(axis=0), atol=1e-4) and np.allclose(covariance, np.cov(x.T, bias=True), atol=1e-3)
@@ -170,7 +170,7 @@ def test_sensitivity_by_hand():
     other, layer = network(), model.get_layer("conv2")
     kernel, bias = layer.get_weights()
     result = decompose.spatial_svd(kernel, curves["conv2"][0][1])
-    kernel, shift = calibrate.refitted(kernel, result, calibrate._moment(model, layer, images))
+    kernel, shift = calibrate.refitted(kernel, result, calibrate.moment(model, layer, images))
     other.get_layer("conv2").set_weights([kernel, bias + shift])
     p, q = (one.predict_on_batch(images).astype(float) for one in (model, other))
     assert curves["conv2"][0][2] == pytest.approx(np.mean(np.sum(p * np.log(p / q), axis=1)), rel=1e-3)

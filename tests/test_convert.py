@@ -252,6 +252,27 @@ def test_with_images_the_outputs_are_nearer():
     assert errors[1] < 0.2 * errors[0]
 
 
+def test_ranks_in_steps_of_what_engines_compute_at_once():
+    model = zoo()
+    for arguments in ({"ratio": 0.6}, {"macs": 0.6 * cost.totals(model)["macs"]}):
+        _, report = convert.factorize(model, "cp", multiple=4, **arguments)
+        assert {rank % 4 for (rank,) in report["ranks"].dropna()} == {0}
+    with pytest.raises(ValueError, match="with cp at rank 4 in all layers"):
+        convert.factorize(model, "cp", macs=1000, multiple=4)
+    with pytest.raises(ValueError, match="ratio 0.05 is below what cp takes at rank 16 in every layer"):
+        convert.factorize(model, "cp", ratio=0.05, multiple=16)
+
+
+def test_one_ratio_for_all_although_there_are_images():
+    model = zoo()
+    budget, x = 0.5 * cost.totals(model)["macs"], images(model, 20)
+    without, with_images, chosen = (
+        convert.factorize(model, "cp", macs=budget, **options)[1]["ranks"].tolist()
+        for options in ({}, {"images": x, "uniform": True}, {"images": x})
+    )
+    assert str(without) == str(with_images) != str(chosen)
+
+
 LOAD = """
 import sys, keras, numpy as np
 assert not any(name.startswith("fcnn_utils") for name in sys.modules)

@@ -208,3 +208,15 @@ class TestCifar100:
 
     def test_the_fingerprint_is_that_of_the_published_records(self, real):
         assert real.fingerprint == "5558370ef38c443a3d029bac7e72ab8f0fe49c4f6d30343557f5b7be489bc5cf"
+
+
+def test_samples_are_drawn_by_seed():
+    split = data.load("standin").train
+    one, other, again = split.sample(50, 1), split.sample(50, 2), split.sample(50, 1)
+    assert np.array_equal(one.images, again.images) and not np.array_equal(one.images, other.images)
+    assert len(np.unique(one.images.reshape(50, -1), axis=0)) == 50  # none twice
+    rows = {image.tobytes(): label for image, label in zip(split.images, split.fine, strict=True)}
+    assert all(rows[image.tobytes()] == label for image, label in zip(one.images, one.fine, strict=True))
+    for count, seed in ((0, 0), (len(split) + 1, 0), (5, -1)):
+        with pytest.raises(ValueError, match="(number of images|seed) must be a whole number"):
+            split.sample(count, seed)

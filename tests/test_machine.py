@@ -154,3 +154,15 @@ def test_throughputs_are_measured_in_turn_after_a_warm_up(monkeypatch):
     assert calls == ["a", "b"] * 3
     assert table.columns.tolist() == ["a", "b"]
     np.testing.assert_allclose(table, [[60 / 3, 120 / 4], [60 / 5, 120 / 6]])  # without the first round
+
+
+# --- correct: the load of the machine ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wall, busy, own, share", [(10, 30, 10, 0.5), (10, 10, 10, 0), (10, 9, 10, 0), (10, 50, 0, 1)])
+def test_the_share_of_other_programs(monkeypatch, wall, busy, own, share):
+    """Of 4 cores: seconds passed, seconds worked in all, seconds of ours."""
+    monkeypatch.setattr(machine.psutil, "cpu_count", lambda: 4)
+    moments = iter([(100.0, 7.0, 3.0), (100.0 + wall, 7.0 + busy, 3.0 + own)])
+    monkeypatch.setattr(machine.Load, "_now", staticmethod(lambda: next(moments)))
+    assert machine.Load().others() == share

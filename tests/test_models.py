@@ -162,3 +162,13 @@ def test_weights_come_from_the_seed():
         weights.append(np.asarray(models.build("wider_separable").get_layer("sep1").pointwise_kernel))
     np.testing.assert_array_equal(weights[0], weights[1])
     assert not np.array_equal(weights[0], weights[2])
+
+
+def test_networks_of_another_width():
+    wide, narrow = (models.build("simple", width=width) for width in (1, 0.47))
+    assert [layer.filters for layer in narrow.layers if hasattr(layer, "filters")] == [45] * 3 + [90] * 5 + [100]
+    assert wide.count_params() == models.build("simple").count_params() and narrow.count_params() < wide.count_params()
+    assert {w.shape[-1] for w in models.build("wider_separable", width=1e-3).weights} == {1, 100}
+    for width in (0, -1, "wide"):
+        with pytest.raises(ValueError, match="width must be a number between"):
+            models.build("simple", width=width)

@@ -170,3 +170,20 @@ def test_dots_stand_on_the_row_of_their_category():
     np.testing.assert_allclose(by_label["simple"], [[10, 0], [30, 1]])
     np.testing.assert_allclose(by_label["wider, separable"], [[20, 0], [5, 1]])
     assert ax.get_xlabel() == "top-1 (%)" and ax.get_ylim()[0] > ax.get_ylim()[1]
+
+
+def test_roofline_has_a_mark_for_each_layer_under_its_roof():
+    table = pd.DataFrame(
+        {
+            "kind": ["Conv2D", "Conv2D", "DepthwiseConv2D"],
+            "intensity": [50.0, 10.0, 1.0],
+            "macs": [4e9, 1e9, 1e7],
+            "measured_ms": [50.0, 20.0, 2.0],
+        }
+    )
+    ax = plots.roofline({"dense": table}, 1e11, 1e10)
+    marks = np.concatenate([np.asarray(group.get_offsets()) for group in ax.collections])
+    assert sorted(marks.tolist()) == [[1.0, 5.0], [10.0, 50.0], [50.0, 80.0]]
+    x, roof = ax.lines[0].get_data()
+    assert roof.max() == pytest.approx(100) and np.interp(1.0, x, roof) == pytest.approx(10, rel=0.1)
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")

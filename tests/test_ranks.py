@@ -162,3 +162,26 @@ def test_what_vbmf_can_not_read_is_refused():
             ranks.vbmf(bad)
     with pytest.raises(ValueError, match="36 values that are not finite"):
         ranks.vbmf_tucker(np.full((3, 3, 2, 2), np.nan))
+
+
+@pytest.mark.parametrize("method", ranks.METHODS)
+@pytest.mark.parametrize("multiple", [1, 8, 16])
+def test_ranks_in_steps(method, multiple):
+    """Multiples of the step or the maximum, the largest within the share, possible together."""
+    shape = (3, 3, 96, 192)
+    if method == "separable" and multiple > 1:
+        return  # at most 9: any step is the maximum
+    found = ranks.for_fraction(method, shape, 0.4, multiple=multiple)
+    largest = ranks.maximum(method, shape)
+    assert all(rank % multiple == 0 or rank == high for rank, high in zip(found, largest, strict=True))
+    assert ranks.check(method, shape, found) == found
+    assert ranks.parameters(method, shape, found) <= 0.4 * ranks.dense(shape)
+    if len(found) == 1:
+        assert ranks.parameters(method, shape, found[0] + multiple) > 0.4 * ranks.dense(shape)
+
+
+def test_a_share_below_the_first_step_says_what_that_is():
+    with pytest.raises(ValueError, match="fraction must be at least 0.02865, the parameters of cp at rank 16"):
+        ranks.for_fraction("cp", (3, 3, 96, 192), 0.02, multiple=16)
+    with pytest.raises(ValueError, match="multiple must be a whole number between 1 and"):
+        ranks.for_fraction("cp", (3, 3, 96, 192), 0.2, multiple=0)

@@ -313,3 +313,16 @@ def test_a_failing_write_keeps_the_complete_record(output, project, monkeypatch)
         with pytest.raises(ValueError, match="disk is full"):
             records.write(record(top1=0.75))
     assert records.read(path)["test"]["top1"] == 0.25
+
+
+def test_what_was_computed_once_is_remembered():
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"pair": (len(calls), 2), "by": {3: "three"}}
+
+    assert records.remembered("some/where", compute) == {"pair": [1, 2], "by": {"3": "three"}}
+    assert records.remembered("some/where", compute)["pair"] == [1, 2] and len(calls) == 1
+    assert records.remembered("some/where", compute, anew=True)["pair"] == [2, 2]
+    assert records.load("some/where")[0]["pair"] == [2, 2]

@@ -406,16 +406,25 @@ def test_validation_is_recorded_where_a_recipe_asks_for_it(dataset):
     assert record["test"] == training.evaluate(model, dataset.test, scale, dataset.coarse_names)
 
 
-# --- correct: the load of the machine ----------------------------------------------------------------------------
+# --- correct: networks that are made when they are needed ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("wall, busy, own, share", [(10, 30, 10, 0.5), (10, 10, 10, 0), (10, 9, 10, 0), (10, 50, 0, 1)])
-def test_the_share_of_other_programs(monkeypatch, wall, busy, own, share):
-    """Of 4 cores: seconds passed, seconds worked in all, seconds of ours."""
-    monkeypatch.setattr(training.psutil, "cpu_count", lambda: 4)
-    moments = iter([(100.0, 7.0, 3.0), (100.0 + wall, 7.0 + busy, 3.0 + own)])
-    monkeypatch.setattr(machine.Load, "_now", staticmethod(lambda: next(moments)))
-    assert machine.Load().others() == share
+def test_a_function_makes_the_network_only_where_there_is_no_record(dataset):
+    made = []
+
+    def make(seed):
+        made.append(seed)
+        return network(seed)
+
+    first = training.train(make, dataset, RECIPE.but(epochs=1), 3, name="made")
+    second = training.train(make, dataset, RECIPE.but(epochs=1), 3, name="made")
+    direct = training.train(network(3), dataset, RECIPE.but(epochs=1), 3)
+    assert made == [3] and first["model"] == "made" and second["test"] == first["test"] == direct["test"]
+    for model, name in ((make, None), (3, "three"), (None, None)):
+        with pytest.raises(
+            ValueError, match="model must be a network's name, a built keras.Model, or a function and a"
+        ):
+            training.train(model, dataset, RECIPE, name=name)
 
 
 # --- correct: records of earlier runs ----------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import re
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from fcnn_utils import models, records, thesis
@@ -20,6 +22,37 @@ def test_results_table(name):
     expected = [f"{record['params']:,}", f"{record['macs'] / 1e6:.1f}"]
     expected += [f"{100 * share:.1f}" for share in (theirs["top1"], ours["top1"], theirs["top5"], ours["top5"])]
     assert row[1:] == expected
+
+
+def runs_of(name, recipe):
+    """Test accuracies of the committed runs, in percent."""
+    paths = sorted((records.ROOT / "results" / "cifar100" / f"simple-{name}" / recipe).glob("seed?.json"))
+    return [100 * records.read(path)["test"]["top1"] for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("title", "name", "recipe"),
+    [
+        ("dense", "dense", "tune"),
+        ("CP, 4.5 times fewer MACs", "cp-4.5x", "tune"),
+        ("CP, 8.5 times fewer MACs", "cp-8.5x", "tune-distillation0.5"),
+    ],
+)
+def test_compression_table(title, name, recipe, monkeypatch, tmp_path):
+    """Accuracies are means over the committed runs; times are ratios of the committed latencies."""
+    monkeypatch.setenv("FCNN_OUTPUT", str(tmp_path))
+    (row,) = [row for row in ROWS if row[0] == title]
+    clock = pd.DataFrame(records.load("cifar100/simple-latency")[0]["rows"])
+    clock = clock[(clock["model"] == name) & (clock["precision"] == "float32")].set_index(["engine", "batch"])
+    tuned = runs_of(name, recipe)
+    stages = [records.load(f"cifar100/simple-{name}/stages{seed}")[0] for seed in range(len(tuned))]
+    if name != "dense":
+        assert row[1] == f"{stages[0]['macs'] / 1e6:.1f}"
+        assert row[2] == f"{np.mean([100 * stage['corrected'] for stage in stages]):.1f}"
+    assert row[3] == f"{np.mean(tuned):.1f}"
+    shown = [("onnxruntime", 1), ("onnxruntime", 64), ("keras", 64)]
+    expected = [f"{clock.loc[key, 'median_ms']:.3g} ms, {clock.loc[key, 'speedup']:.1f}×" for key in shown]
+    assert row[4:] == (expected if name != "dense" else [text.split(",")[0] for text in expected])
 
 
 def test_links_lead_somewhere():

@@ -252,6 +252,17 @@ def test_with_images_the_outputs_are_nearer():
     assert errors[1] < 0.2 * errors[0]
 
 
+def test_layer_by_layer_is_as_all_at_once():
+    model = zoo()
+    given = {"first": 5, "shared": 6, "inner/conv": 7, "last": 8}
+    at_once, _ = convert.factorize(model, "cp", ranks=given)
+    in_turn = model
+    for path, rank in given.items():
+        in_turn, report = convert.factorize(in_turn, "cp", ranks={path: rank})
+        assert report["reason"].eq("").sum() == 1
+    assert distance(at_once, in_turn, images(model)) < 1e-6
+
+
 def test_ranks_in_steps_of_what_engines_compute_at_once():
     model = zoo()
     for arguments in ({"ratio": 0.6}, {"macs": 0.6 * cost.totals(model)["macs"]}):

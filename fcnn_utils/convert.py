@@ -76,7 +76,7 @@ def factorize(
     the ones before are NAME_in, NAME_depthwise, ... Stride, padding, dilation, initializers, regularizers (the kernel's
     on every factor), dtype policy and `trainable` are the layer's. Everything else is copied.
 
-    Layers can be converted one after another, with a training in between, which is gentler at small ranks:
+    Layers can be converted one after another, with a training in between:
 
         for path, rank in ranks.items():
             model, _ = factorize(model, ranks={path: rank})

@@ -48,9 +48,14 @@ def images(model, count=4, seed=0):
     return np.random.default_rng(seed).standard_normal((count, *model.inputs[0].shape[1:])).astype("float32")
 
 
+def outputs(model, x):
+    """Without compilation, which takes longer than the few images."""
+    return keras.ops.convert_to_numpy(model(x, training=False))
+
+
 def distance(one, other, x):
     """Largest difference of the outputs, relative to the largest output of the first."""
-    y, z = (keras.ops.convert_to_numpy(model(x)) for model in (one, other))
+    y, z = outputs(one, x), outputs(other, x)
     return float(np.abs(y - z).max() / np.abs(y).max())
 
 
@@ -373,7 +378,7 @@ def test_networks_of_others_at_full_rank(network, method):
     x = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
     new, report = convert.factorize(model, method, ranks=given)
     before, after = (
-        keras.Model(one.inputs, one.layers[-1].input).predict_on_batch(x) for one in (model, new)
+        outputs(keras.Model(one.inputs, one.layers[-1].input), x) for one in (model, new)
     )  # what the last layer reads: probabilities of random weights hardly differ
     assert np.abs(before - after).max() < 1e-3 * np.abs(before).max()
     left = report[report["reason"] != ""]
@@ -388,9 +393,9 @@ def test_networks_of_others_at_a_quarter(network, tmp_path):
     new, report = convert.factorize(model, "cp", ratio=0.25, layers=named)
     assert time.perf_counter() - start < 300
     assert (report["reason"] == "").sum() == count - (count > 1)
-    assert np.allclose(outputs_in_a_fresh_process(new, x, tmp_path), new.predict_on_batch(x), rtol=1e-4, atol=1e-6)
+    assert np.allclose(outputs_in_a_fresh_process(new, x, tmp_path), outputs(new, x), rtol=1e-4, atol=1e-6)
     folded = convert.fold_batch_norm(new)
-    y, z = new.predict_on_batch(x), folded.predict_on_batch(x)
+    y, z = outputs(new, x), outputs(folded, x)
     assert np.abs(y - z).max() < 1e-4 * np.abs(y).max() + 1e-6
     norms = [sum(isinstance(p.layer, layers.BatchNormalization) for p in graph.places(m)) for m in (new, folded)]
     assert norms[1] < norms[0] or not norms[0]

@@ -388,10 +388,10 @@ def test_networks_of_others_at_full_rank(network, method):
 def test_networks_of_others_at_a_quarter(network, tmp_path):
     model, count = network
     x = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
-    start = time.perf_counter()
+    start = time.process_time()
     named = None if count > 1 else list(full_ranks(model, "cp"))  # the only one reads three channels
     new, report = convert.factorize(model, "cp", ratio=0.25, layers=named)
-    assert time.perf_counter() - start < 300
+    assert time.process_time() - start < 2 * 300  # five minutes of two cores; other tests run beside this one
     assert (report["reason"] == "").sum() == count - (count > 1)
     assert np.allclose(outputs_in_a_fresh_process(new, x, tmp_path), outputs(new, x), rtol=1e-4, atol=1e-6)
     folded = convert.fold_batch_norm(new)

@@ -8,6 +8,7 @@ The engines beside Keras are optional (`requirements-export.txt`), and so is Ker
 
 import importlib.util
 import tempfile
+import warnings
 from pathlib import Path
 
 import keras
@@ -53,7 +54,9 @@ def export(model, path):
     model(np.zeros([1 if size is None else size for size in model.inputs[0].shape], "float32"))  # export wants a call
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / path.name
-        model.export(str(made), format=_FORMATS[path.suffix], verbose=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the exporters' own, of NumPy names to come
+            model.export(str(made), format=_FORMATS[path.suffix], verbose=False)
         for file in sorted(made.parent.glob(f"{path.stem}.*")):  # the .bin before the .xml that reads it
             records.write_atomic(path.with_name(file.name), file.read_bytes())
     return path

@@ -5,7 +5,7 @@ import re
 import nbformat
 import pytest
 
-from fcnn_utils import parameters, pipeline
+from fcnn_utils import models, parameters, pipeline
 
 PATHS = list(pipeline.notebooks().values())
 NAMES = [path.stem for path in PATHS]
@@ -120,7 +120,9 @@ def test_smoke_series_runs_and_says_that_its_data_are_a_stand_in(series, name):
 
 
 def test_smoke_series_leaves_records_and_figures(series):
-    assert len(list(series.glob("results/standin-100/*/fast-batchsize32-epochs1/seed0.json"))) == 3
+    trained = {path.parts[-3] for path in series.glob("results/standin-100/*/fast-batchsize32-epochs1/seed0.json")}
+    assert trained == {*models.NETWORKS, "simple-narrow"}
+    assert (series / "results" / "standin-100" / "simple-narrow-cp-4.5x" / "tune-batchsize32" / "seed0.json").exists()
     assert (series / "results" / "speed.json").exists()
     assert len(list(series.glob("figures/*.png"))) >= 10
 

@@ -10,7 +10,9 @@ run: $(VENV)/ready
 	$(VENV)/bin/python -m fcnn_utils run $(ARGS)
 
 test: $(VENV)/ready
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest -m timed
+	$(VENV)/bin/python -m pytest -m "not timed" --numprocesses=logical --maxprocesses=4 --dist=loadfile $(ARGS)
 
 lab: $(VENV)/ready
 	$(VENV)/bin/jupyter lab notebooks

@@ -158,26 +158,28 @@ def choose(curves, costs, budget):
 
 
 def correct(new, model, images):
-    """Refit the factorized layers of `new` to what the layers of `model` compute, then its batch-norm statistics.
+    """Refit the factorized layers of `new` to what the layers of `model` compute on these images.
 
     From the first layer to the last, the last small layer of each chain gets the weights (and the bias) at which its
-    output on these images is nearest to the dense layer's, given what the layers before it, corrected already, hand
-    on: so it makes up for their errors, too (asymmetric reconstruction, Zhang et al. 2015, arXiv 1505.06798). `new` is
-    changed in place.
+    output is nearest to the dense layer's, given what the layers before it, corrected already, hand on: so it makes up
+    for their errors, too (asymmetric reconstruction, Zhang et al. 2015, arXiv 1505.06798). Without a bias the means of
+    the batch norms behind it take its place; the rest of their statistics stays the dense network's, whose outputs
+    these are again. `new` is changed in place.
     """
     images = check_images(model, images)
-    ours = {place.path: place.layer for place in graph.places(new)}
+    ours = {place.path: place for place in graph.places(new)}
+    means = {id(place.layer): place.layer for place in ours.values() if _has_channel_means(place)}
     for place in graph.places(model):
-        dense, last = place.layer, ours.get(place.path)
+        dense, chain = place.layer, ours.get(place.path)
+        last = chain and chain.layer
         if (
             type(dense) is not layers.Conv2D
             or type(last) is not layers.Conv2D
             or dense.kernel.shape == last.kernel.shape
         ):
             continue
-        centred = last.use_bias or any(isinstance(after, layers.BatchNormalization) for after in place.after)
-        _refit(new, last, model, dense, images, centred, len(place.calls))
-    reestimate(new, images)
+        norms = [means.get(id(after)) for after in chain.after]
+        _refit(new, last, model, dense, images, [] if None in norms else norms, len(place.calls))
 
 
 def reestimate(model, images):
@@ -202,8 +204,17 @@ def reestimate(model, images):
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
-def _refit(new, last, model, dense, images, centred, calls):
-    """Least squares of the dense layer's output, before its activation, on the patches that `last` reads."""
+def _has_channel_means(place):
+    """Whether it is a batch norm of channels that reads one layer only."""
+    is_norm = isinstance(place.layer, layers.BatchNormalization)
+    return is_norm and len(place.calls) == 1 and place.layer.axis in (-1, len(place.calls[0][1]) - 1)
+
+
+def _refit(new, last, model, dense, images, norms, calls):
+    """Least squares of the dense layer's output, before its activation, on the patches that `last` reads.
+
+    `norms`: the batch norms of `new` that read `last`, if nothing else does.
+    """
     sums = 0
     for part in _batches(images):
         outputs = _seen(model, dense, part, lambda x: _linear(dense, x), calls)
@@ -214,13 +225,16 @@ def _refit(new, last, model, dense, images, centred, calls):
     size = int(np.prod(last.kernel.shape[:3]))
     products = sums / sums[0, 0]
     mean, squares = products[0, 1:], products[1:, 1:]
-    if centred:
+    if last.use_bias or norms:  # something can take a mean
         squares = squares - np.outer(mean, mean)
     start = last.get_weights()[0].reshape(size, -1).astype(np.float64)
     gram, right = squares[:size, :size], squares[:size, size:]
     weights = start + _least_squares(gram, right - gram @ start)
-    bias = [mean[size:] - mean[:size] @ weights] if last.use_bias else []
-    last.set_weights([weights.reshape(last.kernel.shape), *bias])
+    missing = mean[size:] - mean[:size] @ weights
+    last.set_weights([weights.reshape(last.kernel.shape), *([missing] if last.use_bias else [])])
+    if not last.use_bias:
+        for norm in norms:
+            norm.moving_mean.assign(keras.ops.convert_to_numpy(norm.moving_mean) - missing)
 
 
 def _least_squares(gram, right):

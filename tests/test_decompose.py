@@ -258,15 +258,16 @@ def test_sensitivity_is_the_expected_change_under_noise():
     assert result.sensitivity == pytest.approx(expected, rel=4 * np.std(changes) / np.mean(changes) / np.sqrt(2000))
 
 
+@pytest.mark.timed
 def test_all_kernels_of_the_simple_network_in_fifteen_seconds(trained):
     """At 15% of their parameters, one start each; about 4 s on a quiet 2-core machine."""
     assert [name for name, kernel in trained.items() if kernel.shape[0] == 3] == [f"conv{n}" for n in range(1, 8)]
-    start = time.process_time()
+    start = time.perf_counter()
     for kernel in trained.values():
         if kernel.shape[0] == 3:
             result = decompose.cp(kernel, *ranks.for_fraction("cp", kernel.shape, 0.15))
             assert result.parameters <= 0.15 * kernel.size and result.relative_error < 0.8
-    assert time.process_time() - start < 600  # a crowded machine counts several times the quiet one
+    assert time.perf_counter() - start < 15
 
 
 @pytest.mark.parametrize("method", ranks.METHODS)

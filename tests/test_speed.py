@@ -82,13 +82,14 @@ def test_a_machine_that_slows_down_meets_all_alike(monkeypatch):
     assert table.loc["half", "speedup_low"] <= table.loc["half", "speedup"] <= table.loc["half", "speedup_high"]
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("engine", engines.ENGINES)
 def test_every_engine_that_is_there_is_timed(engine):
     if engine not in engines.available() or (engine != "keras" and keras.config.backend() != "tensorflow"):
         pytest.skip(f"{engine} is not installed, or not exported to from this backend")
     table = speed.latency({"wide": small(1.0), "narrow": small(0.1)}, 8, engine, rounds=3)
     assert table["engine"].unique().tolist() == [engine] and (table["median_ms"] > 0).all()
-    assert table["speedup"][1] > 0 and 0 <= table["others_cpu"][0] <= 1
+    assert table["speedup"][1] > 1 and 0 <= table["others_cpu"][0] <= 1
 
 
 def test_the_machines_peaks_are_of_the_right_order():

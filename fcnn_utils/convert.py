@@ -113,6 +113,8 @@ def factorize(
     graph.check(model)
     check_choice("method", method, ranks_of.METHODS)
     check_number("seed", seed, int, 0, 2**31 - 1)
+    check_number("multiple", multiple, int, 1, 4096)
+    check_choice("uniform", uniform, (True, False))
     if sum(value is not None for value in (ratio, ranks, macs)) != 1:
         raise ValueError("give one of ratio=, ranks= and macs=")
     if ranks is not None and layers is not None:
@@ -193,7 +195,7 @@ class _Site:
 
     @property
     def parameters(self):
-        return sum(math.prod(weight.shape) for weight in self.layer.weights)
+        return self.layer.count_params()
 
     @functools.cached_property
     def obstacle(self):

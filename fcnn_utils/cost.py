@@ -85,14 +85,27 @@ def macs_of(place):
     return sum(row[COLUMNS.index("macs")] for row in rows)
 
 
+def value_bytes(layer):
+    """Bytes of one value that a layer computes: 4, or 2 in bfloat16 or float16."""
+    return np.dtype("uint16" if "float16" in layer.compute_dtype else layer.compute_dtype).itemsize
+
+
 def _row(layer, inputs, output, number):
     shape = output[1:]
     if None in shape:
         raise ValueError(f"layer {layer.name!r} has the output shape {shape}: give the model images of a fixed size")
     macs, other_ops = _operations(layer, [one[1:] for one in inputs], shape)
-    size = np.dtype("uint16" if "float16" in layer.compute_dtype else layer.compute_dtype).itemsize
     params, trainable = (0, 0) if number else (_count(layer.weights), _count(layer.trainable_weights))
-    return layer.name, type(layer).__name__, shape, params, trainable, macs, other_ops, math.prod(shape) * size
+    return (
+        layer.name,
+        type(layer).__name__,
+        shape,
+        params,
+        trainable,
+        macs,
+        other_ops,
+        math.prod(shape) * value_bytes(layer),
+    )
 
 
 def _operations(layer, inputs, shape):

@@ -19,14 +19,13 @@ from fcnn_utils.parameters import check_choice, check_number
 
 ENGINES = ("keras", "onnxruntime", "openvino", "litert")
 TITLES = {"keras": "Keras", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "litert": "LiteRT"}
-_NEEDS = {  # to export and to run: with TensorFlow as backend; others may want more, and Keras then says so
-    "keras": (),
+_ENDINGS = {"onnxruntime": ".onnx", "openvino": ".xml", "litert": ".tflite"}
+_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino", "litert": "litert"}  # as `keras.Model.export` calls them
+_NEEDS = {  # to export from TensorFlow, and to run; other backends may want more, and Keras then says so
     "onnxruntime": ("onnx", "tf2onnx", "onnxruntime"),
     "openvino": ("openvino",),
     "litert": ("ai_edge_litert",),
 }
-_FORMATS = {".onnx": "onnx", ".xml": "openvino", ".tflite": "litert"}
-_ENDINGS = {"onnxruntime": ".onnx", "openvino": ".xml", "litert": ".tflite"}
 
 
 def available():
@@ -44,19 +43,20 @@ def export(model, path):
         The path.
 
     Raises:
-        ValueError: another ending; a model that is not built; a package that is not installed; a file that can't be
-            written.
+        ValueError: another ending; a model that is not built, or of several inputs or outputs; a package that is not
+            installed; a file that can't be written.
     """
     path = Path(path)
-    check_choice("ending of the exported file", path.suffix, _FORMATS)
-    _check_installed(next(engine for engine, ending in _ENDINGS.items() if ending == path.suffix))
-    model = _single_precision(graph.check(model))
+    engine_of = {ending: engine for engine, ending in _ENDINGS.items()}
+    engine = engine_of[check_choice("ending of the exported file", path.suffix, engine_of)]
+    _check_installed(engine)
+    model = _single_precision(_checked(model))
     model(np.zeros([1 if size is None else size for size in model.inputs[0].shape], "float32"))  # export wants a call
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / path.name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the exporters' own, of NumPy names to come
-            model.export(str(made), format=_FORMATS[path.suffix], verbose=False)
+            model.export(str(made), format=_FORMATS[engine], verbose=False)
         for file in sorted(made.parent.glob(f"{path.stem}.*")):  # the .bin before the .xml that reads it
             records.write_atomic(path.with_name(file.name), file.read_bytes())
     return path
@@ -73,18 +73,19 @@ def load(model, engine="keras", *, precision="float32", threads=None):
         threads: how many; default: as many as there are processors (Keras always takes what its backend has).
 
     Raises:
-        ValueError: an argument is not as above, or the engine is not installed.
+        ValueError: an argument is not as above, there is no such file, or the engine is not installed.
     """
     check_choice("engine", engine, ENGINES)
     check_choice("precision", precision, ("float32", "bfloat16") if engine == "openvino" else ("float32",))
     threads = check_number("threads", machine.cores() if threads is None else threads, int, 1, 4096)
+    is_file = isinstance(model, (str, Path))
+    if is_file and not Path(model).exists():
+        raise ValueError(f"there is no file {model} to load")
     if engine == "keras":
-        if isinstance(model, (str, Path)):
-            model = keras.saving.load_model(model, compile=False)
-        return graph.check(model).predict_on_batch
+        return _checked(keras.saving.load_model(model, compile=False) if is_file else model).predict_on_batch
     _check_installed(engine)
     start = {"onnxruntime": _onnxruntime, "openvino": _openvino, "litert": _litert}[engine]
-    if isinstance(model, (str, Path)):
+    if is_file:
         return start(str(model), threads, precision)
     with tempfile.TemporaryDirectory() as folder:
         return start(str(export(model, Path(folder) / f"model{_ENDINGS[engine]}")), threads, precision)
@@ -139,6 +140,15 @@ def _litert(path, threads, precision):
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
+def _checked(model):
+    if len(graph.check(model).inputs) != 1 or len(model.outputs) != 1:
+        raise ValueError(
+            f"model {model.name!r} must have one input and one output; it has {len(model.inputs)} and "
+            f"{len(model.outputs)}"
+        )
+    return model
+
+
 def _single_precision(model):
     """The model, or a copy of it that computes in float32 where it does not."""
     if all(place.layer.compute_dtype == "float32" for place in graph.places(model)):
@@ -147,7 +157,7 @@ def _single_precision(model):
 
 
 def _missing(engine):
-    return [package for package in _NEEDS[engine] if importlib.util.find_spec(package) is None]
+    return [package for package in _NEEDS.get(engine, ()) if importlib.util.find_spec(package) is None]
 
 
 def _check_installed(engine):

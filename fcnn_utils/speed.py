@@ -137,8 +137,7 @@ def _row(name, engine, batch, times):
 def _layer_row(layer, macs, inputs, output, batch, peak, bytes_per_second, repeats):
     values = keras.ops.ones((batch, *inputs[1:]), layer.compute_dtype)
     seconds = np.median(_times(lambda: layer(values, training=False), repeats))
-    size = np.dtype("uint16" if "float16" in layer.compute_dtype else layer.compute_dtype).itemsize
-    moved = size * (batch * (np.prod(inputs[1:]) + np.prod(output[1:])) + layer.count_params())
+    moved = cost.value_bytes(layer) * (batch * (np.prod(inputs[1:]) + np.prod(output[1:])) + layer.count_params())
     arithmetic, memory = batch * macs / peak, moved / bytes_per_second
     return {
         "layer": layer.name,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from fcnn_utils import convert, cost, decompose, graph, ranks
+from fcnn_utils import convert, cost, decompose, graph, models, ranks
 
 METHODS = ["cp", "cp4", "tucker", "tt", "spatial", "separable"]
 
@@ -104,6 +104,10 @@ def test_arguments_that_can_not_be_are_refused_with_what_can():
         convert.factorize(model, ranks={"shared": 3}, layers=["shared"])
     with pytest.raises(ValueError, match=r"calibration images must be .* \(N, 11, 16, 3\), at least one; got \(2, 3\)"):
         convert.factorize(model, ratio=0.5, images=np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="multiple must be a whole number between"):
+        convert.factorize(model, ratio=0.5, multiple=0)
+    with pytest.raises(ValueError, match="uniform must be one of True, False; got 'yes'"):
+        convert.factorize(model, ratio=0.5, uniform="yes")
     with pytest.raises(ValueError, match="max_norm must be a number"):
         convert.factorize(model, ratio=0.5, max_norm=0.1)
 
@@ -361,6 +365,15 @@ def test_folding_into_another_precision():
     folded = convert.fold_batch_norm(model, dtype="float32")
     assert {layer.dtype_policy.name for layer in folded.layers} == {"float32"}
     assert distance(normalised(), folded, images(model)) < 1e-4
+
+
+@pytest.mark.timed
+def test_the_simple_network_in_half_a_minute():
+    """Decomposed and swapped in, all six layers."""
+    dense = models.build("simple")
+    start = time.perf_counter()
+    convert.factorize(dense, "cp", macs=cost.totals(dense)["macs"] / 4.5)
+    assert time.perf_counter() - start < 30
 
 
 # --- networks of others ------------------------------------------------------------------------------------------

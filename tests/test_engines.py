@@ -3,8 +3,9 @@
 import keras
 import numpy as np
 import pytest
+from keras import layers
 
-from fcnn_utils import convert, engines, models, records
+from fcnn_utils import convert, engines, machine, models, records
 
 CHECKPOINT = records.ROOT / "results" / "cifar100" / "simple" / "fast" / "seed0.keras"
 ELSEWHERE = engines.ENGINES[1:]
@@ -47,6 +48,12 @@ def test_bad_arguments_are_refused(tmp_path):
         engines.export(small(), tmp_path / "model.h5")
     with pytest.raises(ValueError, match="model must be a built keras.Model; got int"):
         engines.load(3)
+    with pytest.raises(ValueError, match="there is no file .*nothing.keras to load"):
+        engines.load(tmp_path / "nothing.keras")
+    inputs = keras.Input((4, 4, 3))
+    pair = keras.Model(inputs, [inputs, layers.Flatten()(inputs)], name="pair")
+    with pytest.raises(ValueError, match="model 'pair' must have one input and one output; it has 1 and 2"):
+        engines.load(pair)
 
 
 @pytest.mark.parametrize("engine", ELSEWHERE)
@@ -91,8 +98,10 @@ def test_a_trained_network_factorized_folded_and_exported(engine, tmp_path):
 def test_openvino_computes_in_bfloat16_where_it_is_told(tmp_path):
     needs("openvino")
     x = pictures(4)
-    run = engines.load(small(), "openvino", precision="bfloat16")
-    assert np.allclose(run(x), small().predict_on_batch(x), atol=0.02)
+    single, half = (engines.load(small(), "openvino", precision=kind)(x) for kind in ("float32", "bfloat16"))
+    assert np.allclose(single, half, atol=0.02)
+    if machine.has_bfloat16():
+        assert np.abs(single - half).max() > 1e-5
 
 
 def test_a_saved_model_in_keras(tmp_path):

@@ -65,7 +65,8 @@ class Load:
 def line(here):
     """One line that tells where a number comes from, from `describe()` or from a record."""
     when = f" · {here['date'][:10]}" if "epochs" in here else ""
-    return f"{here['device']} · {here['cores']} cores · Keras {here['versions']['keras']} on {here['backend']}" + when
+    cores = f"{here['cores']} core{'s' * (here['cores'] != 1)}"
+    return f"{here['device']} · {cores} · Keras {here['versions']['keras']} on {here['backend']}" + when
 
 
 def describe():

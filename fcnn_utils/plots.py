@@ -4,6 +4,7 @@ import io
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 
 from fcnn_utils import machine, models, records
@@ -134,13 +135,15 @@ def dots(table, xlabel="", ax=None):
 def roofline(tables, peak, bytes_per_second, ax=None):
     """Achieved against possible: one point a layer, below the roof of this machine; both axes logarithmic.
 
+    The size of a point grows with the layer's time, on one scale for all tables.
+
     Args:
         tables: dict label -> table of `speed.roofline`.
         peak, bytes_per_second: the machine's, from `speed.gemm_peak` and `speed.bandwidth`.
     """
     ax = ax or plt.subplots()[1]
-    every = np.concatenate([table["intensity"] for table in tables.values()])
-    intensity = np.geomspace(every.min() / 2, every.max() * 2, 200)  # MACs a byte
+    every = pd.concat(tables.values())
+    intensity = np.geomspace(every["intensity"].min() / 2, every["intensity"].max() * 2, 200)  # MACs a byte
     ax.plot(intensity, np.minimum(peak, intensity * bytes_per_second) / 1e9, color="0.3", label="this machine at best")
     for number, (label, table) in enumerate(tables.items()):
         for kind, rows in table.groupby("kind"):
@@ -148,7 +151,7 @@ def roofline(tables, peak, bytes_per_second, ax=None):
             ax.scatter(
                 rows["intensity"],
                 rows["macs"] / rows["measured_ms"] / 1e6,
-                s=12 + 150 * rows["measured_ms"] / table["measured_ms"].max(),
+                s=12 + 150 * rows["measured_ms"] / every["measured_ms"].max(),
                 marker="os^"[number % 3],
                 facecolor=filled,
                 edgecolor=PALETTE[number],

@@ -55,6 +55,7 @@ def test_the_line_tells_device_cores_and_backend():
         "date": "2025-01-02T03:04",
     }
     assert machine.line(here) == "CPU X · 2 cores · Keras 3.15.1 on jax"
+    assert machine.line(here | {"cores": 1}) == "CPU X · 1 core · Keras 3.15.1 on jax"
     assert machine.line(here | {"epochs": []}) == "CPU X · 2 cores · Keras 3.15.1 on jax · 2025-01-02"  # a record
 
 

@@ -35,7 +35,7 @@ def runs_of(name, recipe):
     [
         ("dense", "dense", "tune"),
         ("CP, 4.5 times fewer MACs", "cp-4.5x", "tune"),
-        ("CP, 8.5 times fewer MACs", "cp-8.5x", "tune-distillation0.5"),
+        ("CP, 8.5 times fewer MACs", "cp-8.5x", "tune-distillation0.5-epochs2"),
     ],
 )
 def test_compression_table(title, name, recipe, monkeypatch, tmp_path):

@@ -127,6 +127,9 @@ def choose(curves, costs, budget):
 
     Returns:
         dict path -> ranks, without the layers that stay dense.
+
+    Raises:
+        ValueError: no points of the curves are within the budget.
     """
     unit = budget / _BINS
     best, choices = np.zeros(_BINS + 1), []
@@ -148,6 +151,8 @@ def choose(curves, costs, budget):
                 total = np.minimum(total, reached)
         choices.append((path, options, chosen))
         best = total
+    if not np.isfinite(best[-1]):
+        raise ValueError(f"no points of the curves together cost at most {budget:,}")
     left, plan = _BINS, {}
     for path, options, chosen in reversed(choices):
         ranks, cost, _ = options[chosen[left]]
@@ -178,7 +183,8 @@ def correct(new, model, images):
             or dense.kernel.shape == last.kernel.shape
         ):
             continue
-        norms = [means.get(id(after)) for after in chain.after]
+        is_linear = last.activation is keras.activations.linear  # else the norms read something else than is fitted
+        norms = [means.get(id(after)) for after in chain.after] if is_linear else []
         _refit(new, last, model, dense, images, [] if None in norms else norms, len(place.calls))
 
 
@@ -281,7 +287,7 @@ def _seen(model, layer, images, function, calls):
         try:
             model(images, training=False)
         finally:
-            layer.call = call
+            del layer.call  # the class's own again
     return seen
 
 

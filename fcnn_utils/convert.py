@@ -8,6 +8,7 @@ their path, `inner/conv1`. The original is not changed, and the new model shares
 layers, so that it is saved and loaded without custom objects.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -88,8 +89,9 @@ def factorize(
         ratio: share of each converted kernel's parameters that is kept, in (0, 1];
         ranks: or the ranks of each layer to convert, {path: ranks};
         macs: or the most multiply-adds that the whole network may take for one image: with `images` the ranks are
-            chosen by sensitivity (`calibrate.sensitivity`, `calibrate.choose`), unless `uniform`; without them one
-            ratio serves all layers. Give one of the three.
+            chosen by sensitivity (`calibrate.sensitivity`, `calibrate.choose`), unless `uniform`; without them, and
+            where the budget is so near the smallest that it leaves no choice, one ratio serves all layers. Give one of
+            the three.
         layers: paths of the layers to convert; default: all that can be, but those that read fewer than 4 channels
             (there is little to save and much to lose) and those that are part of a factorization already.
         images: some hundred inputs (N, H, W, C), normalised as in training, without labels: the factors are then
@@ -140,7 +142,7 @@ def factorize(
         if path in plan:
             row |= _converted(site, method, plan[path], options, chains, taken)
         elif path in chosen:
-            row["reason"] = f"{method} would cost more than the layer itself" if ranks is None else "not chosen"
+            row["reason"] = f"the ratio is below {method} at rank {multiple}" if ratio else "left dense by the budget"
         elif not site.reason:
             row["reason"] = "not chosen"
         rows.append(row)
@@ -344,6 +346,8 @@ def _by_budget(model, chosen, method, macs, images, multiple, options):
         count = site.macs_at(method, ranks)
         return (ranks, count) if count < site.macs else (None, site.macs)
 
+    if macs >= cost.totals(model)["macs"]:
+        return {}
     fixed = cost.totals(model)["macs"] - sum(site.macs for site in chosen.values())
     smallest = fixed + sum(at(site, 1e-9)[1] for site in chosen.values())
     if macs < smallest:
@@ -357,16 +361,17 @@ def _by_budget(model, chosen, method, macs, images, multiple, options):
         middle = (low + high) / 2 if low > 1e-6 else high / 2
         fits = fixed + sum(at(site, middle)[1] for site in chosen.values()) <= macs
         low, high = (middle, high) if fits else (low, middle)
+    plan = {path: at(site, low)[0] for path, site in chosen.items()}
+    plan = {path: ranks for path, ranks in plan.items() if ranks is not None}
     if images is not None:
         fractions = np.geomspace(max(low / 3, 1e-9), min(2.5 * low, 0.9), 6)  # around what would be the same for all
         curves = calibrate.sensitivity(
             model, method, images, [site.place for site in chosen.values()], fractions.tolist(), **options
         )
-        return calibrate.choose(
-            curves, {path: functools.partial(at, site) for path, site in chosen.items()}, macs - fixed
-        )
-    plan = {path: at(site, low)[0] for path, site in chosen.items()}
-    return {path: ranks for path, ranks in plan.items() if ranks is not None}
+        costs = {path: functools.partial(at, site) for path, site in chosen.items()}
+        with contextlib.suppress(ValueError):  # a budget that only the smallest ranks meet leaves no choice
+            plan = calibrate.choose(curves, costs, macs - fixed)
+    return plan
 
 
 def _converted(site, method, ranks, options, chains, taken):
@@ -399,6 +404,7 @@ def _folds(place, before):
         and isinstance(before.layer, _FOLDABLE)
         and _is_linear(before.layer)
         and getattr(before.layer, "data_format", "channels_last") == "channels_last"
+        and not getattr(before.layer, "lora_enabled", False)
         and place.layer.axis in (-1, len(place.calls[0][1]) - 1)
         and len(place.calls) == len(before.calls) == len(before.after) == 1
     )

@@ -57,7 +57,7 @@ def export(model, path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the exporters' own, of NumPy names to come
             model.export(str(made), format=_FORMATS[engine], verbose=False)
-        for file in sorted(made.parent.glob(f"{path.stem}.*")):  # the .bin before the .xml that reads it
+        for file in sorted(made.parent.iterdir()):  # the .bin before the .xml that reads it
             records.write_atomic(path.with_name(file.name), file.read_bytes())
     return path
 

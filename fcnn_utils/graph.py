@@ -137,11 +137,14 @@ def _carry_over(model, copies):
                 part.trainable = False
     for layer in model.layers:
         new = copies.get(id(layer))
-        if isinstance(new, list) or isinstance(layer, keras.Model) or new is None:
+        if isinstance(layer, keras.Model) or new is None:
             continue
-        if layer.weights:
+        if layer.weights and not isinstance(new, list):  # a chain has its own
             new.set_weights(layer.get_weights())
-        new.trainable = layer.trainable
+            if hasattr(new, "finalize_state"):  # what an adapted Normalization computes with comes from its weights
+                new.finalize_state()
+        for part in _listed(new):
+            part.trainable = layer.trainable
 
 
 def _listed(value):

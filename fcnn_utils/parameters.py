@@ -1,9 +1,11 @@
 """What a setting may be: checks that answer a bad value with one sentence, and the parameters of the notebooks."""
 
+import numbers
+
 
 def check_number(name, value, kind, low, high):
     """`value` if it is a number of `kind` (int, float) between `low` and `high`; else ValueError."""
-    is_number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    is_number = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         raise ValueError(
             f"{name} must be a {'whole ' if kind is int else ''}number between {low} and {high}; got {value!r}"

@@ -104,6 +104,11 @@ def test_openvino_computes_in_bfloat16_where_it_is_told(tmp_path):
         assert np.abs(single - half).max() > 1e-5
 
 
+def test_a_file_may_have_any_name(tmp_path):
+    needs("litert")
+    assert engines.export(small(), tmp_path / "model[1].tflite").stat().st_size > 1000
+
+
 def test_a_saved_model_in_keras(tmp_path):
     model = small()
     model.save(tmp_path / "model.keras")

@@ -102,6 +102,29 @@ def test_what_is_trainable_stays_so(make):
     assert len({old.layer.trainable for old, _ in pairs}) == 2
 
 
+def test_a_thawed_layer_stays_so_as_a_chain():
+    inner_in = keras.Input((8, 8, 4))
+    inner = keras.Model(inner_in, layers.Conv2D(4, 3, name="conv")(inner_in), name="inner")
+    outer = keras.Input((8, 8, 4))
+    model = keras.Model(outer, inner(outer))
+    inner.trainable = False
+    inner.get_layer("conv").trainable = True
+    new = graph.rebuilt(
+        model, {id(inner.get_layer("conv")): [layers.Conv2D(2, 3, name="a"), layers.Conv2D(4, 1, name="b")]}
+    )
+    assert [place.layer.trainable for place in graph.places(new) if place.layer.weights] == [True, True]
+
+
+def test_an_adapted_normalization_computes_the_same():
+    inputs = keras.Input((8, 8, 3))
+    normalization = layers.Normalization()
+    x = np.random.default_rng(0).normal(5, 3, (10, 8, 8, 3)).astype("float32")
+    normalization.adapt(x)
+    model = keras.Model(inputs, normalization(inputs))
+    assert np.allclose(graph.rebuilt(model, {}).predict_on_batch(x), model.predict_on_batch(x), atol=1e-5)
+    assert abs(model.predict_on_batch(x).mean()) < 0.1
+
+
 def test_chains_stand_for_layers_wherever_they_are_called():
     """Doubling layers in place of the activation-free ones, in the shared, the nested and the sequential one."""
     model = zoo()

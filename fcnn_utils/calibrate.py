@@ -39,14 +39,15 @@ def sensitivity(model, method, images, places, fractions, **options):
     """How much worse the network's answers get when one kernel is factorized, layer by layer and size by size.
 
     Every kernel in turn is replaced by its decomposition, whose last factor is refitted to the layer's output on these
-    images (`refitted`), all others staying as they are. Worse is the mean Kullback-Leibler divergence of the model's
-    probabilities from those that it had; of a model without probabilities, the squared change of its output relative to
-    the output's variance.
+    images (`refitted`) and whose lost mean goes where `correct` puts it, all others staying as they are. Worse is the
+    mean Kullback-Leibler divergence of the model's probabilities from those that it had; of a model without
+    probabilities, the squared change of its output relative to the output's variance.
 
     Args:
         places: `graph.Place`s of the Conv2D layers.
         images: the first 256 count.
-        fractions: of a kernel's parameters, rising: the sizes to try; those below rank 1 are left out.
+        fractions: of a kernel's parameters, rising: the sizes to try; those below rank 1 are left out, and where that
+            leaves none of them, rank 1 is tried.
         options: of the decomposition; a CP is content with 10 sweeps here unless told otherwise.
 
     Returns:
@@ -56,23 +57,27 @@ def sensitivity(model, method, images, places, fractions, **options):
     if method in ("cp", "cp4"):
         options = {"n_iter": 10} | options
     trial = graph.rebuilt(model, {})
-    copies = {place.path: place.layer for place in graph.places(trial)}
+    copies = {place.path: place for place in graph.places(trial)}
     before = _outputs(trial, images)
     curves = {}
     for place in places:
-        layer, curve = copies[place.path], []
+        layer, curve = copies[place.path].layer, []
         weights = layer.get_weights()
-        seen = moment(trial, layer, images, len(place.calls))
-        for fraction in fractions:
-            try:
-                ranks = ranks_of.for_fraction(method, weights[0].shape, fraction)
-            except ValueError:  # even rank 1 is larger
-                continue
+        means = [(norm, norm.get_weights()) for norm in _norms_behind(copies[place.path], copies)]
+        mean, covariance = moment(trial, layer, images, len(place.calls))
+        if not layer.use_bias and not means:  # nothing can take a mean
+            mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
+        for fraction in _possible(fractions, method, weights[0].shape):
+            ranks = ranks_of.for_fraction(method, weights[0].shape, fraction)
             result = decompose.decompose(weights[0], method, ranks, **options)
-            kernel, shift = refitted(weights[0], result, seen)
+            kernel, shift = refitted(weights[0], result, (mean, covariance))
             layer.set_weights([kernel, *(bias + shift for bias in weights[1:])])
+            for norm, values in means:
+                norm.moving_mean.assign(values[-2] - shift)
             curve.append((fraction, ranks, _loss(before, _outputs(trial, images))))
         layer.set_weights(weights)
+        for norm, values in means:
+            norm.set_weights(values)
         curves[place.path] = curve
     return curves
 
@@ -117,7 +122,7 @@ def refitted(kernel, decomposition, moment):
 def choose(curves, costs, budget):
     """The cheapest sum of losses within a budget: which point of its curve each layer takes, or none (it stays dense).
 
-    Between its measured points a curve is interpolated, both axes logarithmic, and made to fall. The losses of layers
+    Between its measured points a curve is interpolated, both axes logarithmic. The losses of layers
     are taken to add up. Exact but for the steps of the budget, by dynamic programming (the multiple-choice knapsack).
 
     Args:
@@ -137,7 +142,7 @@ def choose(curves, costs, budget):
         options = [(*costs[path](None), 0.0)]
         if curve:
             fractions, losses = np.array([(fraction, loss) for fraction, _, loss in curve]).T
-            losses = np.maximum(np.minimum.accumulate(losses), 1e-9)  # more parameters are never worse
+            losses = np.maximum(losses, 1e-9)
             for fraction in np.geomspace(fractions[0], fractions[-1], 80):
                 loss = np.exp(np.interp(np.log(fraction), np.log(fractions), np.log(losses)))
                 options.append((*costs[path](float(fraction)), loss))
@@ -173,7 +178,6 @@ def correct(new, model, images):
     """
     images = check_images(model, images)
     ours = {place.path: place for place in graph.places(new)}
-    means = {id(place.layer): place.layer for place in ours.values() if _has_channel_means(place)}
     for place in graph.places(model):
         dense, chain = place.layer, ours.get(place.path)
         last = chain and chain.layer
@@ -183,9 +187,7 @@ def correct(new, model, images):
             or dense.kernel.shape == last.kernel.shape
         ):
             continue
-        is_linear = last.activation is keras.activations.linear  # else the norms read something else than is fitted
-        norms = [means.get(id(after)) for after in chain.after] if is_linear else []
-        _refit(new, last, model, dense, images, [] if None in norms else norms, len(place.calls))
+        _refit(new, last, model, dense, images, _norms_behind(chain, ours), len(place.calls))
 
 
 def reestimate(model, images):
@@ -210,16 +212,25 @@ def reestimate(model, images):
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
-def _has_channel_means(place):
-    """Whether it is a batch norm of channels that reads one layer only."""
-    is_norm = isinstance(place.layer, layers.BatchNormalization)
-    return is_norm and len(place.calls) == 1 and place.layer.axis in (-1, len(place.calls[0][1]) - 1)
+def _possible(fractions, method, shape):
+    """Those at which the ranks are at least 1; where there is none, the one of rank 1."""
+    ones = (1,) * len(ranks_of.maximum(method, shape))
+    least = (ranks_of.parameters(method, shape, ones) + 0.5) / ranks_of.dense(shape)
+    return [fraction for fraction in fractions if fraction >= least] or [least]
+
+
+def _norms_behind(place, places):
+    """The batch norms whose means take that of a convolution without a bias: they read it, and nothing else does."""
+    norms = {id(other.layer): other.layer for other in places.values() if other.is_channel_norm}
+    behind = [norms.get(id(after)) for after in place.after]
+    is_linear = place.layer.activation is keras.activations.linear  # else they read something else
+    return [] if place.layer.use_bias or not is_linear or None in behind else behind
 
 
 def _refit(new, last, model, dense, images, norms, calls):
     """Least squares of the dense layer's output, before its activation, on the patches that `last` reads.
 
-    `norms`: the batch norms of `new` that read `last`, if nothing else does.
+    `norms`: whose means take the missing one (`_norms_behind`).
     """
     sums = 0
     for part in _batches(images):
@@ -238,9 +249,8 @@ def _refit(new, last, model, dense, images, norms, calls):
     weights = start + _least_squares(gram, right - gram @ start)
     missing = mean[size:] - mean[:size] @ weights
     last.set_weights([weights.reshape(last.kernel.shape), *([missing] if last.use_bias else [])])
-    if not last.use_bias:
-        for norm in norms:
-            norm.moving_mean.assign(keras.ops.convert_to_numpy(norm.moving_mean) - missing)
+    for norm in norms:
+        norm.moving_mean.assign(keras.ops.convert_to_numpy(norm.moving_mean) - missing)
 
 
 def _least_squares(gram, right):

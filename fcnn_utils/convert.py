@@ -171,7 +171,7 @@ def fold_batch_norm(model, dtype=None):
         model = graph.rebuilt(model, {}, dtype=dtype)
     chains, places = {}, {id(place.layer): place for place in graph.places(model)}
     for place in places.values():
-        if isinstance(place.layer, keras_layers.BatchNormalization):
+        if place.is_channel_norm:
             before = places.get(id(place.before[0]))
             if _folds(place, before):
                 chains[id(before.layer)], chains[id(place.layer)] = [_scaled(before.layer, place.layer)], []
@@ -405,8 +405,8 @@ def _folds(place, before):
         and _is_linear(before.layer)
         and getattr(before.layer, "data_format", "channels_last") == "channels_last"
         and not getattr(before.layer, "lora_enabled", False)
-        and place.layer.axis in (-1, len(place.calls[0][1]) - 1)
-        and len(place.calls) == len(before.calls) == len(before.after) == 1
+        and len(before.calls) == len(before.after) == 1
+        and not any(place.training)  # told to normalise by its batch
     )
 
 

@@ -85,9 +85,9 @@ def macs_of(place):
     return sum(row[COLUMNS.index("macs")] for row in rows)
 
 
-def value_bytes(layer):
-    """Bytes of one value that a layer computes: 4, or 2 in bfloat16 or float16."""
-    return np.dtype("uint16" if "float16" in layer.compute_dtype else layer.compute_dtype).itemsize
+def value_bytes(dtype):
+    """Bytes of one value of a layer's `compute_dtype` or `variable_dtype`; NumPy has no bfloat16."""
+    return np.dtype("uint16" if "float16" in dtype else dtype).itemsize
 
 
 def _row(layer, inputs, output, number):
@@ -96,16 +96,8 @@ def _row(layer, inputs, output, number):
         raise ValueError(f"layer {layer.name!r} has the output shape {shape}: give the model images of a fixed size")
     macs, other_ops = _operations(layer, [one[1:] for one in inputs], shape)
     params, trainable = (0, 0) if number else (_count(layer.weights), _count(layer.trainable_weights))
-    return (
-        layer.name,
-        type(layer).__name__,
-        shape,
-        params,
-        trainable,
-        macs,
-        other_ops,
-        math.prod(shape) * value_bytes(layer),
-    )
+    size = math.prod(shape) * value_bytes(layer.compute_dtype)
+    return layer.name, type(layer).__name__, shape, params, trainable, macs, other_ops, size
 
 
 def _operations(layer, inputs, shape):

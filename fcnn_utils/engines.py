@@ -51,7 +51,7 @@ def export(model, path):
     engine = engine_of[check_choice("ending of the exported file", path.suffix, engine_of)]
     _check_installed(engine)
     model = _single_precision(_checked(model))
-    model(np.zeros([1 if size is None else size for size in model.inputs[0].shape], "float32"))  # export wants a call
+    model(np.zeros([1, *(64 if size is None else size for size in model.inputs[0].shape[1:])], "float32"))  # wanted
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / path.name
         with warnings.catch_warnings():

@@ -18,6 +18,7 @@ class Place:
         calls: (input shapes, output shape) of each call, as tuples with the batch axis.
         before: operations that make what it reads.
         after: operations that read what it makes; None for the end of the model that it lies in.
+        training: what each call was told of `training`; None where nothing.
     """
 
     path: str
@@ -25,6 +26,13 @@ class Place:
     calls: list
     before: list
     after: list
+    training: list
+
+    @property
+    def is_channel_norm(self):
+        """Whether it is a batch normalisation of channels, the last axis, called once."""
+        is_norm = isinstance(self.layer, keras.layers.BatchNormalization)
+        return is_norm and len(self.calls) == 1 and self.layer.axis in (-1, len(self.calls[0][1]) - 1)
 
 
 def check(model):
@@ -49,6 +57,7 @@ def places(model):
             first.calls += place.calls
             first.before += place.before
             first.after += place.after
+            first.training += place.training
         else:
             found[id(place.layer)] = place
     return list(found.values())
@@ -94,6 +103,7 @@ def _places(model, prefix):
             [([tuple(x.shape) for x in node.input_tensors], tuple(node.outputs[0].shape)) for node in calls],
             [x._keras_history.operation for node in calls for x in node.input_tensors],
             [operation for group in after for operation in group] + end,
+            [node.arguments.kwargs.get("training") for node in calls],
         )
 
 

@@ -117,13 +117,25 @@ def load(name):
     return None, None
 
 
-def remembered(name, compute, anew=False):
+def remembered(name, compute, settings=None, anew=False):
     """What `compute()` gave, a dict, read from the nearest `NAME.json`; computed and kept where there is none (or
-    `anew`)."""
-    content, _ = (None, None) if anew else load(name)
+    `anew`).
+
+    Args:
+        settings: dict of what the result depends on, kept with it as its entry "settings".
+
+    Raises:
+        ValueError: what is there was computed with other settings.
+    """
+    settings = settings or {}
+    content, path = (None, None) if anew else load(name)
     if content is None:
-        save(name, compute())
-        content, _ = load(name)  # as it is when it is read: lists for tuples, words for the keys
+        save(name, compute() | {"settings": settings})
+        content, path = load(name)  # as it is when it is read: lists for tuples, words for the keys
+    kept = content.get("settings", {})
+    differs = [key for key in kept | settings if kept.get(key) != settings.get(key)]
+    if differs:
+        raise ValueError(f"{shown(path)} was computed with another {', '.join(differs)}; compute it anew to replace it")
     return content
 
 

@@ -4,6 +4,7 @@
 of the processor that other programs took meanwhile. Above a few percent its times are not worth quoting.
 """
 
+import math
 import time
 
 import keras
@@ -41,6 +42,8 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
     if not models:
         raise ValueError("give at least one model to time")
     batches = batch if isinstance(batch, (tuple, list)) else [batch]
+    if not batches:
+        raise ValueError("give at least one size of batch")
     for number in batches:
         check_number("batch", number, int, 1, 65536)
     check_number("rounds", rounds, int, 2, 1_000_000)
@@ -79,8 +82,11 @@ def roofline(model, batch=64, *, peak=None, bytes_per_second=None, repeats=5):
         intensity (MACs a byte), predicted_ms, measured_ms, bound ("arithmetic" or "memory").
     """
     check_number("batch", batch, int, 1, 65536)
-    peak = peak or gemm_peak()
-    bytes_per_second = bytes_per_second or bandwidth()
+    check_number("repeats", repeats, int, 1, 1_000_000)
+    peak = gemm_peak() if peak is None else check_number("peak", peak, float, 1, math.inf)
+    if bytes_per_second is None:
+        bytes_per_second = bandwidth()
+    check_number("bytes_per_second", bytes_per_second, float, 1, math.inf)
     rows, counted = [], iter(cost.layer_costs(model).itertuples())
     for place in graph.places(model):
         for inputs, output in place.calls:
@@ -137,7 +143,8 @@ def _row(name, engine, batch, times):
 def _layer_row(layer, macs, inputs, output, batch, peak, bytes_per_second, repeats):
     values = keras.ops.ones((batch, *inputs[1:]), layer.compute_dtype)
     seconds = np.median(_times(lambda: layer(values, training=False), repeats))
-    moved = cost.value_bytes(layer) * (batch * (np.prod(inputs[1:]) + np.prod(output[1:])) + layer.count_params())
+    moved = cost.value_bytes(layer.compute_dtype) * batch * (np.prod(inputs[1:]) + np.prod(output[1:]))
+    moved += cost.value_bytes(layer.variable_dtype) * layer.count_params()
     arithmetic, memory = batch * macs / peak, moved / bytes_per_second
     return {
         "layer": layer.name,

@@ -189,6 +189,44 @@ def test_sensitivity_by_hand():
     assert curves["conv2"][0][2] == pytest.approx(np.mean(np.sum(p * np.log(p / q), axis=1)), rel=1e-3)
 
 
+def test_sensitivity_is_the_same_without_a_bias_before_a_batch_norm():
+    """The norm's mean takes what a bias of zero would."""
+    with_bias, without = network(), network(use_bias=False)
+    for layer, other in zip(without.layers, with_bias.layers, strict=True):
+        is_convolution = isinstance(layer, layers.Conv2D)
+        other.set_weights([*layer.get_weights(), *([np.zeros(8)] if is_convolution else [])])
+    both = []
+    for model in (with_bias, without):
+        places = [place for place in graph.places(model) if isinstance(place.layer, layers.Conv2D)]
+        before = model.get_weights()
+        both.append(calibrate.sensitivity(model, "spatial", pictures(), places, [0.3, 0.6]))
+        assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+    for path in ("conv1", "conv2"):
+        for one, other in zip(both[0][path], both[1][path], strict=True):
+            assert one[2] == pytest.approx(other[2], rel=1e-3) and one[:2] == other[:2]
+
+
+def test_sensitivity_without_a_bias_or_a_norm_fits_the_output_itself():
+    inputs = keras.Input((10, 9, 6))
+    model = keras.Model(inputs, layers.Conv2D(8, 3, padding="same", use_bias=False, name="conv")(inputs))
+    (place,) = graph.places(model)
+    place.layer.set_weights([np.random.default_rng(0).standard_normal(place.layer.kernel.shape)])
+    images = pictures(16) + 1  # whose mean counts; one batch, which `moment` takes whole
+    ((_, taken, loss),) = calibrate.sensitivity(model, "spatial", images, [place], [0.3])["conv"]
+    kernel = model.get_layer("conv").get_weights()[0]
+    rows, basis = patches_by_hand(images), decompose.spatial_svd(kernel, taken).basis()
+    y = rows @ kernel.reshape(-1, 8)
+    fit = rows @ basis @ np.linalg.lstsq(rows @ basis, y, rcond=None)[0]
+    assert loss == pytest.approx(np.mean((fit - y) ** 2) / np.var(y), rel=1e-4)
+
+
+def test_where_all_fractions_are_too_small_rank_one_is_tried():
+    model = network()
+    places = [place for place in graph.places(model) if isinstance(place.layer, layers.Conv2D)]
+    curves = calibrate.sensitivity(model, "tt", pictures(8), places[:1], [1e-6, 1e-5])
+    assert [taken for _, taken, _ in curves["conv1"]] == [(1, 1, 1)]
+
+
 def test_without_probabilities_the_loss_is_the_relative_square():
     before = np.array([[1.0, -1.0], [3.0, 5.0]])
     assert calibrate._loss(before, before) == 0
@@ -209,6 +247,14 @@ def test_the_choice_is_the_best_of_all():
         plan = calibrate.choose(curves, costs, budget)
         assert sum(costs[path](plan[path][0] if path in plan else None)[1] for path in curves) <= budget
         assert total_loss(curves, plan) <= best_of_all(curves, costs, budget) * (1 + 1e-6) + 0.02
+
+
+def test_a_budget_that_no_points_meet_is_refused():
+    curves = {"a": [(0.1, None, 0.5)], "b": []}
+    costs = {"a": lambda f: (None, 100.0) if f is None else ((1,), 60.0), "b": lambda f: (None, 50.0)}
+    with pytest.raises(ValueError, match="no points of the curves together cost at most 100"):
+        calibrate.choose(curves, costs, 100.0)
+    assert calibrate.choose(curves, costs, 111.0) == {"a": (1,)}
 
 
 def total_loss(curves, plan):

@@ -374,6 +374,15 @@ def test_folding_reaches_factorized_and_inner_layers():
     assert distance(new, folded, x) < 1e-4
 
 
+def test_a_norm_that_is_told_to_use_its_batch_stays():
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, name="conv")(inputs)
+    model = random_weights(keras.Model(inputs, layers.BatchNormalization(name="norm")(x, training=True)))
+    folded = convert.fold_batch_norm(model)
+    assert [layer.name for layer in folded.layers][1:] == ["conv", "norm"]
+    assert distance(model, folded, images(model)) < 1e-5
+
+
 def test_folding_into_another_precision():
     model = graph.rebuilt(normalised(), {}, dtype="mixed_bfloat16")
     folded = convert.fold_batch_norm(model, dtype="float32")

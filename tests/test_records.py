@@ -322,7 +322,11 @@ def test_what_was_computed_once_is_remembered():
         calls.append(1)
         return {"pair": (len(calls), 2), "by": {3: "three"}}
 
-    assert records.remembered("some/where", compute) == {"pair": [1, 2], "by": {"3": "three"}}
+    assert records.remembered("some/where", compute) == {"pair": [1, 2], "by": {"3": "three"}, "settings": {}}
     assert records.remembered("some/where", compute)["pair"] == [1, 2] and len(calls) == 1
     assert records.remembered("some/where", compute, anew=True)["pair"] == [2, 2]
     assert records.load("some/where")[0]["pair"] == [2, 2]
+    with pytest.raises(ValueError, match="where.json was computed with another IMAGES; compute it anew"):
+        records.remembered("some/where", compute, {"IMAGES": 5})
+    assert records.remembered("some/where", compute, {"IMAGES": 5}, anew=True)["settings"] == {"IMAGES": 5}
+    assert records.remembered("some/where", compute, {"IMAGES": 5})["pair"] == [3, 2]

@@ -50,8 +50,14 @@ def test_bad_arguments_are_refused():
     inputs = keras.Input((None, None, 3))
     with pytest.raises(ValueError, match="one fixed size"):
         speed.latency(keras.Model(inputs, layers.Conv2D(2, 3)(inputs)))
+    with pytest.raises(ValueError, match="give at least one size of batch"):
+        speed.latency(small(), [])
     with pytest.raises(ValueError, match="batch must be a whole number"):
         speed.roofline(small(), 0)
+    with pytest.raises(ValueError, match="repeats must be a whole number between 1 and"):
+        speed.roofline(small(), repeats=0)
+    with pytest.raises(ValueError, match="peak must be a number between 1 and"):
+        speed.roofline(small(), peak=0)
 
 
 def test_a_model_alone():
@@ -77,9 +83,13 @@ def test_a_machine_that_slows_down_meets_all_alike(monkeypatch):
     Clock(monkeypatch, {"dense": 8.0, "half": 4.0}, growth=0.1)
     pair = {name: keras.Model.from_config(small().get_config() | {"name": name}) for name in ("dense", "half")}
     table = speed.latency(pair, rounds=40).set_index("model")
-    assert table.loc["dense", "high_ms"] > 1.5 * table.loc["dense", "low_ms"]
+    moments = 8 * (1 + 0.1 * np.arange(9, 89, 2))  # of the counted calls of the first, after 3 + 3 and a round
+    quartiles = table.loc["dense", ["low_ms", "median_ms", "high_ms"]].astype(float)
+    assert quartiles.tolist() == pytest.approx(np.percentile(moments, [25, 50, 75]))
     assert table.loc["half", "speedup"] == pytest.approx(2.0, rel=0.05)
-    assert table.loc["half", "speedup_low"] <= table.loc["half", "speedup"] <= table.loc["half", "speedup_high"]
+    ratios = np.sort(2 * moments / (moments + 0.8))
+    low, high = table.loc["half", ["speedup_low", "speedup_high"]]
+    assert ratios[11] < low < table.loc["half", "speedup"] < high < ratios[28]  # the medians' extremes lie outside
 
 
 @pytest.mark.timed

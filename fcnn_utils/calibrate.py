@@ -303,8 +303,7 @@ def _seen(model, layer, images, function, calls):
 
 def _outputs(model, images):
     """(N, D) all outputs of the model."""
-    parts = [model.predict_on_batch(part) for part in _batches(images)]
-    parts = [part if isinstance(part, (list, tuple)) else [part] for part in parts]
+    parts = [keras.tree.flatten(model.predict_on_batch(part)) for part in _batches(images)]
     rows = [np.concatenate([np.reshape(y, (len(y), -1)) for y in part], axis=1) for part in parts]
     return np.concatenate(rows).astype(np.float64)
 

@@ -244,7 +244,10 @@ class _Site:
     def options(self):
         names = ("strides", "padding", "dilation_rate", "activation", "trainable", "name")
         names += ("kernel_initializer", "kernel_regularizer", "bias_initializer", "bias_regularizer")
-        return {name: getattr(self.layer, name) for name in names} | {"dtype": self.layer.dtype_policy}
+        options = {name: getattr(self.layer, name) for name in names} | {"dtype": self.layer.dtype_policy}
+        if np.ndim(getattr(self.layer.kernel_initializer, "value", 0)):  # an array of the dense kernel's shape
+            del options["kernel_initializer"]
+        return options
 
     @functools.cached_property
     def macs(self):
@@ -276,14 +279,12 @@ class _Site:
         return [self._copy(layer, taken, last=layer is block.layers[-1]) for layer in block.layers[1:]]
 
     def _copy(self, layer, taken, last):
-        config = layer.get_config()
-        while not last and config["name"] in taken:
-            config["name"] += "_"
-        taken.add(config["name"])
-        if last:
-            config |= {"name": self.layer.name, "activity_regularizer": self.layer.activity_regularizer}
-            config |= {"bias_constraint": self.layer.bias_constraint}
-        copy = type(layer).from_config(config)
+        name = self.layer.name if last else layer.name
+        while not last and name in taken:
+            name += "_"
+        taken.add(name)
+        kept = ("activity_regularizer", "bias_constraint") if last else ()
+        copy = graph.copied(layer, name=name, **{key: getattr(self.layer, key) for key in kept})
         copy.build(layer.input.shape)
         copy.set_weights(layer.get_weights())
         return copy
@@ -419,7 +420,7 @@ def _scaled(layer, norm):
     bias = kernels.pop() if layer.use_bias else 0.0
     last = np.asarray(kernels[-1], np.float64)
     kernels[-1] = last * scale.reshape(last.shape[2:] if isinstance(layer, keras_layers.DepthwiseConv2D) else -1)
-    copy = type(layer).from_config(layer.get_config() | {"use_bias": True})
+    copy = graph.copied(layer, use_bias=True)
     copy.build(layer.input.shape)
     copy.set_weights([*kernels, (np.asarray(bias, np.float64) - mean) * scale + np.asarray(beta, np.float64)])
     return copy

@@ -126,11 +126,12 @@ def _litert(path, threads, precision):
 
     def run(images):
         nonlocal shape
+        images = np.asarray(images, "float32")
         if images.shape != shape:
             interpreter.resize_tensor_input(enter["index"], images.shape)
             interpreter.allocate_tensors()
             shape = images.shape
-        interpreter.set_tensor(enter["index"], np.asarray(images, "float32"))
+        interpreter.set_tensor(enter["index"], images)
         interpreter.invoke()
         return interpreter.get_tensor(leave["index"])
 

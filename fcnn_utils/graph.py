@@ -75,6 +75,33 @@ def rebuilt(model, chains, dtype=None):
     return _rebuilt(check(model), {key: list(chain) for key, chain in chains.items()}, dtype)
 
 
+def copied(layer, **changes):
+    """A layer of the same configuration, but for `changes`; it is not built and has no weights.
+
+    Its activation may be a function that Keras does not know by name, or a layer, which is copied, too.
+
+    Raises:
+        ValueError: Keras can't make the layer from its configuration, as with a Lambda; or its activation has weights,
+            which Keras would not save.
+    """
+    activation = getattr(layer, "activation", None)
+    if isinstance(activation, keras.layers.Layer):
+        if activation.variables:
+            raise ValueError(
+                f"layer {layer.name!r} has an activation with weights of its own, {type(activation).__name__}: make "
+                "that a layer of the model"
+            )
+        activation = copied(activation, **{key: changes[key] for key in changes if key == "dtype"})
+    try:
+        config = layer.get_config() | changes
+        return type(layer).from_config(config | ({"activation": activation} if "activation" in config else {}))
+    except Exception as error:  # whatever its class raises
+        raise ValueError(
+            f"layer {layer.name!r} can't be copied: Keras can't make its class, {type(layer).__name__}, from its "
+            f"configuration ({str(error).splitlines()[0]})"
+        ) from error
+
+
 def _graph(model):
     return getattr(model, "_functional", None) or model  # a Sequential holds its graph inside
 
@@ -108,15 +135,14 @@ def _places(model, prefix):
 
 
 def _rebuilt(model, copies, dtype):
+    to = {} if dtype is None else {"dtype": dtype}
+
     def copy(layer):
         if id(layer) not in copies:
             if isinstance(layer, keras.Model):
                 copies[id(layer)] = _rebuilt(layer, copies, dtype)
             else:
-                config = layer.get_config()
-                if dtype is not None and "dtype" in config:
-                    config["dtype"] = dtype
-                copies[id(layer)] = type(layer).from_config(config)
+                copies[id(layer)] = copied(layer, **(to if isinstance(layer, keras.layers.Layer) else {}))
         return copies[id(layer)]
 
     def call(layer, *args, **kwargs):

@@ -44,6 +44,20 @@ def alternate(runs, repeats):
     return pd.DataFrame(rounds[1:])
 
 
+def wait_for(result):
+    """Wait until a result of the backend is computed: JAX, and any backend on a GPU, returns before that."""
+    if hasattr(result, "block_until_ready"):
+        result.block_until_ready()
+    elif gpu() and keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.test.experimental.sync_devices()
+    elif gpu() and keras.config.backend() == "torch":
+        import torch
+
+        torch.cuda.synchronize()
+
+
 class Load:
     """How much of the processor other programs took, from its making to `others()`."""
 

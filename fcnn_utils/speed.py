@@ -4,20 +4,32 @@
 of the processor that other programs took meanwhile. Above a few percent its times are not worth quoting.
 """
 
+import json
 import math
+import os
+import subprocess
+import sys
+import tempfile
 import time
 
 import keras
 import numpy as np
 import pandas as pd
 
-from fcnn_utils import cost, engines, graph, machine
+from fcnn_utils import cost, engines, graph, machine, records
 from fcnn_utils.parameters import check_number
 
 COLUMNS = ["model", "engine", "batch", "median_ms", "low_ms", "high_ms", "speedup", "speedup_low", "speedup_high"]
+_CHILD = """
+import sys, json, keras
+from fcnn_utils import speed
+folder, names, arguments = sys.argv[1], *json.loads(sys.argv[2])
+models = {name: keras.saving.load_model(f"{folder}/{n}.keras", compile=False) for n, name in enumerate(names)}
+speed.latency(models, **arguments).to_json(f"{folder}/table.json", orient="split", double_precision=15)
+"""
 
 
-def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", threads=None):
+def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", threads=None, environment=None):
     """Time of one call on `batch` images, for one model or for several that take turns.
 
     The models are called alternately, each once a round, after some rounds that do not count; so a change of the
@@ -29,6 +41,8 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
         batch: images a call; or several such numbers, measured one after another.
         engine, precision, threads: see `engines.load`; all models in float32 or all in what they were trained in.
         rounds: calls of each model that count.
+        environment: dict of environment variables under which to measure, in a process of its own, for what a backend
+            reads when it starts: {"TF_ENABLE_ONEDNN_OPTS": "0"}. The models must load without custom objects.
 
     Returns:
         DataFrame, a row a model and batch: model, engine, batch; median_ms with low_ms and high_ms, the quartiles;
@@ -37,6 +51,7 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
 
     Raises:
         ValueError: an argument is not as above, or the engine is not installed.
+        RuntimeError: the process of its own failed.
     """
     models = models if isinstance(models, dict) else {getattr(models, "name", "model"): models}
     if not models:
@@ -48,13 +63,16 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
         check_number("batch", number, int, 1, 65536)
     check_number("rounds", rounds, int, 2, 1_000_000)
     shape = _image_shape(models)
+    if environment:
+        arguments = {"batch": list(batches), "engine": engine, "rounds": rounds, "precision": precision}
+        return _elsewhere(models, arguments | {"threads": threads}, environment)
     runs = {name: engines.load(model, engine, precision=precision, threads=threads) for name, model in models.items()}
     return pd.concat([_compared(runs, shape, number, engine, rounds) for number in batches], ignore_index=True)
 
 
-def gemm_peak(size=2048, repeats=5):
-    """MACs a second of the backend's best matrix product in float32, size × size × size: the machine's peak."""
-    a = keras.ops.ones((size, size), "float32")
+def gemm_peak(size=2048, repeats=5, dtype="float32"):
+    """MACs a second of the backend's best matrix product, size × size × size: the machine's peak in this dtype."""
+    a = keras.ops.ones((size, size), dtype)
     return size**3 / _fastest(lambda: keras.ops.matmul(a, a), repeats)
 
 
@@ -74,7 +92,8 @@ def roofline(model, batch=64, *, peak=None, bytes_per_second=None, repeats=5):
     Args:
         model: built, with images of a fixed size.
         batch: images a call.
-        peak, bytes_per_second: of `gemm_peak` and `bandwidth`, which are measured where they are not given.
+        peak, bytes_per_second: of `gemm_peak`, in the dtype that the first layer computes in, and `bandwidth`; they are
+            measured where they are not given.
         repeats: of each layer; the median counts.
 
     Returns:
@@ -83,7 +102,9 @@ def roofline(model, batch=64, *, peak=None, bytes_per_second=None, repeats=5):
     """
     check_number("batch", batch, int, 1, 65536)
     check_number("repeats", repeats, int, 1, 1_000_000)
-    peak = gemm_peak() if peak is None else check_number("peak", peak, float, 1, math.inf)
+    if peak is None:
+        peak = gemm_peak(dtype=graph.places(model)[0].layer.compute_dtype)
+    check_number("peak", peak, float, 1, math.inf)
     if bytes_per_second is None:
         bytes_per_second = bandwidth()
     check_number("bytes_per_second", bytes_per_second, float, 1, math.inf)
@@ -110,6 +131,21 @@ def _image_shape(models):
             f"models must read images of one fixed size; got {', '.join(map(str, sorted(shapes, key=str)))}"
         )
     return shapes.pop()
+
+
+def _elsewhere(models, arguments, environment):
+    """`latency` in a process of its own, whose environment is this one's and has these variables, too."""
+    if not all(isinstance(text, str) for pair in environment.items() for text in pair):
+        raise ValueError(f"environment must be a dict of strings; got {environment}")
+    variables = os.environ | {"KERAS_BACKEND": keras.config.backend()} | environment
+    with tempfile.TemporaryDirectory() as folder:
+        for number, model in enumerate(models.values()):
+            model.save(f"{folder}/{number}.keras")
+        command = [sys.executable, "-c", _CHILD, folder, json.dumps([list(models), arguments])]
+        run = subprocess.run(command, cwd=records.ROOT, env=variables, capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(f"measuring under {environment} failed: {run.stderr.strip().splitlines()[-1]}")
+        return pd.read_json(f"{folder}/table.json", orient="split", precise_float=True)
 
 
 def _compared(runs, shape, batch, engine, rounds):
@@ -163,11 +199,10 @@ def _fastest(compute, repeats):
 
 
 def _times(compute, repeats):
-    """Seconds of each call but the first two, with the result there (JAX returns before it is)."""
+    """Seconds of each call but the first two, with the result there."""
     times = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
-        result = compute()
-        getattr(result, "block_until_ready", lambda: None)()
+        machine.wait_for(compute())
         times.append(time.perf_counter() - start)
     return times[2:]

@@ -234,6 +234,15 @@ def test_without_probabilities_the_loss_is_the_relative_square():
     assert calibrate._loss(np.array([[0.5, 0.5]]), np.array([[0.9, 0.1]])) == pytest.approx(0.5108, abs=1e-3)
 
 
+def test_all_outputs_of_a_model_count_whatever_they_are_held_in():
+    inputs = keras.Input((2, 2, 1))
+    flat, mean = layers.Flatten()(inputs), layers.GlobalAveragePooling2D()(inputs)
+    x = np.arange(12, dtype="float32").reshape(3, 2, 2, 1)
+    for held in ([flat, mean], {"flat": flat, "mean": mean}):
+        seen = calibrate._outputs(keras.Model(inputs, held), x)
+        assert np.allclose(seen, np.column_stack([x.reshape(3, 4), x.mean(axis=(1, 2))]))
+
+
 def test_the_choice_is_the_best_of_all():
     """Against every combination, on curves whose costs are their fractions."""
     rng = np.random.default_rng(0)

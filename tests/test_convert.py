@@ -28,6 +28,10 @@ def random_weights(model, seed=0):
     return model
 
 
+def wave(x):
+    return keras.ops.sin(3 * x)
+
+
 def zoo():
     """Every kind of convolution and connection: branches, shared, nested, strided, dilated, grouped, depthwise, 1×1."""
     inner_in = keras.Input((6, 8, 8))
@@ -209,6 +213,17 @@ def test_options_of_the_layer_survive():
     assert not any(part.trainable for part in (enter, depthwise, last)) and new.get_layer("end").trainable
     assert enter.kernel_regularizer.l2 == depthwise.depthwise_regularizer.l2 == last.kernel_regularizer.l2 > 0
     assert last.bias_regularizer.l1 > 0 and last.activity_regularizer.l2 > 0 and enter.activity_regularizer is None
+
+
+def test_an_initializer_and_an_activation_that_no_factor_could_take_from_a_file():
+    """An array of the dense kernel's shape is left out; a function that Keras does not know by name is handed on."""
+    array = keras.initializers.Constant(np.full((3, 3, 4, 6), 0.5, "float32"))
+    inputs = keras.Input((8, 8, 4))
+    layer = layers.Conv2D(6, 3, kernel_initializer=array, bias_initializer="ones", activation=wave, name="conv")
+    model = keras.Model(inputs, layers.BatchNormalization()(layer(inputs)))
+    new, _ = convert.factorize(model, "tucker", ranks={"conv": (4, 6)})
+    assert new.get_layer("conv").activation is wave and new.get_layer("conv").bias_initializer is not None
+    assert distance(model, new, images(model)) < 1e-4
 
 
 def test_layers_with_what_factors_can_not_keep_are_left():

@@ -8,6 +8,10 @@ from keras import layers
 from fcnn_utils import graph
 
 
+def wave(x):
+    return keras.ops.sin(3 * x)
+
+
 def zoo():
     """A functional model with a branch, a layer called twice, a model within, a Sequential within, a bare operation."""
     inner_in = keras.Input((8, 8, 4))
@@ -160,3 +164,26 @@ def test_layers_in_another_dtype():
     new = graph.rebuilt(zoo(), {}, dtype="mixed_bfloat16")
     assert {place.layer.dtype_policy.name for place in graph.places(new)} == {"mixed_bfloat16"}
     assert {place.layer.dtype_policy.name for place in graph.places(graph.rebuilt(new, {}, "float32"))} == {"float32"}
+
+
+def test_activations_that_keras_does_not_know_by_name_and_layers_as_activations():
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, activation=wave)(inputs)
+    x = layers.Conv2D(4, 3, activation=layers.ReLU(max_value=0.1), name="capped")(layers.Activation(wave)(x))
+    model = keras.Model(inputs, x)
+    new = graph.rebuilt(model, {})
+    assert np.array_equal(outputs(model)[0], outputs(new)[0]) and outputs(new)[0].max() == pytest.approx(0.1)
+    assert new.get_layer("capped").activation is not model.get_layer("capped").activation
+    half = graph.rebuilt(model, {}, dtype="mixed_bfloat16").get_layer("capped")
+    assert half.activation.compute_dtype == "bfloat16"
+
+
+def test_layers_that_can_not_be_copied_are_named():
+    inputs = keras.Input((8, 8, 3))
+    model = keras.Model(inputs, layers.Lambda(lambda x: 2 * x, name="double")(inputs))
+    with pytest.raises(ValueError, match="layer 'double' can't be copied: Keras can't make its class, Lambda"):
+        graph.rebuilt(model, {})
+    model = keras.Model(inputs, layers.Conv2D(4, 3, activation=layers.PReLU(), name="steep")(inputs))
+    model(np.zeros((1, 8, 8, 3)))  # now the activation has its weights
+    with pytest.raises(ValueError, match="layer 'steep' has an activation with weights of its own, PReLU"):
+        graph.rebuilt(model, {})

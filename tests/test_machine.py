@@ -167,3 +167,22 @@ def test_the_share_of_other_programs(monkeypatch, wall, busy, own, share):
     moments = iter([(100.0, 7.0, 3.0), (100.0 + wall, 7.0 + busy, 3.0 + own)])
     monkeypatch.setattr(machine.Load, "_now", staticmethod(lambda: next(moments)))
     assert machine.Load().others() == share
+
+
+def test_a_result_is_waited_for(monkeypatch):
+    waited = []
+
+    class Later:
+        def block_until_ready(self):
+            waited.append("jax")
+
+    machine.wait_for(Later())
+    assert waited == ["jax"]
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        monkeypatch.setattr(tf.test.experimental, "sync_devices", lambda: waited.append("tensorflow"))
+        for device in (None, "GPU"):
+            monkeypatch.setattr(machine, "gpu", lambda device=device: device)
+            machine.wait_for(keras.ops.ones(3))
+        assert waited == ["jax", "tensorflow"]  # a CPU's result is there when the call returns

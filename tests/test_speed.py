@@ -102,6 +102,18 @@ def test_every_engine_that_is_there_is_timed(engine):
     assert table["speedup"][1] > 1 and 0 <= table["others_cpu"][0] <= 1
 
 
+def test_a_process_of_its_own_has_the_environment():
+    """Its clock is real, its environment the one asked for: a backend that it can't start on is told."""
+    pair = {"wide": small(0.1), "narrow": small()}
+    table = speed.latency(pair, [1, 2], rounds=2, environment={"TF_ENABLE_ONEDNN_OPTS": "0"})
+    assert table["model"].tolist() == ["wide", "narrow"] * 2 and table["batch"].tolist() == [1, 1, 2, 2]
+    assert table.columns.tolist() == [*speed.COLUMNS, "others_cpu"] and (table["median_ms"] > 0).all()
+    with pytest.raises(RuntimeError, match="measuring under .*KERAS_BACKEND.* failed: .*nonesuch"):
+        speed.latency(pair, rounds=2, environment={"KERAS_BACKEND": "nonesuch"})
+    with pytest.raises(ValueError, match="environment must be a dict of strings"):
+        speed.latency(pair, rounds=2, environment={"TF_ENABLE_ONEDNN_OPTS": 0})
+
+
 def test_the_machines_peaks_by_a_known_clock(monkeypatch):
     """Two milliseconds for whatever is computed: once the first two calls, which may compile, have passed."""
     moments = iter(np.cumsum(([0.0, 9.0] + [0.0, 9.0] + [1.0, 2e-3, 1.0, 5e-3]) * 2))
@@ -125,6 +137,15 @@ def test_the_roofline_by_hand():
     assert table.loc["depthwise", "predicted_ms"] == pytest.approx(1e3 * table.loc["depthwise", "bytes"] / 4e5)
     assert table["bound"].tolist() == ["arithmetic", "memory"] and (table["measured_ms"] > 0).all()
     assert np.allclose(table["intensity"], table["macs"] / table["bytes"])
+
+
+def test_the_roof_is_that_of_the_models_precision(monkeypatch):
+    asked = []
+    monkeypatch.setattr(speed, "gemm_peak", lambda **options: asked.append(options["dtype"]) or 1e9)
+    for dtype in ("float32", "mixed_bfloat16"):
+        model = models.build("simple", (8, 8, 3), 5, width=0.05, dtype=dtype)
+        speed.roofline(model, 1, bytes_per_second=1e9, repeats=1)
+    assert asked == ["float32", "bfloat16"]
 
 
 def test_the_roofline_has_a_row_for_each_call():

@@ -42,7 +42,7 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
         engine, precision, threads: see `engines.load`; all models in float32 or all in what they were trained in.
         rounds: calls of each model that count.
         environment: dict of environment variables under which to measure, in a process of its own, for what a backend
-            reads when it starts: {"TF_ENABLE_ONEDNN_OPTS": "0"}. The models must load without custom objects.
+            reads when it starts: {"TF_NUM_INTRAOP_THREADS": "1"}. The models must load without custom objects.
 
     Returns:
         DataFrame, a row a model and batch: model, engine, batch; median_ms with low_ms and high_ms, the quartiles;
@@ -63,7 +63,7 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
         check_number("batch", number, int, 1, 65536)
     check_number("rounds", rounds, int, 2, 1_000_000)
     shape = _image_shape(models)
-    if environment:
+    if environment is not None:
         arguments = {"batch": list(batches), "engine": engine, "rounds": rounds, "precision": precision}
         return _elsewhere(models, arguments | {"threads": threads}, environment)
     runs = {name: engines.load(model, engine, precision=precision, threads=threads) for name, model in models.items()}

@@ -122,8 +122,8 @@ def refitted(kernel, decomposition, moment):
 def choose(curves, costs, budget):
     """The cheapest sum of losses within a budget: which point of its curve each layer takes, or none (it stays dense).
 
-    Between its measured points a curve is interpolated, both axes logarithmic. The losses of layers
-    are taken to add up. Exact but for the steps of the budget, by dynamic programming (the multiple-choice knapsack).
+    Between its measured points a curve is interpolated, both axes logarithmic. The losses of layers are taken to add
+    up. Exact but for the steps of the budget, by dynamic programming (the multiple-choice knapsack).
 
     Args:
         curves: of `sensitivity`.

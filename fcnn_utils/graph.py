@@ -94,7 +94,9 @@ def copied(layer, **changes):
         activation = copied(activation, **{key: changes[key] for key in changes if key == "dtype"})
     try:
         config = layer.get_config() | changes
-        return type(layer).from_config(config | ({"activation": activation} if "activation" in config else {}))
+        if not isinstance(config.get("activation", ""), str):  # no name that Keras knows
+            config["activation"] = activation
+        return type(layer).from_config(config)
     except Exception as error:  # whatever its class raises
         raise ValueError(
             f"layer {layer.name!r} can't be copied: Keras can't make its class, {type(layer).__name__}, from its "

@@ -92,7 +92,7 @@ def roofline(model, batch=64, *, peak=None, bytes_per_second=None, repeats=5):
     Args:
         model: built, with images of a fixed size.
         batch: images a call.
-        peak, bytes_per_second: of `gemm_peak`, in the dtype that the first layer computes in, and `bandwidth`; they are
+        peak, bytes_per_second: of `gemm_peak`, in the dtype of the first layer that has MACs, and `bandwidth`; they are
             measured where they are not given.
         repeats: of each layer; the median counts.
 
@@ -102,18 +102,20 @@ def roofline(model, batch=64, *, peak=None, bytes_per_second=None, repeats=5):
     """
     check_number("batch", batch, int, 1, 65536)
     check_number("repeats", repeats, int, 1, 1_000_000)
-    if peak is None:
-        peak = gemm_peak(dtype=graph.places(model)[0].layer.compute_dtype)
-    check_number("peak", peak, float, 1, math.inf)
-    if bytes_per_second is None:
-        bytes_per_second = bandwidth()
-    check_number("bytes_per_second", bytes_per_second, float, 1, math.inf)
     rows, counted = [], iter(cost.layer_costs(model).itertuples())
     for place in graph.places(model):
         for inputs, output in place.calls:
             macs = next(counted).macs
             if macs:
                 rows.append((place.layer, macs, inputs[0], output))
+    if not rows:
+        raise ValueError(f"model {model.name!r} has no layer with MACs")
+    if peak is None:
+        peak = gemm_peak(dtype=rows[0][0].compute_dtype)
+    check_number("peak", peak, float, 1, math.inf)
+    if bytes_per_second is None:
+        bytes_per_second = bandwidth()
+    check_number("bytes_per_second", bytes_per_second, float, 1, math.inf)
     return pd.DataFrame([_layer_row(*row, batch, peak, bytes_per_second, repeats) for row in rows])
 
 
@@ -145,7 +147,7 @@ def _elsewhere(models, arguments, environment):
         run = subprocess.run(command, cwd=records.ROOT, env=variables, capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(f"measuring under {environment} failed: {run.stderr.strip().splitlines()[-1]}")
-        return pd.read_json(f"{folder}/table.json", orient="split", precise_float=True)
+        return pd.read_json(f"{folder}/table.json", orient="split", precise_float=True, dtype={"model": str})
 
 
 def _compared(runs, shape, batch, engine, rounds):

@@ -178,6 +178,18 @@ def test_activations_that_keras_does_not_know_by_name_and_layers_as_activations(
     assert half.activation.compute_dtype == "bfloat16"
 
 
+def test_a_class_that_reads_its_activation_from_its_configuration_is_given_what_it_wrote():
+    class Own(layers.Dense):
+        @classmethod
+        def from_config(cls, config):
+            return cls(**config | {"activation": keras.activations.deserialize(config["activation"])})
+
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, Own(2, activation="tanh")(inputs))
+    new = graph.rebuilt(model, {})
+    assert type(new.layers[-1]) is Own and new.layers[-1].activation is keras.activations.tanh
+
+
 def test_layers_that_can_not_be_copied_are_named():
     inputs = keras.Input((8, 8, 3))
     model = keras.Model(inputs, layers.Lambda(lambda x: 2 * x, name="double")(inputs))

@@ -223,8 +223,8 @@ def _norms_behind(place, places):
     """The batch norms whose means take that of a convolution without a bias: they read it, and nothing else does."""
     norms = {id(other.layer): other.layer for other in places.values() if other.is_channel_norm}
     behind = [norms.get(id(after)) for after in place.after]
-    is_linear = place.layer.activation is keras.activations.linear  # else they read something else
-    return [] if place.layer.use_bias or not is_linear or None in behind else behind
+    own = place.layer.use_bias or not graph.is_linear(place.layer)  # with an activation they read something else
+    return [] if own or None in behind else behind
 
 
 def _refit(new, last, model, dense, images, norms, calls):

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import math
 
-import keras
 import numpy as np
 import pandas as pd
 from keras import layers as keras_layers
@@ -232,8 +231,8 @@ class _Site:
 
     def _joined(self):
         """Convolutions before and after it with nothing in between."""
-        before = [other for other in self.place.before if _is_linear(other)]
-        after = self.place.after if _is_linear(self.layer) else []
+        before = [other for other in self.place.before if graph.is_linear(other)]
+        after = self.place.after if graph.is_linear(self.layer) else []
         return [other for other in (*before, *after) if isinstance(other, _CONVOLUTIONS)]
 
     @property
@@ -288,10 +287,6 @@ class _Site:
         copy.build(layer.input.shape)
         copy.set_weights(layer.get_weights())
         return copy
-
-
-def _is_linear(operation):
-    return getattr(operation, "activation", None) is keras.activations.linear
 
 
 def _chosen(sites, named, model):
@@ -403,7 +398,7 @@ def _folds(place, before):
     return (
         before is not None
         and isinstance(before.layer, _FOLDABLE)
-        and _is_linear(before.layer)
+        and graph.is_linear(before.layer)
         and getattr(before.layer, "data_format", "channels_last") == "channels_last"
         and not getattr(before.layer, "lora_enabled", False)
         and len(before.calls) == len(before.after) == 1

@@ -75,6 +75,11 @@ def rebuilt(model, chains, dtype=None):
     return _rebuilt(check(model), {key: list(chain) for key, chain in chains.items()}, dtype)
 
 
+def is_linear(operation):
+    """Whether it has an activation, and that is none: what it makes is what is read after it."""
+    return getattr(operation, "activation", None) is keras.activations.linear
+
+
 def copied(layer, **changes):
     """A layer of the same configuration, but for `changes`; it is not built and has no weights.
 

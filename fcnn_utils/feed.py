@@ -16,16 +16,20 @@ def batches(split, recipe, epoch, scale, classes):
     """
     rng = np.random.default_rng([recipe.seed, epoch])
     order = rng.permutation(len(split))
+    mirrored = None
+    if recipe.flip == "alternating":  # one half of the images, and in the next epoch the other
+        mirrored = (np.random.default_rng([recipe.seed, 2**32]).permutation(len(split)) + epoch) % 2 == 0
     one_hot = np.eye(classes, dtype="float32")
     for start in range(0, len(split) - recipe.batch_size + 1, recipe.batch_size):
         chosen = order[start : start + recipe.batch_size]
-        yield augmented(normalised(split.images[chosen], scale), recipe, rng), one_hot[split.fine[chosen]]
+        mirror = None if mirrored is None else mirrored[chosen]
+        yield augmented(normalised(split.images[chosen], scale), recipe, rng, mirror), one_hot[split.fine[chosen]]
 
 
-def augmented(images, recipe, rng):
-    """Normalised images (B, H, W, C), mirrored and moved as `recipe` says."""
+def augmented(images, recipe, rng, mirror=None):
+    """Normalised images (B, H, W, C), mirrored and moved as `recipe` says; `mirror` (B,): which ones, else by `rng`."""
     if recipe.flip:
-        mirror = rng.random(len(images)) < 0.5
+        mirror = rng.random(len(images)) < 0.5 if mirror is None else mirror
         images[mirror] = images[mirror, :, ::-1]
     if recipe.shift:
         size, border = images.shape[1:3], recipe.shift

@@ -13,12 +13,15 @@ class Recipe:
     schedule: "constant", or "one_cycle": linear from 0 to `learning_rate` over the first `warmup` of all steps,
         then down to 0 along half a cosine (after Smith & Topin 2018, arXiv 1708.07120).
     clip_norm: largest norm of the gradient, all weights together; a longer one is shortened to it. 0: any.
+    weight_decay: share of each kernel, times the learning rate, that a step takes from it; biases and the batch norms'
+        scales keep theirs (decoupled, Loshchilov & Hutter 2017, arXiv 1711.05101).
     label_smoothing: share of the target spread evenly over all classes.
     distillation: share of the target that the teacher's probabilities for the same image have, at most 0.5; the rest is
         the label's. As cross-entropy is linear in its target, this is the usual sum of two losses, at temperature 1
         (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
-    flip, shift: augmentation: mirror half of the images; move each by up to `shift` pixels, the border filled
-        with the mean colour.
+    flip, shift: augmentation: mirror half of the images, drawn anew each epoch, or "alternating", half of them in the
+        first epoch, the other half in the next, and so on (Jordan 2024, arXiv 2404.00498); move each by up to `shift`
+        pixels, the border filled with the mean colour.
     precision: "float32", "mixed_bfloat16", or "auto": mixed_bfloat16 where the hardware computes in it.
     train_on: "train" (validated after each epoch on the validation images), or "all": both together, for
         settings that are chosen already.
@@ -35,9 +38,10 @@ class Recipe:
     schedule: str = "constant"
     warmup: float = 0.2
     clip_norm: float = 0.0
+    weight_decay: float = 0.0
     label_smoothing: float = 0.0
     distillation: float = 0.0
-    flip: bool = True
+    flip: bool | str = True
     shift: int = 0
     precision: str = "float32"
     train_on: str = "all"
@@ -51,11 +55,12 @@ class Recipe:
         check_number("momentum", self.momentum, float, 0, 0.9999)
         check_number("warmup", self.warmup, float, 0, 1)
         check_number("clip_norm", self.clip_norm, float, 0, 1e6)
+        check_number("weight_decay", self.weight_decay, float, 0, 1)
         check_number("label_smoothing", self.label_smoothing, float, 0, 0.9999)
         check_number("distillation", self.distillation, float, 0, 0.5)
         check_number("shift", self.shift, int, 0, 8)
         check_number("seed", self.seed, int, 0, 2**31 - 1)
-        check_choice("flip", self.flip, (True, False))
+        check_choice("flip", self.flip, (True, False, "alternating"))
         check_choice("optimizer", self.optimizer, ("sgd", "adam"))
         check_choice("schedule", self.schedule, ("constant", "one_cycle"))
         check_choice("precision", self.precision, ("float32", "mixed_bfloat16", "auto"))

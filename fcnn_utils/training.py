@@ -190,13 +190,13 @@ def schedule(recipe, steps):
 
 def compile_model(model, recipe, steps):
     """Compile `model` for `steps` steps an epoch of `recipe`."""
-    rate, clip = schedule(recipe, steps), recipe.clip_norm or None
-    if recipe.optimizer == "adam":
-        optimizer = keras.optimizers.Adam(rate, global_clipnorm=clip)
-    else:
-        optimizer = keras.optimizers.SGD(
-            rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0, global_clipnorm=clip
-        )
+    options = {"global_clipnorm": recipe.clip_norm or None, "weight_decay": recipe.weight_decay or None}
+    if recipe.optimizer == "sgd":
+        options |= {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
+    kind = {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam}[recipe.optimizer]
+    optimizer = kind(schedule(recipe, steps), **options)
+    if recipe.weight_decay:
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     model.compile(
         optimizer,
         keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing),

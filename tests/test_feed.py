@@ -106,6 +106,22 @@ def test_flipped_images_are_mirrored_and_they_are_half():
     assert 150 < mirrored.sum() < 250  # 200 ± 10
 
 
+def test_alternating_flips_show_each_image_both_ways_in_two_epochs():
+    of = split(40)
+    recipe = PLAIN.but(flip="alternating")
+    seen = np.zeros((3, 40), int)  # by epoch: -1 mirrored, 1 as it is
+    for number in range(3):
+        for image in epoch(recipe, number, of)[0]:
+            ways = {1: image, -1: image[:, ::-1]}
+            for way, original in ways.items():
+                for place in np.flatnonzero((of.images == original).all(axis=(1, 2, 3))):
+                    seen[number, place] = way
+    assert (np.abs(seen) == 1).all() and (seen.sum(axis=1) == 0).all()
+    assert (seen[0] == -seen[1]).all() and (seen[0] == seen[2]).all()
+    other = np.array([epoch(recipe.but(seed=1), 0, of)[0] for _ in range(2)])
+    assert np.array_equal(*other) and not np.array_equal(other[0], epoch(recipe, 0, of)[0])
+
+
 @pytest.mark.parametrize("shift", [1, 3, 8])
 def test_a_shift_moves_as_slicing_does_and_fills_with_the_mean(shift):
     originals = pictures(600).astype("float32")

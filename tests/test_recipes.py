@@ -26,6 +26,8 @@ FAST = RECIPES["fast"]
         ("warmup", 1.5, "between 0 and"),
         ("label_smoothing", 1, "between 0 and 0.9999"),
         ("clip_norm", -1, "between 0 and"),
+        ("weight_decay", 2, "between 0 and 1"),
+        ("flip", "random", "one of True, False, alternating"),
         ("distillation", 0.6, "between 0 and 0.5"),
         ("shift", 9, "between 0 and 8"),
         ("seed", -1, "between 0 and 2147483647"),

@@ -310,6 +310,25 @@ def test_the_optimizer_is_the_recipes(optimizer, kind):
     np.testing.assert_allclose(float(model.optimizer.learning_rate), 0.05, rtol=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_weight_decay_takes_its_share_of_the_kernels_and_of_nothing_else(optimizer):
+    """Where the gradient is zero, a step at rate 0.5 leaves a kernel 1 - 0.5 × 0.2 of what it was."""
+    inputs = keras.Input((4, 4, 3))
+    x = keras.layers.SeparableConv2D(2, 3)(inputs)
+    x = keras.layers.BatchNormalization()(x)
+    model = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Flatten()(x)))
+    for weight in model.weights:
+        weight.assign(keras.ops.ones(weight.shape))
+    recipe = RECIPE.but(optimizer=optimizer, schedule="constant", learning_rate=0.5, weight_decay=0.2, momentum=0.0)
+    training.compile_model(model, recipe, 1)
+    model.optimizer.build(model.trainable_variables)
+    zeros = [keras.ops.zeros(weight.shape) for weight in model.trainable_variables]
+    model.optimizer.apply(zeros, model.trainable_variables)
+    for weight in model.trainable_variables:
+        expected = 0.9 if "kernel" in weight.name else 1.0
+        np.testing.assert_allclose(keras.ops.convert_to_numpy(weight), expected, rtol=1e-5, err_msg=weight.path)
+
+
 def test_figures_of_an_epoch_are_means_over_its_images(dataset):
     """With rate 0 the network stays as it is, and an epoch's figures can be computed afterwards."""
     recipe = RECIPE.but(learning_rate=0, label_smoothing=0.2, epochs=1, batch_size=60)

@@ -49,7 +49,9 @@ NETWORKS = {
 TITLES = {"simple": "simple", "wider_factorized": "wider, factorized", "wider_separable": "wider, separable"}
 
 
-def build(name, input_shape=(32, 32, 3), classes=100, *, width=1.0, dtype="float32"):
+def build(
+    name, input_shape=(32, 32, 3), classes=100, *, width=1.0, dtype="float32", initialization="glorot", head_scale=1.0
+):
     """One of the thesis's networks, not compiled, with fresh weights.
 
     Args:
@@ -58,6 +60,9 @@ def build(name, input_shape=(32, 32, 3), classes=100, *, width=1.0, dtype="float
         classes: number of classes, at least 2.
         width: factor of the numbers of filters (rounded, at least 1), but for the last layer's, one a class.
         dtype: Keras dtype policy of the layers, e.g. "float32" or "mixed_bfloat16"; pooling and softmax stay float32.
+        initialization: of the kernels: "glorot", Keras's default; or "he", which keeps the variance through each
+            convolution with its ReLU (He et al. 2015, arXiv 1502.01852), a factorized or separable one taken as one.
+        head_scale: what the last batch normalisation's scale starts at: the spread of the scores before the softmax.
 
     Returns:
         keras.Model from (N, height, width, channels) to class probabilities (N, classes).
@@ -76,25 +81,37 @@ def build(name, input_shape=(32, 32, 3), classes=100, *, width=1.0, dtype="float
         raise ValueError(f"classes must be a whole number of at least 2; got {classes!r}")
 
     check_number("width", width, float, 1e-3, 1e3)
+    check_choice("initialization", initialization, ("glorot", "he"))
+    check_number("head_scale", head_scale, float, 1e-3, 1e3)
     x = inputs = keras.Input(tuple(input_shape), name="image")
     for number, (kind, filters, size, strides) in enumerate(NETWORKS[name], 1):
         filters = max(1, round(width * filters)) if filters else classes
-        x = _convolution(x, number, kind, filters, size, strides, dtype)
-        x = layers.BatchNormalization(name=f"bn{number}", dtype=dtype)(x)
+        scale = keras.initializers.Constant(head_scale if number == len(NETWORKS[name]) else 1.0)
+        x = _convolution(x, number, kind, filters, size, strides, dtype, initialization)
+        x = layers.BatchNormalization(name=f"bn{number}", gamma_initializer=scale, dtype=dtype)(x)
         x = layers.Activation("relu", name=f"relu{number}", dtype=dtype)(x)
     x = layers.GlobalAveragePooling2D(name="pool", dtype="float32")(x)  # (N, h, w, classes) -> (N, classes)
     x = layers.Activation("softmax", name="softmax", dtype="float32")(x)
     return keras.Model(inputs, x, name=name)
 
 
-def _convolution(x, number, kind, filters, size, strides, dtype):
+def _convolution(x, number, kind, filters, size, strides, dtype, initialization):
+    def kernel(gain):
+        """Initializer of a kernel whose outputs have `gain` times its inputs' mean square."""
+        if initialization == "glorot":
+            return "glorot_uniform"
+        return keras.initializers.VarianceScaling(gain, "fan_in", "truncated_normal")
+
     options = {"padding": "same", "dtype": dtype}
     if kind == "factorized":
-        x = layers.Conv2D(filters, (size, 1), name=f"conv{number}a", **options)(x)
-        return layers.Conv2D(filters, (1, size), name=f"conv{number}b", **options)(x)
-    if kind == "separable":
-        return layers.SeparableConv2D(filters, size, strides=strides, name=f"sep{number}", **options)(x)
-    return layers.Conv2D(filters, size, strides=strides, name=f"conv{number}", **options)(x)
+        x = layers.Conv2D(filters, (size, 1), kernel_initializer=kernel(1.0), name=f"conv{number}a", **options)(x)
+        return layers.Conv2D(filters, (1, size), kernel_initializer=kernel(2.0), name=f"conv{number}b", **options)(x)
+    if kind == "separable":  # Keras counts all channels as a depthwise kernel's inputs; it has one
+        starts = {"depthwise_initializer": kernel(float(x.shape[-1])), "pointwise_initializer": kernel(2.0)}
+        return layers.SeparableConv2D(filters, size, strides=strides, name=f"sep{number}", **starts, **options)(x)
+    return layers.Conv2D(
+        filters, size, strides=strides, kernel_initializer=kernel(2.0), name=f"conv{number}", **options
+    )(x)
 
 
 def _is_count(value):

@@ -9,7 +9,7 @@ from fcnn_utils.parameters import check_choice, check_number
 class Recipe:
     """How a network is trained.
 
-    optimizer: "sgd" (with Nesterov momentum if `momentum` > 0) or "adam".
+    optimizer: "sgd" (with Nesterov momentum if `momentum` > 0), "adam" or "rmsprop".
     schedule: "constant", or "one_cycle": linear from 0 to `learning_rate` over the first `warmup` of all steps,
         then down to 0 along half a cosine (after Smith & Topin 2018, arXiv 1708.07120).
     clip_norm: largest norm of the gradient, all weights together; a longer one is shortened to it. 0: any.
@@ -23,8 +23,9 @@ class Recipe:
         first epoch, the other half in the next, and so on (Jordan 2024, arXiv 2404.00498); move each by up to `shift`
         pixels, the border filled with the mean colour.
     precision: "float32", "mixed_bfloat16", or "auto": mixed_bfloat16 where the hardware computes in it.
-    train_on: "train" (validated after each epoch on the validation images), or "all": both together, for
-        settings that are chosen already.
+    train_on: "train", for settings that are being chosen: validated after each epoch on the validation images, never
+        tested; or "all": both together, for settings that are chosen already, tested once.
+    initialization, head_scale: how weights start, of a network that is built by its name (see `models.build`).
     seed: used where none is given to `train`.
     assumed: what the source of the recipe does not state and we chose.
     """
@@ -45,6 +46,8 @@ class Recipe:
     shift: int = 0
     precision: str = "float32"
     train_on: str = "all"
+    initialization: str = "glorot"
+    head_scale: float = 1.0
     seed: int = 0
     assumed: tuple = ()
 
@@ -61,10 +64,12 @@ class Recipe:
         check_number("shift", self.shift, int, 0, 8)
         check_number("seed", self.seed, int, 0, 2**31 - 1)
         check_choice("flip", self.flip, (True, False, "alternating"))
-        check_choice("optimizer", self.optimizer, ("sgd", "adam"))
+        check_choice("optimizer", self.optimizer, ("sgd", "adam", "rmsprop"))
         check_choice("schedule", self.schedule, ("constant", "one_cycle"))
         check_choice("precision", self.precision, ("float32", "mixed_bfloat16", "auto"))
         check_choice("train_on", self.train_on, ("train", "all"))
+        check_choice("initialization", self.initialization, ("glorot", "he"))
+        check_number("head_scale", self.head_scale, float, 1e-3, 1e3)
 
     def but(self, **changes):
         """This recipe with some settings changed, and a name that tells: `FAST.but(epochs=2)` is "fast-epochs2"."""
@@ -98,6 +103,18 @@ RECIPES = {
                 "Augmentation is not stated: mirroring and shifts of up to 3 pixels (a tenth of the width).",
                 "Scaling of the images is not stated: mean 0 and standard deviation 1 for each channel.",
             ),
+        ),
+        Recipe(
+            name="plain",  # what is common practice for a short training, not searched for
+            epochs=5,
+            batch_size=128,
+            optimizer="sgd",
+            learning_rate=0.2,
+            momentum=0.9,
+            schedule="one_cycle",
+            label_smoothing=0.1,
+            shift=2,
+            precision="auto",
         ),
         Recipe(
             name="fast",

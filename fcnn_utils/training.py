@@ -45,7 +45,8 @@ def train(model, dataset, recipe, seed=None, *, name=None, teacher=None, retrain
         The record, a dict: `epochs` (one dict each: loss as trained, cross_entropy without smoothing, top1, top5 on
         the augmented training images; seconds; ms_per_step, the median without the first step; first_step_ms;
         others_cpu, the share of the processor that other programs took), `test` (cross-entropy, top1 and top5, and
-        the number correct by class, on all test images), params, trainable, macs, and where it ran.
+        the number correct by class, on all test images; None where the recipe trains on "train", whose epochs have
+        the same as `validation`), params, trainable, macs, and where it ran.
 
     Raises:
         ValueError: bad arguments; a record of the same name but other settings; a file that cannot be written.
@@ -73,7 +74,8 @@ def train(model, dataset, recipe, seed=None, *, name=None, teacher=None, retrain
     keras.utils.set_random_seed(recipe.seed)
     shape, classes = dataset.train.images.shape[1:], len(dataset.fine_names)
     if isinstance(model, str):
-        model = models.build(model, shape, classes, dtype=machine.precision(recipe.precision))
+        starts = {"initialization": recipe.initialization, "head_scale": recipe.head_scale}
+        model = models.build(model, shape, classes, dtype=machine.precision(recipe.precision), **starts)
     elif is_maker:
         model = model(recipe.seed)
         keras.utils.set_random_seed(recipe.seed)
@@ -98,12 +100,12 @@ def train(model, dataset, recipe, seed=None, *, name=None, teacher=None, retrain
             checkpoint.save(model, record)
             records.write(record)
             print(progress_line(record, row), flush=True)
-        test = evaluate(model, dataset.test, scale, dataset.coarse_names)
-        _check_finite(test["loss"], "on the test images after the last epoch")
+        if recipe.train_on == "all":
+            record["test"] = evaluate(model, dataset.test, scale, dataset.coarse_names)
+            _check_finite(record["test"]["loss"], "on the test images after the last epoch")
     except Diverged:
-        records.write(record | {"status": "diverged"})
+        records.write(record | {"status": "diverged", "test": None})
         raise
-    record["test"] = test
     record["status"] = "complete"
     if save_model:
         checkpoint.keep(model, record)
@@ -193,8 +195,8 @@ def compile_model(model, recipe, steps):
     options = {"global_clipnorm": recipe.clip_norm or None, "weight_decay": recipe.weight_decay or None}
     if recipe.optimizer == "sgd":
         options |= {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
-    kind = {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam}[recipe.optimizer]
-    optimizer = kind(schedule(recipe, steps), **options)
+    kinds = {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam, "rmsprop": keras.optimizers.RMSprop}
+    optimizer = kinds[recipe.optimizer](schedule(recipe, steps), **options)
     if recipe.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     model.compile(
@@ -223,9 +225,11 @@ def progress_line(record, row):
 
 def result_line(record):
     """A run's result in one line: what, how well, on how many images, where and when."""
-    test, what = record["test"], f"{record['model']} · {record['recipe']['name']} · seed {record['seed']}"
+    kind = "validation" if record["test"] is None else "test"
+    result = record["test"] or record["epochs"][-1]["validation"]
     return (
-        f"{what}: top-1 {test['top1']:.1%}, top-5 {test['top5']:.1%} on {test['images']:,} test images of "
+        f"{record['model']} · {record['recipe']['name']} · seed {record['seed']}: top-1 {result['top1']:.1%}, "
+        f"top-5 {result['top5']:.1%} on {result['images']:,} {kind} images of "
         f"{record['dataset']} (one seed; {machine.line(record)}, {record['precision']})"
     )
 

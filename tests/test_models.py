@@ -75,6 +75,18 @@ def test_layers_are_numbered_as_the_convolutions_stand(networks, name, convoluti
     assert [layer.name for layer in networks[name].layers] == [*expected, "pool", "softmax"]
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"initialization": "zeros"}, "initialization must be one of glorot, he; got 'zeros'"),
+        ({"head_scale": 0}, "head_scale must be a number between 0.001 and"),
+    ],
+)
+def test_a_start_that_is_none_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        models.build("simple", **arguments)
+
+
 # --- correct -----------------------------------------------------------------------------------------------------
 
 
@@ -101,6 +113,22 @@ def test_a_separable_convolution_has_one_filter_a_channel(networks):
     layer = networks["wider_separable"].get_layer("sep3")
     assert tuple(layer.depthwise_kernel.shape) == (3, 3, 96, 1)
     assert tuple(layer.pointwise_kernel.shape) == (1, 1, 96, 384)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_he_keeps_the_mean_square_through_each_convolution_with_its_relu(name):
+    """Before training, each ReLU hands on about the mean square that its convolution, or pair of them, reads."""
+    keras.utils.set_random_seed(1)
+    model = models.build(name, initialization="he")
+    relus = [layer.output for layer in model.layers if layer.name.startswith("relu")]
+    values = keras.Model(model.inputs, [model.inputs[0], *relus]).predict(pictures(8), verbose=0)
+    for before, after in zip(values[:-1], values[1:], strict=True):
+        assert 0.5 < (after[:, 2:-2, 2:-2] ** 2).mean() / (before**2).mean() < 2  # at the border it reads zeros, too
+
+
+def test_the_head_starts_at_its_scale():
+    gammas = [layer.gamma for layer in models.build("simple", head_scale=4.0).layers if layer.name.startswith("bn")]
+    assert [float(np.unique(gamma).item()) for gamma in gammas] == [1.0] * 8 + [4.0]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -32,7 +32,7 @@ FAST = RECIPES["fast"]
         ("shift", 9, "between 0 and 8"),
         ("seed", -1, "between 0 and 2147483647"),
         ("seed", None, "between 0 and 2147483647"),
-        ("optimizer", "adamw", "one of sgd, adam"),
+        ("optimizer", "adamw", "one of sgd, adam, rmsprop"),
         ("schedule", "cosine", "one of constant, one_cycle"),
         ("precision", "float16", "one of float32, mixed_bfloat16, auto"),
         ("train_on", "test", "one of train, all"),
@@ -56,7 +56,7 @@ def test_the_name_is_not_a_setting_to_change():
 
 @pytest.mark.parametrize("name", ["slow", "", None])
 def test_an_unknown_recipe_is_refused(name):
-    with pytest.raises(ValueError, match=f"recipe must be one of thesis, fast, tune; got {name!r}"):
+    with pytest.raises(ValueError, match=f"recipe must be one of thesis, plain, fast, tune; got {name!r}"):
         recipe_named(name)
 
 
@@ -69,7 +69,9 @@ def test_a_recipe_is_frozen():
 
 
 def test_the_recipes_are_those_of_the_course():
-    assert list(RECIPES) == ["thesis", "fast", "tune"] and all(recipe.name == name for name, recipe in RECIPES.items())
+    assert list(RECIPES) == ["thesis", "plain", "fast", "tune"] and all(
+        recipe.name == name for name, recipe in RECIPES.items()
+    )
     thesis = RECIPES["thesis"]
     assert (thesis.epochs, thesis.batch_size, 50_000 // thesis.batch_size) == (5, 32, 1562)
     assert (thesis.optimizer, thesis.learning_rate, thesis.schedule) == ("sgd", 0.01, "constant")

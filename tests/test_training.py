@@ -197,7 +197,7 @@ def test_a_batch_larger_than_the_data_is_refused(dataset, train_on, images):
     "arguments, message",
     [
         (("nope", RECIPE), "model must be one of simple, .*; got 'nope'"),
-        (("simple", "nope"), "recipe must be one of thesis, fast, tune; got 'nope'"),
+        (("simple", "nope"), "recipe must be one of thesis, plain, fast, tune; got 'nope'"),
         (("simple", RECIPE, -1), "seed must be .*; got -1"),
     ],
 )
@@ -302,7 +302,10 @@ def test_a_record_from_before_a_setting_was_there_is_the_default_of_that_setting
         training.train(network(), dataset, dataclasses.replace(RECIPE, clip_norm=1.0))
 
 
-@pytest.mark.parametrize("optimizer, kind", [("sgd", keras.optimizers.SGD), ("adam", keras.optimizers.Adam)])
+@pytest.mark.parametrize(
+    "optimizer, kind",
+    [("sgd", keras.optimizers.SGD), ("adam", keras.optimizers.Adam), ("rmsprop", keras.optimizers.RMSprop)],
+)
 def test_the_optimizer_is_the_recipes(optimizer, kind):
     model = linear()
     training.compile_model(model, RECIPE.but(optimizer=optimizer, schedule="constant"), 1)
@@ -310,7 +313,7 @@ def test_the_optimizer_is_the_recipes(optimizer, kind):
     np.testing.assert_allclose(float(model.optimizer.learning_rate), 0.05, rtol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
 def test_weight_decay_takes_its_share_of_the_kernels_and_of_nothing_else(optimizer):
     """Where the gradient is zero, a step at rate 0.5 leaves a kernel 1 - 0.5 × 0.2 of what it was."""
     inputs = keras.Input((4, 4, 3))
@@ -414,7 +417,7 @@ def test_a_network_of_no_numbers_is_never_right(dataset):
     assert (found["top1"], found["top5"], sum(found["correct_by_class"])) == (0, 0, 0)
 
 
-def test_validation_is_recorded_where_a_recipe_asks_for_it(dataset):
+def test_a_recipe_that_chooses_settings_is_validated_and_never_tested(dataset):
     model, recipe = network(), RECIPE.but(train_on="train", epochs=1)
     record = training.train(model, dataset, recipe)
     assert record["train_images"] == 180
@@ -422,7 +425,23 @@ def test_validation_is_recorded_where_a_recipe_asks_for_it(dataset):
     assert record["epochs"][0]["validation"] == training.evaluate(
         model, dataset.validation, scale, dataset.coarse_names
     )
-    assert record["test"] == training.evaluate(model, dataset.test, scale, dataset.coarse_names)
+    assert record["test"] is None
+
+
+def test_a_network_by_name_starts_as_its_recipe_says(dataset):
+    """At rate 0 it stays as it starts, and its scores are three times what they are with a scale of 1."""
+    still = RECIPE.but(epochs=1, learning_rate=0, initialization="he")
+    for scale in (1.0, 3.0):
+        training.train("wider_separable", dataset, still.but(head_scale=scale), save_model=True)
+    names = [still.name, still.but(head_scale=3.0).name]
+    one, three = (training.load_trained("wider_separable", dataset.name, name) for name in names)
+    keras.utils.set_random_seed(RECIPE.seed)
+    fresh = models.build("wider_separable", initialization="he", head_scale=3.0)
+    for weights, expected in ((three, fresh), (one, three)):
+        for ours, theirs in zip(weights.weights, expected.weights, strict=True):
+            if "moving" not in ours.name and (weights is three or "bn6/gamma" not in ours.path):
+                np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(three.get_layer("bn6").gamma, 3 * one.get_layer("bn6").gamma)
 
 
 # --- correct: networks that are made when they are needed ---------------------------------------------------------

@@ -11,7 +11,8 @@ class Recipe:
 
     optimizer: "sgd" (with Nesterov momentum if `momentum` > 0), "adam" or "rmsprop".
     schedule: "constant", or "one_cycle": linear from 0 to `learning_rate` over the first `warmup` of all steps,
-        then down to 0 along half a cosine (after Smith & Topin 2018, arXiv 1708.07120).
+        then down to 0 along half a cosine (after Smith & Topin 2018, arXiv 1708.07120); or "inverse_time":
+        `learning_rate` / (1 + `learning_rate` / `epochs` × step), the decay that tutorials of the time gave SGD.
     clip_norm: largest norm of the gradient, all weights together; a longer one is shortened to it. 0: any.
     weight_decay: share of each kernel, times the learning rate, that a step takes from it; biases and the batch norms'
         scales keep theirs (decoupled, Loshchilov & Hutter 2017, arXiv 1711.05101).
@@ -65,7 +66,7 @@ class Recipe:
         check_number("seed", self.seed, int, 0, 2**31 - 1)
         check_choice("flip", self.flip, (True, False, "alternating"))
         check_choice("optimizer", self.optimizer, ("sgd", "adam", "rmsprop"))
-        check_choice("schedule", self.schedule, ("constant", "one_cycle"))
+        check_choice("schedule", self.schedule, ("constant", "one_cycle", "inverse_time"))
         check_choice("precision", self.precision, ("float32", "mixed_bfloat16", "auto"))
         check_choice("train_on", self.train_on, ("train", "all"))
         check_choice("initialization", self.initialization, ("glorot", "he"))

@@ -184,6 +184,9 @@ def schedule(recipe, steps):
     """Learning rate of `recipe` with `steps` steps an epoch: a number, or a Keras schedule (a function of the step)."""
     if recipe.schedule == "constant":
         return recipe.learning_rate
+    if recipe.schedule == "inverse_time":
+        decay = recipe.learning_rate / recipe.epochs
+        return keras.optimizers.schedules.InverseTimeDecay(recipe.learning_rate, decay_steps=1, decay_rate=decay)
     warmup = round(recipe.warmup * recipe.epochs * steps)
     return keras.optimizers.schedules.CosineDecay(
         0.0, max(1, recipe.epochs * steps - warmup), warmup_target=recipe.learning_rate, warmup_steps=warmup

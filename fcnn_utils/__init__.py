@@ -33,4 +33,5 @@ __all__ = [
     "standin",
     "thesis",
     "training",
+    "training_speed",
 ]

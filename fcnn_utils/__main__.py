@@ -39,8 +39,10 @@ def _train(options):
     with pipeline.stderr_to(os.devnull):  # Keras starts here: not before the arguments are read
         from fcnn_utils import machine, models, training
 
+        if options.deterministic:
+            machine.deterministic()
         machine.describe()
-    check_choice("model", options.model, models.NETWORKS)
+    check_choice("model", options.model, models.NETWORKS | models.OURS)
     recipe = training.recipe_named(options.recipe)
     if options.epochs is not None:
         recipe = recipe.but(epochs=options.epochs)
@@ -70,9 +72,11 @@ def _parser():
     run.set_defaults(command=_run)
 
     train = commands.add_parser("train", help="train a network without a notebook")
-    train.add_argument("model", help="simple, wider_factorized or wider_separable")
+    train.add_argument("model", help="simple, wider_factorized, wider_separable or deeper_tucker")
     train.add_argument(
-        "--recipe", default="fast", help="fast (default), thesis, or tune (small steps, for trained weights)"
+        "--recipe",
+        default="faster",
+        help="faster (default), fast (not searched for), thesis, or tune (small steps, for trained weights)",
     )
     train.add_argument("--seed", type=int, default=None, help="default: the recipe's, 0")
     train.add_argument("--dataset", default="auto", help="cifar100, standin or auto (default)")
@@ -80,6 +84,7 @@ def _parser():
     train.add_argument("--train-images", type=int, default=0, metavar="N", help="train on N images only")
     train.add_argument("--test-images", type=int, default=0, metavar="N", help="test on N images only")
     train.add_argument("--retrain", action="store_true", help="train anew though there is a record, and replace it")
+    train.add_argument("--deterministic", action="store_true", help="the same seed gives the same digits; slower")
     train.add_argument("--save-model", action="store_true", help="keep the trained network beside the record")
     train.set_defaults(command=_train)
     return parser

@@ -17,12 +17,43 @@ import psutil
 
 from fcnn_utils.records import ROOT
 
+_MODES = set()  # what this process was set to
+
 
 def setup(seed):
     """First line of every notebook: seed Python, NumPy and the backend; print what runs here, in one line."""
     keras.utils.set_random_seed(seed)
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # its warnings of retracing tell a reader nothing
     print(line(describe()))
+
+
+def deterministic():
+    """From here on the same seed gives the same numbers, to the last digit, on the same machine and versions.
+
+    To be called before anything is computed. TensorFlow is held to deterministic kernels and to one operation at a
+    time (two at a time, the separable network's gradients come out differently from run to run, on a CPU, too); JAX, on
+    a GPU, to kernels that add in a fixed order; PyTorch to its deterministic algorithms.
+
+    Raises:
+        ValueError: TensorFlow has computed something already.
+    """
+    backend = keras.config.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        try:
+            tf.config.threading.set_inter_op_parallelism_threads(1)
+        except RuntimeError:
+            raise ValueError("deterministic must be set before anything is computed; start Python anew") from None
+        tf.config.experimental.enable_op_determinism()
+    elif backend == "jax":
+        flag = "--xla_gpu_exclude_nondeterministic_ops=true"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    elif backend == "torch":
+        import torch
+
+        torch.use_deterministic_algorithms(True)
+    _MODES.add("deterministic")
 
 
 def alternate(runs, repeats):
@@ -84,7 +115,8 @@ def line(here):
 
 
 def describe():
-    """Dict: device, cores, backend, versions, python, date (UTC), commit ("unknown" outside a git checkout)."""
+    """Dict: device, cores, backend, versions, python, deterministic (whether that was asked for), date (UTC), commit
+    ("unknown" outside a git checkout)."""
     return {
         "device": gpu() or processor(),
         "cores": cores(),
@@ -93,6 +125,7 @@ def describe():
             name: version for name in ("keras", "tensorflow", "jax", "torch", "numpy") if (version := _version(name))
         },
         "python": platform.python_version(),
+        "deterministic": "deterministic" in _MODES,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
     }

@@ -1,4 +1,4 @@
-"""The three networks of the thesis, from stock Keras layers, by name.
+"""The three networks of the thesis, and ours of the same kind, from stock Keras layers, by name.
 
 Each is a list of convolutions; every convolution is followed by batch normalisation and ReLU, the last has one
 filter a class, and a global average pooling and a softmax end the network (the all-convolutional design of
@@ -13,10 +13,11 @@ normalisation, as its counts demand, though the normalisation cancels them.
 import keras
 from keras import layers
 
+from fcnn_utils import blocks
 from fcnn_utils.parameters import check_choice, check_number
 
 # (kind, filters, kernel size, stride); filters None: one a class.
-NETWORKS = {
+NETWORKS = {  # the thesis's
     "simple": [
         ("conv", 96, 3, 1),
         ("conv", 96, 3, 1),
@@ -46,16 +47,36 @@ NETWORKS = {
     ],
 }
 
-TITLES = {"simple": "simple", "wider_factorized": "wider, factorized", "wider_separable": "wider, separable"}
+# Two kinds more: "tucker", a Tucker-2 chain whose ranks are half its filters, with a shortcut around it; and "pool",
+# the maximum of 2×2.
+OURS = {
+    "deeper_tucker": [
+        ("conv", 48, 3, 1),
+        ("conv", 96, 3, 1),
+        ("pool", None, 2, 2),
+        ("conv", 192, 3, 1),
+        ("tucker", 192, 3, 1),
+        ("pool", None, 2, 2),
+        *[("tucker", 192, 3, 1)] * 6,
+        ("conv", None, 1, 1),
+    ],
+}
+
+TITLES = {
+    "simple": "simple",
+    "wider_factorized": "wider, factorized",
+    "wider_separable": "wider, separable",
+    "deeper_tucker": "deeper, Tucker-2",
+}
 
 
 def build(
     name, input_shape=(32, 32, 3), classes=100, *, width=1.0, dtype="float32", initialization="glorot", head_scale=1.0
 ):
-    """One of the thesis's networks, not compiled, with fresh weights.
+    """One of `NETWORKS` or `OURS`, not compiled, with fresh weights.
 
     Args:
-        name: "simple", "wider_factorized" or "wider_separable".
+        name: "simple", "wider_factorized", "wider_separable" or "deeper_tucker".
         input_shape: (height, width, channels) of one image, each at least 1.
         classes: number of classes, at least 2.
         width: factor of the numbers of filters (rounded, at least 1), but for the last layer's, one a class.
@@ -70,7 +91,8 @@ def build(
     Raises:
         ValueError: an argument is not as above.
     """
-    check_choice("model", name, NETWORKS)
+    specifications = NETWORKS | OURS
+    check_choice("model", name, specifications)
     if not (
         isinstance(input_shape, (tuple, list)) and len(input_shape) == 3 and all(_is_count(n) for n in input_shape)
     ):
@@ -84,12 +106,18 @@ def build(
     check_choice("initialization", initialization, ("glorot", "he"))
     check_number("head_scale", head_scale, float, 1e-3, 1e3)
     x = inputs = keras.Input(tuple(input_shape), name="image")
-    for number, (kind, filters, size, strides) in enumerate(NETWORKS[name], 1):
+    number, last = 0, sum(kind != "pool" for kind, *_ in specifications[name])
+    for kind, filters, size, strides in specifications[name]:
+        if kind == "pool":
+            x = layers.MaxPooling2D(size, strides, name=f"pool{number}", dtype=dtype)(x)
+            continue
+        number += 1
         filters = max(1, round(width * filters)) if filters else classes
-        scale = keras.initializers.Constant(head_scale if number == len(NETWORKS[name]) else 1.0)
-        x = _convolution(x, number, kind, filters, size, strides, dtype, initialization)
-        x = layers.BatchNormalization(name=f"bn{number}", gamma_initializer=scale, dtype=dtype)(x)
-        x = layers.Activation("relu", name=f"relu{number}", dtype=dtype)(x)
+        scale = keras.initializers.Constant(head_scale if number == last else 1.0)
+        y = _convolution(x, number, kind, filters, size, strides, dtype, initialization)
+        y = layers.BatchNormalization(name=f"bn{number}", gamma_initializer=scale, dtype=dtype)(y)
+        y = layers.Activation("relu", name=f"relu{number}", dtype=dtype)(y)
+        x = layers.Add(name=f"add{number}", dtype=dtype)([x, y]) if kind == "tucker" else y
     x = layers.GlobalAveragePooling2D(name="pool", dtype="float32")(x)  # (N, h, w, classes) -> (N, classes)
     x = layers.Activation("softmax", name="softmax", dtype="float32")(x)
     return keras.Model(inputs, x, name=name)
@@ -109,6 +137,9 @@ def _convolution(x, number, kind, filters, size, strides, dtype, initialization)
     if kind == "separable":  # Keras counts all channels as a depthwise kernel's inputs; it has one
         starts = {"depthwise_initializer": kernel(float(x.shape[-1])), "pointwise_initializer": kernel(2.0)}
         return layers.SeparableConv2D(filters, size, strides=strides, name=f"sep{number}", **starts, **options)(x)
+    if kind == "tucker":  # three kernels, and one ReLU after them
+        ranks, starts = (max(1, filters // 2),) * 2, kernel(2 ** (1 / 3))
+        return blocks.tucker2(x, filters, size, ranks, kernel_initializer=starts, name=f"conv{number}", dtype=dtype)
     return layers.Conv2D(
         filters, size, strides=strides, kernel_initializer=kernel(2.0), name=f"conv{number}", **options
     )(x)

@@ -33,7 +33,7 @@ def check_pair(name, value):
 PARAMETERS = {
     "SEED": (int, 0, 2**31 - 1),
     "DATASET": ("auto", "cifar100", "standin"),
-    "RECIPE": ("fast", "thesis"),
+    "RECIPE": ("faster", "fast", "thesis"),
     "EPOCHS": (int, 1, 1000),
     "BATCH_SIZE": (int, 0, 4096),
     "TRAIN_IMAGES": (int, 0, 50_000),

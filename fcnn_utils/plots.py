@@ -10,8 +10,8 @@ import seaborn as sns
 from fcnn_utils import machine, models, records
 
 PALETTE = sns.color_palette("colorblind")
-COLORS = {"simple": PALETTE[0], "wider_factorized": PALETTE[1], "wider_separable": PALETTE[2]}
-MARKERS = {"simple": "o", "wider_factorized": "s", "wider_separable": "^"}
+COLORS = dict(zip(models.TITLES, PALETTE, strict=False))
+MARKERS = dict(zip(models.TITLES, "os^D", strict=True))
 _GREY = "0.45"
 
 

@@ -97,16 +97,18 @@ RECIPES = {
             optimizer="sgd",
             learning_rate=0.01,
             momentum=0.9,
+            schedule="inverse_time",
             shift=3,
             assumed=(
                 "5 epochs are stated; batch 32 follows from 1562 steps an epoch (50,000 / 32, the rest dropped).",
-                "Optimizer and learning rate are not stated: SGD with Nesterov momentum 0.9 and rate 0.01, constant.",
+                "Optimizer and rate are not stated: SGD, Nesterov momentum 0.9, rate 0.01 / (1 + 0.002 step), which of "
+                "those tried comes nearest to the thesis's training curves.",
                 "Augmentation is not stated: mirroring and shifts of up to 3 pixels (a tenth of the width).",
                 "Scaling of the images is not stated: mean 0 and standard deviation 1 for each channel.",
             ),
         ),
         Recipe(
-            name="plain",  # what is common practice for a short training, not searched for
+            name="fast",  # common practice for a short training, not searched for
             epochs=5,
             batch_size=128,
             optimizer="sgd",
@@ -118,15 +120,17 @@ RECIPES = {
             precision="auto",
         ),
         Recipe(
-            name="fast",
+            name="faster",  # the best of those searched for
             epochs=5,
             batch_size=128,
             optimizer="sgd",
-            learning_rate=0.2,
+            learning_rate=0.4,
             momentum=0.9,
             schedule="one_cycle",
+            weight_decay=5e-4,
             label_smoothing=0.1,
             shift=2,
+            head_scale=6.0,
             precision="auto",
         ),
         Recipe(

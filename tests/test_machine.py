@@ -30,7 +30,7 @@ def cpu(monkeypatch):
 
 def test_a_description_has_all_that_a_record_needs():
     here = machine.describe()
-    assert here.keys() == {"device", "cores", "backend", "versions", "python", "date", "commit"}
+    assert here.keys() == {"device", "cores", "backend", "versions", "python", "deterministic", "date", "commit"}
     assert re.match("(CPU|GPU)", here["device"]) and here["cores"] >= 1
     assert here["backend"] == keras.config.backend()
     assert here["versions"]["keras"] == keras.__version__ and here["versions"]["numpy"] == np.__version__

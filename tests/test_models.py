@@ -24,7 +24,9 @@ def pictures(count, shape=(32, 32, 3), seed=0):
 
 @pytest.mark.parametrize("name", ["Simple", "wider", "", None])
 def test_an_unknown_network_is_refused(name):
-    with pytest.raises(ValueError, match=f"one of simple, wider_factorized, wider_separable; got {name!r}"):
+    with pytest.raises(
+        ValueError, match=f"one of simple, wider_factorized, wider_separable, deeper_tucker; got {name!r}"
+    ):
         models.build(name)
 
 
@@ -54,7 +56,7 @@ def test_a_dtype_that_is_none_is_refused(dtype):
 def test_networks_are_called_by_their_name_and_not_compiled(networks, name):
     assert networks[name].name == name
     assert not networks[name].compiled
-    assert set(models.TITLES) == set(NAMES)
+    assert set(models.TITLES) == {*models.NETWORKS, *models.OURS}
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,26 @@ def test_a_separable_convolution_has_one_filter_a_channel(networks):
     layer = networks["wider_separable"].get_layer("sep3")
     assert tuple(layer.depthwise_kernel.shape) == (3, 3, 96, 1)
     assert tuple(layer.pointwise_kernel.shape) == (1, 1, 96, 384)
+
+
+@pytest.mark.parametrize("name", models.OURS)
+def test_ours_have_no_more_weights_than_the_simple_network_and_fewer_macs(networks, name):
+    ours, simple = cost.totals(models.build(name)), cost.totals(networks["simple"])
+    assert ours["params"] <= simple["params"] and ours["macs"] < simple["macs"]
+
+
+def test_a_shortcut_hands_on_what_its_chain_read(networks):
+    """With the scales of the chains at 0, each of its tucker layers is the identity."""
+    model = models.build("deeper_tucker", width=0.1)
+    shortcuts = [layer for layer in model.layers if isinstance(layer, keras.layers.Add)]
+    assert [layer.name for layer in shortcuts] == ["add4", *(f"add{n}" for n in range(5, 11))]
+    for layer in shortcuts:
+        model.get_layer(layer.name.replace("add", "bn")).gamma.assign(np.zeros(19))
+    before, after = (
+        keras.Model(model.inputs, model.get_layer(name).output).predict(pictures(2), verbose=0)
+        for name in ("pool4", "add10")
+    )
+    np.testing.assert_array_equal(before, after)
 
 
 @pytest.mark.parametrize("name", NAMES)

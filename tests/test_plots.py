@@ -8,7 +8,7 @@ from matplotlib import colors
 
 from fcnn_utils import plots
 
-NAMES = ["simple", "wider_factorized", "wider_separable"]
+NAMES = ["simple", "wider_factorized", "wider_separable", "deeper_tucker"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def texts(axes):
 
 def test_every_network_has_a_color_and_a_marker_of_its_own():
     assert list(plots.COLORS) == list(plots.MARKERS) == NAMES
-    assert len({colors.to_hex(color) for color in plots.COLORS.values()}) == len(set(plots.MARKERS.values())) == 3
+    assert len({colors.to_hex(color) for color in plots.COLORS.values()}) == len(set(plots.MARKERS.values())) == 4
 
 
 def test_setup_sets_the_style_and_the_seed(capsys):
@@ -152,7 +152,7 @@ def test_curves_are_ours_solid_and_the_thesiss_dashed():
 
 
 def test_points_of_a_trade_off_are_named():
-    table = pd.DataFrame({"top1": [0.3, 0.25, 0.2], "macs": [5.0, 8.0, 2.0]}, index=NAMES)
+    table = pd.DataFrame({"top1": [0.3, 0.25, 0.2], "macs": [5.0, 8.0, 2.0]}, index=NAMES[:3])
     ax = plots.trade_off(table, "macs", "MACs (millions)")
     points = np.concatenate([points.get_offsets() for points in ax.collections])
     np.testing.assert_allclose(points, [[5, 30], [8, 25], [2, 20]])

@@ -56,7 +56,7 @@ def test_the_name_is_not_a_setting_to_change():
 
 @pytest.mark.parametrize("name", ["slow", "", None])
 def test_an_unknown_recipe_is_refused(name):
-    with pytest.raises(ValueError, match=f"recipe must be one of thesis, plain, fast, tune; got {name!r}"):
+    with pytest.raises(ValueError, match=f"recipe must be one of thesis, fast, faster, tune; got {name!r}"):
         recipe_named(name)
 
 
@@ -69,12 +69,12 @@ def test_a_recipe_is_frozen():
 
 
 def test_the_recipes_are_those_of_the_course():
-    assert list(RECIPES) == ["thesis", "plain", "fast", "tune"] and all(
+    assert list(RECIPES) == ["thesis", "fast", "faster", "tune"] and all(
         recipe.name == name for name, recipe in RECIPES.items()
     )
     thesis = RECIPES["thesis"]
     assert (thesis.epochs, thesis.batch_size, 50_000 // thesis.batch_size) == (5, 32, 1562)
-    assert (thesis.optimizer, thesis.learning_rate, thesis.schedule) == ("sgd", 0.01, "constant")
+    assert (thesis.optimizer, thesis.learning_rate, thesis.schedule) == ("sgd", 0.01, "inverse_time")
     assert len(thesis.assumed) == 4  # what the thesis does not state is said
     assert (FAST.epochs, FAST.batch_size, FAST.schedule, FAST.precision) == (5, 128, "one_cycle", "auto")
 

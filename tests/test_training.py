@@ -197,7 +197,7 @@ def test_a_batch_larger_than_the_data_is_refused(dataset, train_on, images):
     "arguments, message",
     [
         (("nope", RECIPE), "model must be one of simple, .*; got 'nope'"),
-        (("simple", "nope"), "recipe must be one of thesis, plain, fast, tune; got 'nope'"),
+        (("simple", "nope"), "recipe must be one of thesis, fast, faster, tune; got 'nope'"),
         (("simple", RECIPE, -1), "seed must be .*; got -1"),
     ],
 )
@@ -376,6 +376,12 @@ def test_one_cycle_goes_up_a_line_and_down_half_a_cosine(warmup):
 
 def test_a_constant_rate_is_constant():
     np.testing.assert_allclose(rates(RECIPE.but(schedule="constant", epochs=2), 3), [0.05] * 7, rtol=1e-6)
+
+
+def test_an_inverse_time_rate_falls_as_its_formula_says():
+    """0.5 / (1 + 0.5 / 2 × step): half of it after 4 steps, a third after 8."""
+    found = rates(RECIPE.but(schedule="inverse_time", epochs=2, learning_rate=0.5), 4)
+    np.testing.assert_allclose(np.array(found)[[0, 4, 8]], [0.5, 0.25, 0.5 / 3], rtol=1e-6)
 
 
 # --- correct: evaluation -----------------------------------------------------------------------------------------

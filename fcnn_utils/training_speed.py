@@ -1,0 +1,164 @@
+"""What training costs on the clock: a step taken apart, and how its time grows with batch, width and image size.
+
+All of it is measured in turn, so that a change of the machine's pace meets all alike, on a machine that should be doing
+nothing else: `others_cpu` is the share of the processor that other programs took meanwhile.
+"""
+
+import keras
+import numpy as np
+import pandas as pd
+from keras import layers
+
+from fcnn_utils import cost, feed, graph, machine, models, training
+from fcnn_utils.parameters import check_number
+
+PARTS = ["input", "forward", "backward", "normalisation", "loop"]
+
+
+def bare(model):
+    """A copy of `model` without its batch normalisations and ReLUs: what its convolutions cost alone."""
+    left_out = [
+        layer
+        for layer in model.layers
+        if isinstance(layer, (layers.BatchNormalization, layers.ReLU))
+        or (isinstance(layer, layers.Activation) and layer.activation is keras.activations.relu)
+    ]
+    return graph.rebuilt(model, {id(layer): [] for layer in left_out})
+
+
+def step_parts(networks, split, recipe, scale, rounds=3):
+    """Where the time of a training goes, for several networks in turn, each in the precision that it has.
+
+    Five things are timed on the same images: the training as `training.train` does it; its steps on batches that lie
+    ready; the steps of the bare network (`bare`); the forward pass of that; and the preparation of the batches.
+
+    Args:
+        networks: dict name -> built keras.Model. They are compiled and trained here.
+        split: `data.Split`, some batches' worth of images.
+        recipe, scale: as for `feed.batches`.
+        rounds: how often everything is measured; a round before these does not count.
+
+    Returns:
+        DataFrame, a row a network: images_per_second, of the whole training; ms, its time for an image, the median;
+        and of these ms
+            input: images scaled, mirrored and moved;
+            forward, backward: the convolutions; backward with the update of all weights;
+            normalisation: batch normalisations and ReLUs, forward and backward;
+            loop: the rest, which is everything around the steps (it may come out below 0, by noise);
+        macs, for an image forward; macs_per_second, in training, which takes three times those (but for the first
+        layer, which passes no gradient on: it is counted as if it did); others_cpu.
+
+    Raises:
+        ValueError: fewer images than a batch.
+    """
+    check_number("rounds", rounds, int, 1, 1000)
+    steps = len(split) // recipe.batch_size
+    if not steps:
+        raise ValueError(f"batch_size must be at most {len(split)}, the images; got {recipe.batch_size}")
+    classes = networks[next(iter(networks))].output_shape[-1]
+    ready = list(feed.batches(split, recipe, 0, scale, classes))
+
+    def on_ready(call):
+        def work():
+            for batch in ready:
+                call(*batch)
+            return steps * recipe.batch_size
+
+        return work
+
+    def whole(model):
+        training.fit_epoch(model, feed.batches(split, recipe, 0, scale, classes), steps)
+        return steps * recipe.batch_size
+
+    def input_alone():
+        return sum(len(images) for images, _ in feed.batches(split, recipe, 0, scale, classes))
+
+    works = {("input", ""): input_alone}
+    for name, model in networks.items():
+        stripped = bare(model)
+        for one in (model, stripped):
+            training.compile_model(one, recipe, steps)
+        works["whole", name] = lambda model=model: whole(model)
+        works["step", name] = on_ready(model.train_on_batch)
+        works["bare", name] = on_ready(stripped.train_on_batch)
+        works["forward", name] = on_ready(lambda images, _, stripped=stripped: stripped.predict_on_batch(images))
+    load = machine.Load()
+    ms = 1e3 / machine.alternate(works, rounds).median()  # an image
+    others = round(load.others(), 3)
+    rows = {}
+    for name, model in networks.items():
+        macs = cost.totals(model)["macs"]
+        rows[name] = {
+            "images_per_second": 1e3 / ms["whole", name],
+            "ms": ms["whole", name],
+            "input": ms["input", ""],
+            "forward": ms["forward", name],
+            "backward": ms["bare", name] - ms["forward", name],
+            "normalisation": ms["step", name] - ms["bare", name],
+            "loop": ms["whole", name] - ms["step", name] - ms["input", ""],
+            "macs": macs,
+            "macs_per_second": 3e3 * macs / ms["whole", name],
+            "others_cpu": others,
+        }
+    return pd.DataFrame(rows).T
+
+
+def growth(names, recipe, batches, widths, sizes, rounds=3):
+    """Time of a training step for an image, as one of batch, width and image size varies and the others stay.
+
+    Args:
+        names: of `models.NETWORKS`.
+        recipe: its optimizer and precision count; its batch size is that of the points where another thing varies.
+        batches, widths, sizes: the values of each; image sizes in pixels, of a side.
+        rounds: how often each point is measured; a round before these does not count.
+
+    Returns:
+        DataFrame, a row a network and point: model, varied ("batch", "width" or "size"), value, macs (an image,
+        forward), ms (an image, the median), others_cpu.
+    """
+    varied = [("batch", value) for value in batches]
+    varied += [("width", value) for value in widths] + [("size", value) for value in sizes]
+    dtype, works, rows = machine.precision(recipe.precision), {}, []
+    for name in names:
+        for what, value in varied:
+            setting = {"batch": recipe.batch_size, "width": 1.0, "size": 32} | {what: value}
+            shape = (setting["size"], setting["size"], 3)
+            model = models.build(name, shape, width=setting["width"], dtype=dtype)
+            training.compile_model(model, recipe, 1)
+            works[name, what, value] = _steps(model, setting["batch"], shape)
+            rows.append((name, what, value, cost.totals(model)["macs"]))
+    load = machine.Load()
+    ms = 1e3 / machine.alternate(works, rounds).median()
+    table = pd.DataFrame(rows, columns=["model", "varied", "value", "macs"])
+    return table.assign(ms=[ms[row[:3]] for row in rows], others_cpu=round(load.others(), 3))
+
+
+def exponents(table):
+    """How `growth`'s times grow: the slope p of log ms against log value, ms ∝ value^p; also against log macs.
+
+    Returns:
+        DataFrame indexed by (model, varied): time, macs (slopes against the value), by fit over all points.
+    """
+    rows = {}
+    for key, points in table.groupby(["model", "varied"], sort=False):
+        values = np.log(points["value"].to_numpy(float))
+        rows[key] = {
+            column: np.polyfit(values, np.log(points[name].to_numpy(float)), 1)[0]
+            for column, name in (("time", "ms"), ("macs", "macs"))
+        }
+    return pd.DataFrame(rows).T.rename_axis(["model", "varied"])
+
+
+def _steps(model, batch, shape):
+    """Work for `machine.alternate`: training steps on random images, at least 16 images' worth."""
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((batch, *shape)).astype("float32")
+    classes = model.output_shape[-1]
+    labels = np.eye(classes, dtype="float32")[rng.integers(0, classes, batch)]
+
+    def work():
+        for _ in range(count := max(1, 16 // batch)):
+            model.train_on_batch(images, labels)
+        return count * batch
+
+    return work

@@ -122,9 +122,9 @@ RECIPES = {
         Recipe(
             name="faster",  # the best of those searched for
             epochs=5,
-            batch_size=128,
+            batch_size=64,
             optimizer="sgd",
-            learning_rate=0.4,
+            learning_rate=0.2,
             momentum=0.9,
             schedule="one_cycle",
             weight_decay=5e-4,

@@ -40,6 +40,7 @@ PARAMETERS = {
     "TEST_IMAGES": (int, 0, 10_000),
     "LIVE_IMAGES": (int, 100, 50_000),
     "TIMED_STEPS": (int, 1, 1000),
+    "ROUNDS": (int, 1, 1000),
     "TENSORS": (int, 100, 1_000_000),
     "SWEEPS": (int, 100, 1_000_000),
     "SEEDS": (int, 1, 100),

@@ -100,7 +100,10 @@ def trade_off(table, column, label, ax=None):
     ax = ax or plt.subplots()[1]
     for name, row in table.iterrows():
         ax.scatter(row[column], 100 * row["top1"], color=COLORS[name], marker=MARKERS[name], s=90, zorder=3)
-        below = name == "wider_factorized"  # near the simple network in every cost: its name goes to the other side
+        below = name in (
+            "wider_factorized",
+            "deeper_tucker",
+        )  # near the simple network: the name goes to the other side
         ax.annotate(
             models.TITLES[name],
             (row[column], 100 * row["top1"]),

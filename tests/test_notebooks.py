@@ -120,8 +120,9 @@ def test_smoke_series_runs_and_says_that_its_data_are_a_stand_in(series, name):
 
 
 def test_smoke_series_leaves_records_and_figures(series):
-    trained = {path.parts[-3] for path in series.glob("results/standin-100/*/fast-batchsize32-epochs1/seed0.json")}
-    assert trained == {*models.NETWORKS, "simple-narrow"}
+    trained = {path.parts[-3] for path in series.glob("results/standin-100/*/faster-batchsize32-epochs1/seed1.json")}
+    assert trained == {*models.NETWORKS, *models.OURS}
+    assert (series / "results" / "standin-100" / "simple-narrow" / "fast-batchsize32-epochs1" / "seed0.json").exists()
     assert (series / "results" / "standin-100" / "simple-narrow-cp-4.5x" / "tune-batchsize32" / "seed0.json").exists()
     assert (series / "results" / "speed.json").exists()
     assert len(list(series.glob("figures/*.png"))) >= 10

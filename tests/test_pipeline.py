@@ -210,7 +210,7 @@ def test_killed_training_goes_on_and_its_record_is_complete(tmp_path):
     first = next(line for line in process.stdout if "epoch 1/3" in line)
     process.kill()
     process.wait()
-    path = records.path_of("standin-256", "wider_separable", "fast-epochs3", 0, tmp_path / "results")
+    path = records.path_of("standin-256", "wider_separable", "faster-epochs3", 0, tmp_path / "results")
     assert not path.exists()
 
     again = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)

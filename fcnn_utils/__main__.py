@@ -84,7 +84,7 @@ def _parser():
     train.add_argument("--train-images", type=int, default=0, metavar="N", help="train on N images only")
     train.add_argument("--test-images", type=int, default=0, metavar="N", help="test on N images only")
     train.add_argument("--retrain", action="store_true", help="train anew though there is a record, and replace it")
-    train.add_argument("--deterministic", action="store_true", help="the same seed gives the same digits; slower")
+    train.add_argument("--deterministic", action="store_true", help="the same seed gives the same digits")
     train.add_argument("--save-model", action="store_true", help="keep the trained network beside the record")
     train.set_defaults(command=_train)
     return parser

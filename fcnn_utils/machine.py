@@ -17,7 +17,7 @@ import psutil
 
 from fcnn_utils.records import ROOT
 
-_MODES = set()  # what this process was set to
+_ASKED = {"deterministic": False}  # what this process was set to
 
 
 def setup(seed):
@@ -30,7 +30,8 @@ def setup(seed):
 def deterministic():
     """From here on the same seed gives the same numbers, to the last digit, on the same machine and versions.
 
-    To be called before anything is computed. TensorFlow is held to deterministic kernels and to one operation at a
+    To be called before anything is computed (JAX reads its flag when it starts, and does not say that it came too
+    late). TensorFlow is held to deterministic kernels and to one operation at a
     time (two at a time, the separable network's gradients come out differently from run to run, on a CPU, too); JAX, on
     a GPU, to kernels that add in a fixed order; PyTorch to its deterministic algorithms.
 
@@ -53,7 +54,7 @@ def deterministic():
         import torch
 
         torch.use_deterministic_algorithms(True)
-    _MODES.add("deterministic")
+    _ASKED["deterministic"] = True
 
 
 def alternate(runs, repeats):
@@ -125,7 +126,7 @@ def describe():
             name: version for name in ("keras", "tensorflow", "jax", "torch", "numpy") if (version := _version(name))
         },
         "python": platform.python_version(),
-        "deterministic": "deterministic" in _MODES,
+        **_ASKED,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
     }

@@ -55,7 +55,7 @@ def step_parts(networks, split, recipe, scale, rounds=3):
     steps = len(split) // recipe.batch_size
     if not steps:
         raise ValueError(f"batch_size must be at most {len(split)}, the images; got {recipe.batch_size}")
-    classes = networks[next(iter(networks))].output_shape[-1]
+    classes = next(iter(networks.values())).output_shape[-1]
     ready = list(feed.batches(split, recipe, 0, scale, classes))
 
     def on_ready(call):
@@ -134,10 +134,10 @@ def growth(names, recipe, batches, widths, sizes, rounds=3):
 
 
 def exponents(table):
-    """How `growth`'s times grow: the slope p of log ms against log value, ms ∝ value^p; also against log macs.
+    """How `growth`'s times and MACs grow: the exponent p of value^p, fitted over all points, both axes logarithmic.
 
     Returns:
-        DataFrame indexed by (model, varied): time, macs (slopes against the value), by fit over all points.
+        DataFrame indexed by (model, varied), with the exponents of time and macs.
     """
     rows = {}
     for key, points in table.groupby(["model", "varied"], sort=False):

@@ -43,6 +43,14 @@ def test_a_precision_that_is_named_is_taken(wanted):
     assert machine.precision(wanted) == wanted
 
 
+def test_deterministic_is_refused_once_something_was_computed():
+    keras.ops.convert_to_numpy(keras.ops.ones(2) + 1)
+    if keras.config.backend() == "tensorflow":
+        with pytest.raises(ValueError, match="before anything is computed; start Python anew"):
+            machine.deterministic()
+        assert machine.describe()["deterministic"] is False
+
+
 # --- correct -----------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,6 @@ import os
 import sys
 
 from fcnn_utils import data, parameters, pipeline
-from fcnn_utils.parameters import check_choice
 
 _STOPPED = 130  # the shell's code for Ctrl-C
 
@@ -42,13 +41,14 @@ def _train(options):
         if options.deterministic:
             machine.deterministic()
         machine.describe()
-    check_choice("model", options.model, models.NETWORKS | models.OURS)
+    models.named(options.model, options.width)  # refuses what is none
     recipe = training.recipe_named(options.recipe)
     if options.epochs is not None:
         recipe = recipe.but(epochs=options.epochs)
     dataset = data.load(options.dataset, options.train_images, options.test_images)
     print(dataset.describe(), flush=True)
-    training.train(options.model, dataset, recipe, options.seed, retrain=options.retrain, save_model=options.save_model)
+    how = {"width": options.width, "retrain": options.retrain, "save_model": options.save_model}
+    training.train(options.model, dataset, recipe, options.seed, **how)
 
 
 def _setting(text):
@@ -72,13 +72,14 @@ def _parser():
     run.set_defaults(command=_run)
 
     train = commands.add_parser("train", help="train a network without a notebook")
-    train.add_argument("model", help="simple, wider_factorized, wider_separable or deeper_tucker")
+    train.add_argument("model", help="simple, wider_factorized, wider_separable, deeper_tucker or wider_tucker")
     train.add_argument(
         "--recipe",
         default="faster",
         help="faster (default), fast (not searched for), thesis, or tune (small steps, for trained weights)",
     )
     train.add_argument("--seed", type=int, default=None, help="default: the recipe's, 0")
+    train.add_argument("--width", type=float, default=1.0, help="factor of the numbers of filters (default: 1)")
     train.add_argument("--dataset", default="auto", help="cifar100, standin or auto (default)")
     train.add_argument("--epochs", type=int, help="default: the recipe's")
     train.add_argument("--train-images", type=int, default=0, metavar="N", help="train on N images only")

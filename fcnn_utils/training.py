@@ -22,7 +22,7 @@ class Diverged(ArithmeticError):
     """The loss was not finite; the record up to there is kept, with status "diverged"."""
 
 
-def train(model, dataset, recipe, seed=None, *, name=None, teacher=None, retrain=False, save_model=False):
+def train(model, dataset, recipe, seed=None, *, width=1.0, name=None, teacher=None, retrain=False, save_model=False):
     """Train `model` on `dataset` by `recipe`, or read the record of the same run where there is one.
 
     Interrupted at any point and called again, it goes on after the last whole epoch: the order of the images, the
@@ -35,7 +35,9 @@ def train(model, dataset, recipe, seed=None, *, name=None, teacher=None, retrain
         dataset: `data.Dataset`.
         recipe: `Recipe`, or the name of one.
         seed: starts weights, order and augmentation; default: the recipe's.
-        name: what the record calls the network; default: the model's own name. A function needs it.
+        width: factor of the numbers of filters of a network that is given by its name (`models.build`).
+        name: what the record calls the network; default: the model's own name, with the width where that is not 1
+            ("simple-width0.6"). A function needs it.
         teacher: keras.Model whose probabilities are a part of the target where the recipe has `distillation`.
         retrain: train anew though there is a record, and replace it. Without it `model` is not trained where there
             is one.
@@ -59,7 +61,9 @@ def train(model, dataset, recipe, seed=None, *, name=None, teacher=None, retrain
         raise ValueError(
             f"model must be a network's name, a built keras.Model, or a function and a name; got {model!r}"
         )
-    name = name or (model if isinstance(model, str) else model.name)
+    if width != 1 and not isinstance(model, str):
+        raise ValueError(f"width is for a network that is given by its name; got {width!r} for a built one")
+    name = name or (models.named(model, width) if isinstance(model, str) else model.name)
     if not retrain:
         stored = _stored(name, dataset, recipe)
         if stored:
@@ -75,7 +79,8 @@ def train(model, dataset, recipe, seed=None, *, name=None, teacher=None, retrain
     shape, classes = dataset.train.images.shape[1:], len(dataset.fine_names)
     if isinstance(model, str):
         starts = {"initialization": recipe.initialization, "head_scale": recipe.head_scale}
-        model = models.build(model, shape, classes, dtype=machine.precision(recipe.precision), **starts)
+        kind = machine.precision(recipe.precision)
+        model = models.build(model, shape, classes, width=width, dtype=kind, **starts)
     elif is_maker:
         model = model(recipe.seed)
         keras.utils.set_random_seed(recipe.seed)

@@ -103,30 +103,27 @@ def step_parts(networks, split, recipe, scale, rounds=3):
     return pd.DataFrame(rows).T
 
 
-def growth(names, recipe, batches, widths, sizes, rounds=3):
-    """Time of a training step for an image, as one of batch, width and image size varies and the others stay.
+def growth(points, recipe, rounds=3):
+    """Time of a training step for an image, at points where one of batch, width and image size varies.
 
     Args:
-        names: of `models.NETWORKS`.
-        recipe: its optimizer and precision count; its batch size is that of the points where another thing varies.
-        batches, widths, sizes: the values of each; image sizes in pixels, of a side.
+        points: list of (model, varied, value): a name of `models.NETWORKS` or `OURS`; "batch", "width" or "size"
+            (pixels of a side); and its value. The others stay: the recipe's batch, width 1, 32 pixels.
+        recipe: its optimizer and precision count, and its batch size where another thing varies.
         rounds: how often each point is measured; a round before these does not count.
 
     Returns:
-        DataFrame, a row a network and point: model, varied ("batch", "width" or "size"), value, macs (an image,
-        forward), ms (an image, the median), others_cpu.
+        DataFrame, a row a point: model, varied, value, macs (an image, forward), ms (an image, the median),
+        others_cpu.
     """
-    varied = [("batch", value) for value in batches]
-    varied += [("width", value) for value in widths] + [("size", value) for value in sizes]
     dtype, works, rows = machine.precision(recipe.precision), {}, []
-    for name in names:
-        for what, value in varied:
-            setting = {"batch": recipe.batch_size, "width": 1.0, "size": 32} | {what: value}
-            shape = (setting["size"], setting["size"], 3)
-            model = models.build(name, shape, width=setting["width"], dtype=dtype)
-            training.compile_model(model, recipe, 1)
-            works[name, what, value] = _steps(model, setting["batch"], shape)
-            rows.append((name, what, value, cost.totals(model)["macs"]))
+    for name, varied, value in points:
+        setting = {"batch": recipe.batch_size, "width": 1.0, "size": 32} | {varied: value}
+        shape = (setting["size"], setting["size"], 3)
+        model = models.build(name, shape, width=setting["width"], dtype=dtype)
+        training.compile_model(model, recipe, 1)
+        works[name, varied, value] = _steps(model, setting["batch"], shape)
+        rows.append((name, varied, value, cost.totals(model)["macs"]))
     load = machine.Load()
     ms = 1e3 / machine.alternate(works, rounds).median()
     table = pd.DataFrame(rows, columns=["model", "varied", "value", "macs"])

@@ -95,7 +95,11 @@ def test_run_refuses(course, capsys, arguments, message):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nope"], "model must be one of simple, wider_factorized, wider_separable, deeper_tucker; got 'nope'"),
+        (
+            ["nope"],
+            "model must be one of simple, wider_factorized, wider_separable, deeper_tucker, wider_tucker; got 'nope'",
+        ),
+        (["simple", "--width", "0"], "width must be a number between 0.001 and 1000.0; got 0.0"),
         (["simple", "--recipe", "nope"], "recipe must be one of thesis, fast, faster, tune; got 'nope'"),
         (["simple", "--dataset", "nope"], "dataset must be one of cifar100, standin, auto; got 'nope'"),
         (["simple", "--epochs", "0"], "epochs must be a whole number between 1 and 1000; got 0"),
@@ -145,11 +149,12 @@ def test_words_that_are_none_bring_the_usage(capsys, arguments, message):
 
 def test_train_hands_everything_on(trained, capsys):
     options = ["--dataset", "standin", "--train-images", "500", "--test-images", "100", "--epochs", "2", "--seed", "3"]
-    assert main(["train", "wider_separable", "--recipe", "thesis", *options, "--retrain", "--save-model"]) == 0
+    options += ["--width", "0.5", "--retrain", "--save-model"]
+    assert main(["train", "wider_separable", "--recipe", "thesis", *options]) == 0
     recipe = training.recipe_named("thesis").but(epochs=2)
     assert trained["load"] == [("standin", 500, 100)]
     assert trained["train"] == [
-        (("wider_separable", trained["dataset"], recipe, 3), {"retrain": True, "save_model": True})
+        (("wider_separable", trained["dataset"], recipe, 3), {"width": 0.5, "retrain": True, "save_model": True})
     ]
     assert capsys.readouterr().out == "a data set\n"
 
@@ -159,7 +164,7 @@ def test_train_without_options_is_the_faster_recipe_on_all_images(trained):
     assert trained["load"] == [("auto", 0, 0)]
     arguments, options = trained["train"][0]
     assert arguments == ("simple", trained["dataset"], training.recipe_named("faster"), None)
-    assert options == {"retrain": False, "save_model": False}
+    assert options == {"width": 1.0, "retrain": False, "save_model": False}
 
 
 def test_run_hands_everything_on(monkeypatch):

@@ -25,7 +25,7 @@ def pictures(count, shape=(32, 32, 3), seed=0):
 @pytest.mark.parametrize("name", ["Simple", "wider", "", None])
 def test_an_unknown_network_is_refused(name):
     with pytest.raises(
-        ValueError, match=f"one of simple, wider_factorized, wider_separable, deeper_tucker; got {name!r}"
+        ValueError, match=f"one of simple, wider_factorized, wider_separable, deeper_tucker, wider_tucker; got {name!r}"
     ):
         models.build(name)
 
@@ -222,3 +222,20 @@ def test_networks_of_another_width():
     for width in (0, -1, "wide"):
         with pytest.raises(ValueError, match="width must be a number between"):
             models.build("simple", width=width)
+
+
+def test_a_width_is_in_the_name_of_a_record():
+    assert models.named("simple") == models.named("simple", 1) == "simple"
+    assert models.named("simple", 0.6) == "simple-width0.6" and models.named("simple", 2.0) == "simple-width2"
+    with pytest.raises(ValueError, match="model must be one of"):
+        models.named("nope", 0.5)
+    with pytest.raises(ValueError, match="width must be a number between"):
+        models.named("simple", float("nan"))
+
+
+@pytest.mark.parametrize("what", ["params", "macs"])
+def test_equal_widths_cost_the_same(what):
+    widths = models.EQUAL_WIDTHS[{"params": "parameters", "macs": "MACs"}[what]]
+    costs = {name: cost.totals(models.build(name, width=width))[what] for name, width in widths.items()}
+    assert list(costs) == list(models.NETWORKS)
+    np.testing.assert_allclose(list(costs.values()), costs["simple"], rtol=0.02)

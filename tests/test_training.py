@@ -453,6 +453,16 @@ def test_a_network_by_name_starts_as_its_recipe_says(dataset):
 # --- correct: networks that are made when they are needed ---------------------------------------------------------
 
 
+def test_a_network_of_another_width_is_another_run(dataset):
+    recipe = RECIPE.but(epochs=1)
+    runs = [training.train("wider_separable", dataset.subset(100, 50), recipe, width=width) for width in (0.05, 0.06)]
+    assert [run["model"] for run in runs] == ["wider_separable-width0.05", "wider_separable-width0.06"]
+    built = [cost.totals(models.build("wider_separable", width=width)) for width in (0.05, 0.06)]
+    assert [run["params"] for run in runs] == [totals["params"] for totals in built]
+    with pytest.raises(ValueError, match="width is for a network that is given by its name; got 0.5"):
+        training.train(network(), dataset, recipe, width=0.5)
+
+
 def test_a_function_makes_the_network_only_where_there_is_no_record(dataset):
     made = []
 

@@ -81,7 +81,9 @@ def test_growth_finds_the_power_that_is_there(monkeypatch):
         return 3.0 * value ** {"batch": -0.25, "width": 1.5, "size": 2.0}[what]
 
     calls = fixed(monkeypatch, ms)
-    table = training_speed.growth(["simple"], RECIPE, (1, 4), (0.05, 0.1), (8, 16), rounds=1)
+    values = {"batch": (1, 4), "width": (0.05, 0.1), "size": (8, 16)}
+    points = [("simple", varied, value) for varied in values for value in values[varied]]
+    table = training_speed.growth(points, RECIPE, rounds=1)
     assert list(table.columns) == ["model", "varied", "value", "macs", "ms", "others_cpu"] and len(table) == 6
     assert {images for _, images in calls} == {16}, "each work is of 16 images, whatever the batch"
     found = training_speed.exponents(table)

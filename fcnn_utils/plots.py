@@ -13,6 +13,11 @@ PALETTE = sns.color_palette("colorblind")
 COLORS = dict(zip(models.TITLES, PALETTE, strict=False))
 MARKERS = dict(zip(models.TITLES, "os^DP", strict=True))
 _GREY = "0.45"
+_PLACES = {  # of a network's name beside its marker, where that is not above
+    "simple": {"xytext": (8, 0), "ha": "left", "va": "center"},
+    "wider_factorized": {"xytext": (0, -10), "ha": "center", "va": "top"},
+    "deeper_tucker": {"xytext": (0, -10), "ha": "center", "va": "top"},
+}
 
 
 def setup(seed):
@@ -100,19 +105,9 @@ def trade_off(table, column, label, ax=None):
     ax = ax or plt.subplots()[1]
     for name, row in table.iterrows():
         ax.scatter(row[column], 100 * row["top1"], color=COLORS[name], marker=MARKERS[name], s=90, zorder=3)
-        below = name in (
-            "wider_factorized",
-            "deeper_tucker",
-        )  # near the simple network: the name goes to the other side
-        ax.annotate(
-            models.TITLES[name],
-            (row[column], 100 * row["top1"]),
-            xytext=(0, -10 if below else 10),
-            textcoords="offset points",
-            ha="center",
-            va="top" if below else "bottom",
-            fontsize=9,
-        )
+        place = _PLACES.get(name, {"xytext": (0, 10), "ha": "center", "va": "bottom"})
+        position = (row[column], 100 * row["top1"])
+        ax.annotate(models.TITLES[name], position, textcoords="offset points", fontsize=9, **place)
     ax.set(xlabel=label, ylabel="top-1 on test images (%)")
     ax.margins(0.3, 0.25)
     ax.set_xlim(left=0)

@@ -237,5 +237,5 @@ def test_a_width_is_in_the_name_of_a_record():
 def test_equal_widths_cost_the_same(what):
     widths = models.EQUAL_WIDTHS[{"params": "parameters", "macs": "MACs"}[what]]
     costs = {name: cost.totals(models.build(name, width=width))[what] for name, width in widths.items()}
-    assert list(costs) == list(models.NETWORKS)
+    assert set(costs) >= set(models.NETWORKS)
     np.testing.assert_allclose(list(costs.values()), costs["simple"], rtol=0.02)

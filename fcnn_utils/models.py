@@ -48,7 +48,7 @@ NETWORKS = {  # the thesis's
 }
 
 
-def _deeper_tucker(first, second, third):
+def _tucker_plan(first, second, third):
     """Two kinds more: "pool", the maximum of 2×2, and "tucker", a Tucker-2 chain with ranks of half its filters and a
     shortcut around it."""
     start = [("conv", first, 3, 1), ("conv", second, 3, 1), ("pool", None, 2, 2)]
@@ -56,7 +56,7 @@ def _deeper_tucker(first, second, third):
     return start + middle + [("tucker", third, 3, 1)] * 6 + [("conv", None, 1, 1)]
 
 
-OURS = {"deeper_tucker": _deeper_tucker(48, 96, 192), "wider_tucker": _deeper_tucker(54, 108, 216)}
+OURS = {"deeper_tucker": _tucker_plan(48, 96, 192), "wider_tucker": _tucker_plan(54, 108, 216)}
 
 # Widths at which the networks cost what the simple network with 0.6 of its filters costs: as many parameters, as many
 # MACs (both within 2%), or as much time (a training step on 2 cores of an AMD EPYC in bfloat16, within 10%).
@@ -96,7 +96,7 @@ def build(
     Raises:
         ValueError: an argument is not as above.
     """
-    named(name, width)
+    named(name, width)  # refuses what is none
     if not (
         isinstance(input_shape, (tuple, list)) and len(input_shape) == 3 and all(_is_count(n) for n in input_shape)
     ):

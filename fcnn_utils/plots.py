@@ -99,17 +99,20 @@ def trade_off(table, column, label, ax=None):
     """Test accuracy against a cost, one point a network, named beside it.
 
     Args:
-        table: data frame indexed by network, with `top1` (a share) and `column`.
+        table: data frame indexed by network, with `top1` (a share), `column`, and where it is there `s`, the standard
+            deviation of `top1` (NaN: unknown), drawn as a bar.
         column, label: the cost, and the name of its axis.
     """
     ax = ax or plt.subplots()[1]
     for name, row in table.iterrows():
+        if not np.isnan(row.get("s", np.nan)):
+            ax.errorbar(row[column], 100 * row["top1"], yerr=100 * row["s"], color=COLORS[name], capsize=3)
         ax.scatter(row[column], 100 * row["top1"], color=COLORS[name], marker=MARKERS[name], s=90, zorder=3)
         place = _PLACES.get(name, {"xytext": (0, 10), "ha": "center", "va": "bottom"})
         position = (row[column], 100 * row["top1"])
         ax.annotate(models.TITLES[name], position, textcoords="offset points", fontsize=9, **place)
     ax.set(xlabel=label, ylabel="top-1 on test images (%)")
-    ax.margins(0.3, 0.25)
+    ax.margins(0.4, 0.25)
     ax.set_xlim(left=0)
     return ax
 

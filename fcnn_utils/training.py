@@ -29,9 +29,9 @@ def train(model, dataset, recipe, seed=None, *, width=1.0, name=None, teacher=No
     augmentation and the learning rate of an epoch depend on seed and epoch alone.
 
     Args:
-        model: a name of `models.NETWORKS`, built here from `seed`; or a built keras.Model, which is trained in
-            place and recorded under its own name (and precision); or a function of the seed that makes such a model,
-            which is called only where there is no record.
+        model: a name of `models.NETWORKS` or `OURS`, built here from `seed`; or a built keras.Model, which is trained
+            in place and recorded under its own name (and precision); or a function of the seed that makes such a
+            model, which is called only where there is no record.
         dataset: `data.Dataset`.
         recipe: `Recipe`, or the name of one.
         seed: starts weights, order and augmentation; default: the recipe's.
@@ -61,8 +61,8 @@ def train(model, dataset, recipe, seed=None, *, width=1.0, name=None, teacher=No
         raise ValueError(
             f"model must be a network's name, a built keras.Model, or a function and a name; got {model!r}"
         )
-    if width != 1 and not isinstance(model, str):
-        raise ValueError(f"width is for a network that is given by its name; got {width!r} for a built one")
+    if width != 1 and (name or not isinstance(model, str)):
+        raise ValueError(f"width is for a network that is given, and recorded, by its own name; got {width!r}")
     name = name or (models.named(model, width) if isinstance(model, str) else model.name)
     if not retrain:
         stored = _stored(name, dataset, recipe)

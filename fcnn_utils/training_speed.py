@@ -10,7 +10,7 @@ import pandas as pd
 from keras import layers
 
 from fcnn_utils import cost, feed, graph, machine, models, training
-from fcnn_utils.parameters import check_number
+from fcnn_utils.parameters import check_choice, check_number
 
 PARTS = ["input", "forward", "backward", "normalisation", "loop"]
 
@@ -115,9 +115,15 @@ def growth(points, recipe, rounds=3):
     Returns:
         DataFrame, a row a point: model, varied, value, macs (an image, forward), ms (an image, the median),
         others_cpu.
+
+    Raises:
+        ValueError: another thing is said to vary, or a point is there twice.
     """
     dtype, works, rows = machine.precision(recipe.precision), {}, []
     for name, varied, value in points:
+        check_choice("what varies", varied, ("batch", "width", "size"))
+        if (name, varied, value) in works:
+            raise ValueError(f"each point must be there once; {name}, {varied} {value} is there twice")
         setting = {"batch": recipe.batch_size, "width": 1.0, "size": 32} | {varied: value}
         shape = (setting["size"], setting["size"], 3)
         model = models.build(name, shape, width=setting["width"], dtype=dtype)

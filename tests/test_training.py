@@ -459,8 +459,9 @@ def test_a_network_of_another_width_is_another_run(dataset):
     assert [run["model"] for run in runs] == ["wider_separable-width0.05", "wider_separable-width0.06"]
     built = [cost.totals(models.build("wider_separable", width=width)) for width in (0.05, 0.06)]
     assert [run["params"] for run in runs] == [totals["params"] for totals in built]
-    with pytest.raises(ValueError, match="width is for a network that is given by its name; got 0.5"):
-        training.train(network(), dataset, recipe, width=0.5)
+    for model, name in ((network(), None), ("wider_separable", "mine")):
+        with pytest.raises(ValueError, match="width is for a network that is given, and recorded, by its own name"):
+            training.train(model, dataset, recipe, width=0.5, name=name)
 
 
 def test_a_function_makes_the_network_only_where_there_is_no_record(dataset):

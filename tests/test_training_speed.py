@@ -42,6 +42,10 @@ def test_bad_arguments_are_refused(split):
         training_speed.step_parts({"a": small()}, split.first(7), RECIPE, scale)
     with pytest.raises(ValueError, match="rounds must be a whole number between 1"):
         training_speed.step_parts({"a": small()}, split, RECIPE, scale, rounds=0)
+    with pytest.raises(ValueError, match="what varies must be one of batch, width, size; got 'depth'"):
+        training_speed.growth([("simple", "depth", 2)], RECIPE)
+    with pytest.raises(ValueError, match="each point must be there once; simple, width 0.05 is there twice"):
+        training_speed.growth([("simple", "width", 0.05)] * 2, RECIPE)
 
 
 @pytest.mark.parametrize("name", [*models.NETWORKS, *models.OURS])

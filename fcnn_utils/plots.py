@@ -13,11 +13,7 @@ PALETTE = sns.color_palette("colorblind")
 COLORS = dict(zip(models.TITLES, PALETTE, strict=False))
 MARKERS = dict(zip(models.TITLES, "os^DP", strict=True))
 _GREY = "0.45"
-_PLACES = {  # of a network's name beside its marker, where that is not above
-    "simple": {"xytext": (8, 0), "ha": "left", "va": "center"},
-    "wider_factorized": {"xytext": (0, -10), "ha": "center", "va": "top"},
-    "deeper_tucker": {"xytext": (0, -10), "ha": "center", "va": "top"},
-}
+_RIGHT, _LEFT = {"xytext": (8, 0), "ha": "left", "va": "center"}, {"xytext": (-8, 0), "ha": "right", "va": "center"}
 
 
 def setup(seed):
@@ -108,7 +104,7 @@ def trade_off(table, column, label, ax=None):
         if not np.isnan(row.get("s", np.nan)):
             ax.errorbar(row[column], 100 * row["top1"], yerr=100 * row["s"], color=COLORS[name], capsize=3)
         ax.scatter(row[column], 100 * row["top1"], color=COLORS[name], marker=MARKERS[name], s=90, zorder=3)
-        place = _PLACES.get(name, {"xytext": (0, 10), "ha": "center", "va": "bottom"})
+        place = _RIGHT if name in ("simple", "wider_separable") else _LEFT  # where there is room
         position = (row[column], 100 * row["top1"])
         ax.annotate(models.TITLES[name], position, textcoords="offset points", fontsize=9, **place)
     ax.set(xlabel=label, ylabel="top-1 on test images (%)")

@@ -1,7 +1,8 @@
 """What training costs on the clock: a step taken apart, and how its time grows with batch, width and image size.
 
 All of it is measured in turn, so that a change of the machine's pace meets all alike, on a machine that should be doing
-nothing else: `others_cpu` is the share of the processor that other programs took meanwhile.
+nothing else: `others_cpu` is the share of the processor that other programs took meanwhile. Of the rounds the shortest
+counts, as for the peaks of `speed`: whatever disturbs a measurement, also from outside a virtual machine, lengthens it.
 """
 
 import keras
@@ -39,7 +40,7 @@ def step_parts(networks, split, recipe, scale, rounds=3):
         rounds: how often everything is measured; a round before these does not count.
 
     Returns:
-        DataFrame, a row a network: images_per_second, of the whole training; ms, its time for an image, the median;
+        DataFrame, a row a network: images_per_second, of the whole training; ms, its time for an image, the shortest;
         and of these ms
             input: images scaled, mirrored and moved;
             forward, backward: the convolutions; backward with the update of all weights;
@@ -83,7 +84,7 @@ def step_parts(networks, split, recipe, scale, rounds=3):
         works["bare", name] = on_ready(stripped.train_on_batch)
         works["forward", name] = on_ready(lambda images, _, stripped=stripped: stripped.predict_on_batch(images))
     load = machine.Load()
-    ms = 1e3 / machine.alternate(works, rounds).median()  # an image
+    ms = 1e3 / machine.alternate(works, rounds).max()  # an image
     others = round(load.others(), 3)
     rows = {}
     for name, model in networks.items():
@@ -113,7 +114,7 @@ def growth(points, recipe, rounds=3):
         rounds: how often each point is measured; a round before these does not count.
 
     Returns:
-        DataFrame, a row a point: model, varied, value, macs (an image, forward), ms (an image, the median),
+        DataFrame, a row a point: model, varied, value, macs (an image, forward), ms (an image, the shortest),
         others_cpu.
 
     Raises:
@@ -131,7 +132,7 @@ def growth(points, recipe, rounds=3):
         works[name, varied, value] = _steps(model, setting["batch"], shape)
         rows.append((name, varied, value, cost.totals(model)["macs"]))
     load = machine.Load()
-    ms = 1e3 / machine.alternate(works, rounds).median()
+    ms = 1e3 / machine.alternate(works, rounds).max()
     table = pd.DataFrame(rows, columns=["model", "varied", "value", "macs"])
     return table.assign(ms=[ms[row[:3]] for row in rows], others_cpu=round(load.others(), 3))
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from fcnn_utils import cost, models, thesis
+from fcnn_utils import cost, models, records, thesis
 
 NAMES = list(models.NETWORKS)
 
@@ -239,3 +239,10 @@ def test_equal_widths_cost_the_same(what):
     costs = {name: cost.totals(models.build(name, width=width))[what] for name, width in widths.items()}
     assert set(costs) >= set(models.NETWORKS)
     np.testing.assert_allclose(list(costs.values()), costs["simple"], rtol=0.02)
+
+
+def test_equal_widths_took_the_same_time():
+    measured, _ = records.load("equal-cost")
+    ms = {(row["model"], row["value"]): row["ms"] for row in measured["rows"]}
+    times = [ms[pair] for pair in models.EQUAL_WIDTHS["time"].items()]
+    np.testing.assert_allclose(times, times[0], rtol=0.1)

@@ -31,9 +31,9 @@ def deterministic():
     """From here on the same seed gives the same numbers, to the last digit, on the same machine and versions.
 
     To be called before anything is computed (JAX reads its flag when it starts, and does not say that it came too
-    late). TensorFlow is held to deterministic kernels and to one operation at a
-    time (two at a time, the separable network's gradients come out differently from run to run, on a CPU, too); JAX, on
-    a GPU, to kernels that add in a fixed order; PyTorch to its deterministic algorithms.
+    late). TensorFlow is held to deterministic kernels and to one operation at a time (two at a time, the separable
+    network's gradients come out differently from run to run, on a CPU, too); JAX, on a GPU, to kernels that add in a
+    fixed order; PyTorch to its deterministic algorithms.
 
     Raises:
         ValueError: TensorFlow has computed something already.

@@ -49,8 +49,8 @@ NETWORKS = {  # the thesis's
 
 
 def _tucker_plan(first, second, third):
-    """Two kinds more: "pool", the maximum of 2×2, and "tucker", a Tucker-2 chain with ranks of half its filters and a
-    shortcut around it."""
+    """The plan that ours share, by its numbers of filters. It has two kinds more: "pool", the maximum of 2×2, and
+    "tucker", a Tucker-2 chain with ranks of half its filters and a shortcut around it."""
     start = [("conv", first, 3, 1), ("conv", second, 3, 1), ("pool", None, 2, 2)]
     middle = [("conv", third, 3, 1), ("tucker", third, 3, 1), ("pool", None, 2, 2)]
     return start + middle + [("tucker", third, 3, 1)] * 6 + [("conv", None, 1, 1)]
@@ -109,9 +109,9 @@ def build(
     check_choice("initialization", initialization, ("glorot", "he"))
     check_number("head_scale", head_scale, float, 1e-3, 1e3)
     x = inputs = keras.Input(tuple(input_shape), name="image")
-    convolutions = (NETWORKS | OURS)[name]
-    number, last = 0, sum(kind != "pool" for kind, *_ in convolutions)
-    for kind, filters, size, strides in convolutions:
+    plan = (NETWORKS | OURS)[name]
+    number, last = 0, sum(kind != "pool" for kind, *_ in plan)
+    for kind, filters, size, strides in plan:
         if kind == "pool":
             x = layers.MaxPooling2D(size, strides, name=f"pool{number}", dtype=dtype)(x)
             continue

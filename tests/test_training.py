@@ -450,9 +450,6 @@ def test_a_network_by_name_starts_as_its_recipe_says(dataset):
     np.testing.assert_array_equal(three.get_layer("bn6").gamma, 3 * one.get_layer("bn6").gamma)
 
 
-# --- correct: networks that are made when they are needed ---------------------------------------------------------
-
-
 def test_a_network_of_another_width_is_another_run(dataset):
     recipe = RECIPE.but(epochs=1)
     runs = [training.train("wider_separable", dataset.subset(100, 50), recipe, width=width) for width in (0.05, 0.06)]
@@ -462,6 +459,9 @@ def test_a_network_of_another_width_is_another_run(dataset):
     for model, name in ((network(), None), ("wider_separable", "mine")):
         with pytest.raises(ValueError, match="width is for a network that is given, and recorded, by its own name"):
             training.train(model, dataset, recipe, width=0.5, name=name)
+
+
+# --- correct: networks that are made when they are needed ---------------------------------------------------------
 
 
 def test_a_function_makes_the_network_only_where_there_is_no_record(dataset):

@@ -88,9 +88,10 @@ def test_growth_finds_the_power_that_is_there(monkeypatch):
     calls = fixed(monkeypatch, ms)
     values = {"batch": (1, 4), "width": (0.05, 0.1), "size": (8, 16)}
     points = [("simple", varied, value) for varied in values for value in values[varied]]
-    table = training_speed.growth(points, RECIPE, rounds=1)
+    table = training_speed.growth(points, RECIPE, rounds=3)
     assert list(table.columns) == ["model", "varied", "value", "macs", "ms", "others_cpu"] and len(table) == 6
     assert {images for _, images in calls} == {16}, "each work is of 16 images, whatever the batch"
+    np.testing.assert_allclose(table["ms"], [ms(point) for point in points], rtol=1e-12)
     found = training_speed.exponents(table)
     np.testing.assert_allclose(found["time"], [-0.25, 1.5, 2.0], rtol=1e-9)
     np.testing.assert_allclose(found["macs"], [0.0, found["macs"].iloc[1], 2.0], atol=1e-9)

@@ -97,7 +97,7 @@ def test_run_refuses(course, capsys, arguments, message):
     [
         (
             ["nope"],
-            "model must be one of simple, wider_factorized, wider_separable, deeper_tucker, wider_tucker; got 'nope'",
+            f"model must be one of {', '.join(models.TITLES)}; got 'nope'",
         ),
         (["simple", "--width", "0"], "width must be a number between 0.001 and 1000.0; got 0.0"),
         (["simple", "--recipe", "nope"], "recipe must be one of thesis, fast, faster, tune; got 'nope'"),

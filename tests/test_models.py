@@ -25,7 +25,8 @@ def pictures(count, shape=(32, 32, 3), seed=0):
 @pytest.mark.parametrize("name", ["Simple", "wider", "", None])
 def test_an_unknown_network_is_refused(name):
     with pytest.raises(
-        ValueError, match=f"one of simple, wider_factorized, wider_separable, deeper_tucker, wider_tucker; got {name!r}"
+        ValueError,
+        match=f"one of simple, wider_factorized, wider_separable, deeper_tucker, deeper_separable; got {name!r}",
     ):
         models.build(name)
 
@@ -123,18 +124,22 @@ def test_ours_have_no_more_weights_than_the_simple_network_and_fewer_macs(networ
     assert ours["params"] <= simple["params"] and ours["macs"] < simple["macs"]
 
 
-def test_a_shortcut_hands_on_what_its_chain_read(networks):
-    """With the scales of the chains at 0, each of its tucker layers is the identity."""
-    model = models.build("deeper_tucker", width=0.1)
-    shortcuts = [layer for layer in model.layers if isinstance(layer, keras.layers.Add)]
-    assert [layer.name for layer in shortcuts] == ["add4", *(f"add{n}" for n in range(5, 11))]
-    for layer in shortcuts:
-        model.get_layer(layer.name.replace("add", "bn")).gamma.assign(np.zeros(19))
-    before, after = (
-        keras.Model(model.inputs, model.get_layer(name).output).predict(pictures(2), verbose=0)
-        for name in ("pool4", "add10")
+@pytest.mark.parametrize(
+    "name, before, layers, filters",
+    [("deeper_tucker", "pool4", range(5, 11), 19), ("deeper_separable", "relu6", range(7, 13), 38)],
+)
+def test_a_shortcut_hands_on_what_its_layer_read(name, before, layers, filters):
+    """With the scales behind them at 0, the layers with a shortcut are the identity."""
+    model = models.build(name, width=0.1)
+    shortcuts = [layer.name for layer in model.layers if isinstance(layer, keras.layers.Add)]
+    assert shortcuts[-6:] == [f"add{number}" for number in layers]
+    for number in layers:
+        model.get_layer(f"bn{number}").gamma.assign(np.zeros(filters))
+    read, handed_on = (
+        keras.Model(model.inputs, model.get_layer(layer).output).predict(pictures(2), verbose=0)
+        for layer in (before, shortcuts[-1])
     )
-    np.testing.assert_array_equal(before, after)
+    np.testing.assert_array_equal(read, handed_on)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,7 +8,7 @@ from matplotlib import colors
 
 from fcnn_utils import plots
 
-NAMES = ["simple", "wider_factorized", "wider_separable", "deeper_tucker", "wider_tucker"]
+NAMES = ["simple", "wider_factorized", "wider_separable", "deeper_tucker", "deeper_separable"]
 
 
 @pytest.fixture(autouse=True)

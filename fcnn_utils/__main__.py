@@ -72,7 +72,9 @@ def _parser():
     run.set_defaults(command=_run)
 
     train = commands.add_parser("train", help="train a network without a notebook")
-    train.add_argument("model", help="simple, wider_factorized, wider_separable, deeper_tucker or deeper_separable")
+    train.add_argument(
+        "model", help="simple, wider_factorized, wider_separable, deeper_dense, deeper_tucker or deeper_separable"
+    )
     train.add_argument(
         "--recipe",
         default="faster",

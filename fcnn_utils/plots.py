@@ -11,7 +11,7 @@ from fcnn_utils import machine, models, records
 
 PALETTE = sns.color_palette("colorblind")
 COLORS = dict(zip(models.TITLES, PALETTE, strict=False))
-MARKERS = dict(zip(models.TITLES, "os^DP", strict=True))
+MARKERS = dict(zip(models.TITLES, "os^pDP", strict=True))
 _GREY = "0.45"
 _RIGHT, _LEFT = {"xytext": (8, 0), "ha": "left", "va": "center"}, {"xytext": (-8, 0), "ha": "right", "va": "center"}
 

@@ -26,7 +26,7 @@ def pictures(count, shape=(32, 32, 3), seed=0):
 def test_an_unknown_network_is_refused(name):
     with pytest.raises(
         ValueError,
-        match=f"one of simple, wider_factorized, wider_separable, deeper_tucker, deeper_separable; got {name!r}",
+        match=f"one of {', '.join(models.NETWORKS | models.OURS)}; got {name!r}",
     ):
         models.build(name)
 
@@ -122,6 +122,7 @@ def test_a_separable_convolution_has_one_filter_a_channel(networks):
 def test_ours_have_no_more_weights_than_the_simple_network_and_fewer_macs(networks, name):
     ours, simple = cost.totals(models.build(name)), cost.totals(networks["simple"])
     assert ours["params"] <= simple["params"] and ours["macs"] < simple["macs"]
+    assert 0.88 <= cost.totals(models.build("deeper_dense"))["macs"] / ours["macs"] <= 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from matplotlib import colors
 
 from fcnn_utils import plots
 
-NAMES = ["simple", "wider_factorized", "wider_separable", "deeper_tucker", "deeper_separable"]
+NAMES = ["simple", "wider_factorized", "wider_separable", "deeper_dense", "deeper_tucker", "deeper_separable"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def texts(axes):
 
 def test_every_network_has_a_color_and_a_marker_of_its_own():
     assert list(plots.COLORS) == list(plots.MARKERS) == NAMES
-    assert len({colors.to_hex(color) for color in plots.COLORS.values()}) == len(set(plots.MARKERS.values())) == 5
+    assert len({colors.to_hex(color) for color in plots.COLORS.values()}) == len(set(plots.MARKERS.values())) == 6
 
 
 def test_setup_sets_the_style_and_the_seed(capsys):

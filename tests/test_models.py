@@ -244,7 +244,7 @@ def test_equal_widths_cost_the_same(what):
     widths = models.EQUAL_WIDTHS[{"params": "parameters", "macs": "MACs"}[what]]
     costs = {name: cost.totals(models.build(name, width=width))[what] for name, width in widths.items()}
     assert set(costs) >= set(models.NETWORKS)
-    np.testing.assert_allclose(list(costs.values()), costs["simple"], rtol=0.02)
+    np.testing.assert_allclose(list(costs.values()), costs["simple"], rtol=0.1)
 
 
 def test_equal_widths_took_the_same_time(monkeypatch, tmp_path):

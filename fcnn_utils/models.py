@@ -64,7 +64,7 @@ OURS = {
     ),
 }
 
-# Widths at which the networks cost, within 10%, what the simple network with 0.6 of its filters costs: as many
+# Widths at which the networks cost, within 12%, what the simple network with 0.6 of its filters costs: as many
 # parameters, as many MACs, or as much time (a training step on 2 cores of an AMD EPYC in bfloat16).
 EQUAL_WIDTHS = {
     "parameters": {"simple": 0.6, "wider_factorized": 0.54, "wider_separable": 0.735},

@@ -82,7 +82,7 @@ def _parser():
     )
     train.add_argument("--seed", type=int, default=None, help="default: the recipe's, 0")
     train.add_argument("--width", type=float, default=1.0, help="factor of the numbers of filters (default: 1)")
-    train.add_argument("--dataset", default="auto", help="cifar100, standin or auto (default)")
+    train.add_argument("--dataset", default="auto", help=", ".join(data.NAMES) + " (default)")
     train.add_argument("--epochs", type=int, help="default: the recipe's")
     train.add_argument("--train-images", type=int, default=0, metavar="N", help="train on N images only")
     train.add_argument("--test-images", type=int, default=0, metavar="N", help="test on N images only")

@@ -73,7 +73,9 @@ def _parser():
 
     train = commands.add_parser("train", help="train a network without a notebook")
     train.add_argument(
-        "model", help="simple, wider_factorized, wider_separable, deeper_dense, deeper_tucker or deeper_separable"
+        "model",
+        help="simple, wider_factorized, wider_separable, deeper_dense, deeper_tucker, deeper_separable, simple_cp, "
+        "inception, xception, wang, or a wide residual network by depth and width, wrn-16-4",
     )
     train.add_argument(
         "--recipe",

@@ -99,7 +99,7 @@ def test_run_refuses(course, capsys, arguments, message):
     [
         (
             ["nope"],
-            f"model must be one of {', '.join(models.TITLES)}; got 'nope'",
+            f"model must be one of {', '.join(models.NAMES)}; got 'nope'",
         ),
         (["simple", "--width", "0"], "width must be a number between 0.001 and 1000.0; got 0.0"),
         (["simple", "--recipe", "nope"], "recipe must be one of thesis, fast, faster, tune; got 'nope'"),
@@ -234,7 +234,7 @@ def test_a_notebook_that_failed_is_reported(monkeypatch, capsys, bad_value, code
 def test_help_names_what_there_is_to_choose(capsys):
     profiles = set(tomllib.loads((pipeline.NOTEBOOKS / "profiles.toml").read_text())) - {"reads"}
     for command, names in (
-        ("train", {*models.NETWORKS, *RECIPES, *data.NAMES}),
+        ("train", {*models.NAMES, *RECIPES, *data.NAMES}),
         ("run", {*profiles, *PARAMETERS["DATASET"]}),
     ):
         with pytest.raises(SystemExit) as stop:

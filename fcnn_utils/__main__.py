@@ -73,7 +73,9 @@ def _parser():
 
     train = commands.add_parser("train", help="train a network without a notebook")
     train.add_argument(
-        "model", help="simple, wider_factorized, wider_separable, deeper_dense, deeper_tucker or deeper_separable"
+        "model",
+        help="simple, wider_factorized, wider_separable, deeper_dense, deeper_tucker, deeper_separable, simple_cp, "
+        "inception, xception, wang, or a wide residual network by depth and width, wrn-16-4",
     )
     train.add_argument(
         "--recipe",
@@ -82,7 +84,7 @@ def _parser():
     )
     train.add_argument("--seed", type=int, default=None, help="default: the recipe's, 0")
     train.add_argument("--width", type=float, default=1.0, help="factor of the numbers of filters (default: 1)")
-    train.add_argument("--dataset", default="auto", help="cifar100, standin or auto (default)")
+    train.add_argument("--dataset", default="auto", help=", ".join(data.NAMES) + " (default)")
     train.add_argument("--epochs", type=int, help="default: the recipe's")
     train.add_argument("--train-images", type=int, default=0, metavar="N", help="train on N images only")
     train.add_argument("--test-images", type=int, default=0, metavar="N", help="test on N images only")

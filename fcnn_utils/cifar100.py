@@ -6,19 +6,13 @@ by an unpickler that builds NumPy arrays and nothing else.
 
 import os
 import pickle
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
-_DOWNLOAD_SECONDS = 900
+from fcnn_utils.download import Unavailable, failed, fetch
+
 _WAY_OUT = "to go on without it, choose the stand-in (--dataset standin)"
-
-
-class Unavailable(ValueError):
-    """CIFAR-100 is not on this machine and could not be downloaded."""
 
 
 def find():
@@ -125,41 +119,11 @@ def _names(meta, key, count, folder):
 
 
 def download():
-    """Download CIFAR-100 (169 MB) through Keras, in a process of its own, so that the wait has an end."""
-    limit = _limit()
-    keras_home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
-    print(f"CIFAR-100 is not on this machine: downloading 169 MB to {keras_home}, at most {limit:.0f} s", flush=True)
-    code = "import socket; socket.setdefaulttimeout(20); from keras.datasets import cifar100; cifar100.load_data()"
-    child = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    start = shown = time.monotonic()
-    try:
-        while child.poll() is None and time.monotonic() - start < limit:
-            time.sleep(0.5)
-            if time.monotonic() - shown > 10:
-                shown = time.monotonic()
-                size = sum(file.stat().st_size for file in keras_home.glob("datasets/cifar-100*") if file.is_file())
-                print(f"  {size / 1e6:.0f} MB after {shown - start:.0f} s", flush=True)
-        timed_out = child.poll() is None
-    finally:
-        child.kill()
-        child.wait()
-    if timed_out:
-        raise Unavailable(f"CIFAR-100 was not downloaded within {limit:.0f} s; {_WAY_OUT}")
-    if child.returncode or (folder := find()) is None:
-        reason = (child.stderr.read().strip().splitlines() or ["no reason given"])[-1]
-        raise Unavailable(f"CIFAR-100 cannot be downloaded ({reason[:200]}); {_WAY_OUT}")
-    return folder
-
-
-def _limit():
-    """Seconds that a download may take: `$FCNN_DOWNLOAD_SECONDS`, else a quarter of an hour."""
-    text = os.environ.get("FCNN_DOWNLOAD_SECONDS") or str(_DOWNLOAD_SECONDS)
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"FCNN_DOWNLOAD_SECONDS must be a number of seconds; got {text!r}") from None
+    """Download CIFAR-100 (169 MB) through Keras, and find it."""
+    folder = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
+    code = "from keras.datasets import cifar100; cifar100.load_data()"
+    fetch("CIFAR-100", "169 MB", code, folder, "datasets/cifar-100*", _WAY_OUT)
+    found = find()
+    if found is None:
+        raise failed("CIFAR-100", "no reason given", _WAY_OUT)
+    return found

@@ -1,11 +1,12 @@
-"""Images: CIFAR-100 (Krizhevsky 2009) and a generated stand-in of the same shape.
+"""Images: CIFAR-100 (Krizhevsky 2009), the 2-D sets of MedMNIST (Yang et al. 2023), and generated stand-ins of theirs.
 
-`load("cifar100")` reads the official batches where they lie extracted, or downloads them through Keras.
-`load("standin")` needs nothing. `load("auto")` takes CIFAR-100 if it can be had, else the stand-in, and says so.
+`load("cifar100")` reads the official batches where they lie extracted, or downloads them through Keras;
+`load("pneumoniamnist")` does the same with its file. `load("standin")` and `load("greystandin")` need nothing.
+`load("auto")` takes CIFAR-100 if it can be had, else the stand-in, and says so.
 
 Images are put into an order of their own (by a hash of each image), so that the splits, the subsets and the
 fingerprint are the same for everyone, whatever the order of the files. Validation is a fixed tenth of each
-class's training images: 5,000 for CIFAR-100.
+class's training images, 5,000 for CIFAR-100; MedMNIST has validation images of its own.
 """
 
 import dataclasses
@@ -13,15 +14,17 @@ import hashlib
 
 import numpy as np
 
-from fcnn_utils import cifar100, standin
+from fcnn_utils import cifar100, medmnist, standin
+from fcnn_utils.download import Unavailable
 from fcnn_utils.parameters import check_choice, check_number
 
-NAMES = ("cifar100", "standin", "auto")
+STAND_INS = {"standin": "CIFAR-100", "greystandin": "PneumoniaMNIST"}  # and what they stand in for
+NAMES = ("cifar100", *medmnist.SETS, *STAND_INS, "auto")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    """Images (N, 32, 32, 3) uint8 with their fine and coarse labels (N,) int64; the arrays are read-only."""
+    """Images (N, H, W, C) uint8 with their fine and coarse labels (N,) int64; the arrays are read-only."""
 
     images: np.ndarray
     fine: np.ndarray
@@ -94,48 +97,61 @@ class Dataset:
     def describe(self):
         """One line: what it is, how many images, its fingerprint; a warning first if it is a stand-in."""
         count = f"{len(self.train):,} training, {len(self.validation):,} validation and {len(self.test):,} test images"
-        warning = "STAND-IN DATA, generated, not CIFAR-100: " if self.stand_in else ""
+        stands_for = STAND_INS.get(self.name.split("-")[0], "real images")
+        warning = f"STAND-IN DATA, generated, not {stands_for}: " if self.stand_in else ""
         return f"{warning}{self.name}, {count}, from {self.source} (sha256 {self.fingerprint[:12]})"
 
 
-def load(name, train_images=0, test_images=0):
-    """The data set `name`: "cifar100", "standin", or "auto" (the first, if it can be had, else the second).
+def load(name, train_images=0, test_images=0, *, or_stand_in=False):
+    """The data set `name`: "cifar100", a set of MedMNIST's ("pneumoniamnist"), or a stand-in for either.
 
     Args:
-        name: as above.
+        name: one of `NAMES`; "auto" is "cifar100" or its stand-in.
         train_images, test_images: take a subset of this size, the same number (nearly) of every class; 0: all.
+        or_stand_in: where it cannot be had, go on with its stand-in, and say so.
 
     Raises:
-        ValueError: unknown name; CIFAR-100 is not here and cannot be downloaded; its files are damaged; or there
-            are not that many images.
+        ValueError: unknown name; it is not here and cannot be downloaded; its files are damaged; or there are not
+            that many images.
     """
-    folder = locate(name)
-    if folder:
-        dataset = _whole("cifar100", "the official batches", False, *cifar100.read(folder))
+    place = locate(name, or_stand_in)
+    if place is None and name in ("greystandin", *medmnist.SETS):
+        splits = [(images, labels, labels) for images, labels in standin.grey()]
+        dataset = _whole("greystandin", "a generator", True, splits, standin.GREY_NAMES, standin.GREY_NAMES)
+    elif place is None:
+        splits = standin.generate(per_class=100, test_per_class=20)
+        dataset = _whole("standin", "a generator", True, splits, standin.FINE_NAMES, standin.COARSE_NAMES)
+    elif name in medmnist.SETS:
+        splits, official = medmnist.read(name, place)
+        source = "the official file" if official else "a file that is not the official one"
+        names = medmnist.SETS[name].classes
+        dataset = _whole(name, source, False, [(images, labels, labels) for images, labels in splits], names, names)
     else:
-        images = standin.generate(per_class=100, test_per_class=20)
-        dataset = _whole("standin", "a generator", True, images, standin.FINE_NAMES, standin.COARSE_NAMES)
+        dataset = _whole("cifar100", "the official batches", False, *cifar100.read(place))
     if train_images or test_images:
         trainable = len(dataset.train) + len(dataset.validation)
         dataset = dataset.subset(train_images or trainable, test_images or len(dataset.test))
     return dataset
 
 
-def locate(name):
-    """Folder of CIFAR-100 for "cifar100" (downloaded if need be), None for "standin", either for "auto".
+def locate(name, or_stand_in=False):
+    """Where the data set `name` lies, downloaded if need be: CIFAR-100's folder or MedMNIST's file; None: a stand-in.
 
     Raises:
-        ValueError: unknown name, or CIFAR-100 is not here and cannot be downloaded.
+        ValueError: unknown name, or it is not here and cannot be downloaded.
     """
     check_choice("dataset", name, NAMES)
-    if name == "standin":
+    if name in STAND_INS:
         return None
     try:
+        if name in medmnist.SETS:
+            return medmnist.find(name) or medmnist.download(name)
         return cifar100.find() or cifar100.download()
-    except cifar100.Unavailable as error:
-        if name == "cifar100":
+    except Unavailable as error:
+        if name != "auto" and not or_stand_in:
             raise
-        print(f"NOTICE: {error}. Going on with the stand-in: generated images, no result on CIFAR-100.", flush=True)
+        real = name if name in medmnist.SETS else "CIFAR-100"
+        print(f"NOTICE: {error}. Going on with the stand-in: generated images, no result on {real}.", flush=True)
         return None
 
 
@@ -143,9 +159,11 @@ def locate(name):
 
 
 def _whole(name, source, stand_in, splits, fine_names, coarse_names):
-    """A `Dataset` from the arrays for training and for testing, put in order, with validation taken out."""
-    train, test = (_in_order(*arrays) for arrays in splits)
-    return _dataset(name, source, stand_in, (*_split(train), test), fine_names, coarse_names)
+    """A `Dataset` from the arrays for training and for testing, put in order, with validation taken out of the first;
+    or from those for training, validation and testing."""
+    first, *others = (_in_order(*arrays) for arrays in splits)
+    parts = (first, *others) if len(others) == 2 else (*_split(first), *others)
+    return _dataset(name, source, stand_in, parts, fine_names, coarse_names)
 
 
 def _dataset(name, source, stand_in, parts, fine_names, coarse_names):

@@ -15,7 +15,7 @@ def batches(split, recipe, epoch, scale, classes):
         left out.
     """
     rng = np.random.default_rng([recipe.seed, epoch])
-    order = rng.permutation(len(split))
+    order = _balanced(split.fine, rng) if recipe.balanced else rng.permutation(len(split))
     mirrored = None
     if recipe.flip == "alternating":  # one half of the images, and in the next epoch the other
         mirrored = (np.random.default_rng([recipe.seed, 2**32]).permutation(len(split)) + epoch) % 2 == 0
@@ -24,6 +24,18 @@ def batches(split, recipe, epoch, scale, classes):
         chosen = order[start : start + recipe.batch_size]
         mirror = None if mirrored is None else mirrored[chosen]
         yield augmented(normalised(split.images[chosen], scale), recipe, rng, mirror), one_hot[split.fine[chosen]]
+
+
+def _balanced(labels, rng):
+    """(N,) indices in random order, of every class (nearly) as many; each of a class once before any comes again."""
+    present = np.unique(labels)
+    shares = np.diff(len(labels) * np.arange(len(present) + 1) // len(present))
+    chosen = []
+    for label, share in zip(present, shares, strict=True):
+        own = np.flatnonzero(labels == label)
+        rounds = [rng.permutation(own) for _ in range(-(-share // len(own)))]
+        chosen.append(np.concatenate(rounds)[:share])
+    return rng.permutation(np.concatenate(chosen))
 
 
 def augmented(images, recipe, rng, mirror=None):

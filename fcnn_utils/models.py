@@ -1,7 +1,8 @@
-"""The three networks of the thesis, and ours of the same kind, from stock Keras layers, by name.
+"""The networks of the course, from stock Keras layers, by name: the thesis's three, ours of the same kind, and those
+of `zoo`, which the thesis cites.
 
-Each is a list of convolutions; every convolution is followed by batch normalisation and ReLU, the last has one
-filter a class, and a global average pooling and a softmax end the network (the all-convolutional design of
+The thesis's and ours are lists of convolutions; every convolution is followed by batch normalisation and ReLU, the last
+has one filter a class, and a global average pooling and a softmax end the network (the all-convolutional design of
 Springenberg et al. 2015, arXiv 1412.6806). Layers are numbered as the convolutions stand: `conv3`, `bn3`, `relu3`;
 a convolution that is factorized in space is the pair `conv1a` (3×1), `conv1b` (1×3), a separable one is `sep1`.
 
@@ -13,7 +14,7 @@ normalisation, as its counts demand, though the normalisation cancels them.
 import keras
 from keras import layers
 
-from fcnn_utils import blocks
+from fcnn_utils import blocks, zoo
 from fcnn_utils.parameters import check_choice, check_number
 
 # (kind, filters, kernel size, stride); filters None: one a class.
@@ -64,6 +65,15 @@ OURS = {
     ),
 }
 
+OTHERS = {  # the simple network, its 3×3 layers but the first as CP chains, each of a rank of as many as its filters
+    "simple_cp": [
+        ("cp" if number and size == 3 else kind, filters, size, stride)
+        for number, (kind, filters, size, stride) in enumerate(NETWORKS["simple"])
+    ]
+}
+
+NAMES = (*NETWORKS, *OURS, *OTHERS, *zoo.EXAMPLES)
+
 # Widths at which the networks cost, within 12%, what the simple network with 0.6 of its filters costs: as many
 # parameters, as many MACs, or as much time (a training step on 2 cores of an AMD EPYC in bfloat16).
 EQUAL_WIDTHS = {
@@ -85,10 +95,11 @@ TITLES = {
 def build(
     name, input_shape=(32, 32, 3), classes=100, *, width=1.0, dtype="float32", initialization="glorot", head_scale=1.0
 ):
-    """One of `NETWORKS` or `OURS`, not compiled, with fresh weights.
+    """A network by its name, not compiled, with fresh weights.
 
     Args:
-        name: "simple", "wider_factorized", "wider_separable", "deeper_dense", "deeper_tucker" or "deeper_separable".
+        name: "simple", "wider_factorized", "wider_separable", "deeper_dense", "deeper_tucker", "deeper_separable",
+            "simple_cp"; or, of `zoo`, "inception", "xception", "wang", or "wrn-DEPTH-WIDTH" ("wrn-16-4").
         input_shape: (height, width, channels) of one image, each at least 1.
         classes: number of classes, at least 2.
         width: factor of the numbers of filters (rounded, at least 1), but for the last layer's, one a class.
@@ -96,6 +107,7 @@ def build(
         initialization: of the kernels: "glorot", Keras's default; or "he", which keeps the variance through each
             convolution with its ReLU (He et al. 2015, arXiv 1502.01852), a factorized or separable one taken as one.
         head_scale: what the last batch normalisation's scale starts at: the spread of the scores before the softmax.
+            (Those of `zoo` end in a dense layer, which has none.)
 
     Returns:
         keras.Model from (N, height, width, channels) to class probabilities (N, classes).
@@ -116,7 +128,12 @@ def build(
     check_choice("initialization", initialization, ("glorot", "he"))
     check_number("head_scale", head_scale, float, 1e-3, 1e3)
     x = inputs = keras.Input(tuple(input_shape), name="image")
-    plan = (NETWORKS | OURS)[name]
+    if zoo.known(name):
+        x = zoo.features(name, x, zoo.Maker(dtype, _starts(initialization, 2.0), width))
+        x = layers.GlobalAveragePooling2D(name="pool", dtype="float32")(x)
+        x = layers.Dense(classes, name="scores", dtype="float32")(x)
+        return keras.Model(inputs, layers.Activation("softmax", name="softmax", dtype="float32")(x), name=name)
+    plan = (NETWORKS | OURS | OTHERS)[name]
     number, last = 0, sum(kind != "pool" for kind, *_ in plan)
     for kind, filters, size, strides in plan:
         if kind == "pool":
@@ -143,17 +160,15 @@ def named(name, width=1.0):
     Raises:
         ValueError: no such network, or no such width.
     """
-    check_choice("model", name, NETWORKS | OURS)
+    if not zoo.known(name):
+        check_choice("model", name, NAMES)
     check_number("width", width, float, 1e-3, 1e3)
     return name if width == 1 else f"{name}-width{width:.10g}"
 
 
 def _convolution(x, number, kind, filters, size, strides, dtype, initialization):
     def kernel(gain):
-        """Initializer of a kernel whose outputs have `gain` times its inputs' mean square."""
-        if initialization == "glorot":
-            return "glorot_uniform"
-        return keras.initializers.VarianceScaling(gain, "fan_in", "truncated_normal")
+        return _starts(initialization, gain)
 
     options = {"padding": "same", "dtype": dtype}
     if kind == "factorized":
@@ -162,12 +177,31 @@ def _convolution(x, number, kind, filters, size, strides, dtype, initialization)
     if kind == "separable":  # Keras counts all channels as a depthwise kernel's inputs; it has one
         starts = {"depthwise_initializer": kernel(float(x.shape[-1])), "pointwise_initializer": kernel(2.0)}
         return layers.SeparableConv2D(filters, size, strides=strides, name=f"sep{number}", **starts, **options)(x)
+    if kind == "cp":
+        starts = kernel(2 ** (1 / 3))
+        return blocks.cp(
+            x,
+            filters,
+            size,
+            filters,
+            strides=strides,
+            kernel_initializer=starts,
+            name=f"conv{number}",
+            dtype=dtype,
+        )
     if kind == "tucker":  # three kernels, and one ReLU after them
         ranks, starts = (max(1, filters // 2),) * 2, kernel(2 ** (1 / 3))
         return blocks.tucker2(x, filters, size, ranks, kernel_initializer=starts, name=f"conv{number}", dtype=dtype)
     return layers.Conv2D(
         filters, size, strides=strides, kernel_initializer=kernel(2.0), name=f"conv{number}", **options
     )(x)
+
+
+def _starts(initialization, gain):
+    """Initializer of a kernel whose outputs have `gain` times its inputs' mean square; or Glorot's, for any."""
+    if initialization == "glorot":
+        return "glorot_uniform"
+    return keras.initializers.VarianceScaling(gain, "fan_in", "truncated_normal")
 
 
 def _is_count(value):

@@ -74,6 +74,7 @@ def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh
 
     settings = dict(settings or {})
     dataset = settings.pop("DATASET", None) or dataset or _usual_dataset(profile, profiles[profile])
+    check_choice("dataset", dataset, parameters.PARAMETERS["DATASET"])
     on_standin = data.locate(dataset) is None
     values = {} if profile == "full" else _values(profiles[profile], on_standin) | settings
     folder = BUILD / profile

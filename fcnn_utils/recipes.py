@@ -23,6 +23,8 @@ class Recipe:
     flip, shift: augmentation: mirror half of the images, drawn anew each epoch, or "alternating", half of them in the
         first epoch, the other half in the next, and so on (Jordan 2024, arXiv 2404.00498); move each by up to `shift`
         pixels, the border filled with the mean colour.
+    balanced: whether every class is shown equally often: an epoch has as many images as ever, of the rarer classes some
+        several times, of the commoner ones not all.
     precision: "float32", "mixed_bfloat16", or "auto": mixed_bfloat16 where the hardware computes in it.
     train_on: "train", for settings that are being chosen: validated after each epoch on the validation images, never
         tested; or "all": both together, for settings that are chosen already, tested once.
@@ -45,6 +47,7 @@ class Recipe:
     distillation: float = 0.0
     flip: bool | str = True
     shift: int = 0
+    balanced: bool = False
     precision: str = "float32"
     train_on: str = "all"
     initialization: str = "glorot"
@@ -65,6 +68,7 @@ class Recipe:
         check_number("shift", self.shift, int, 0, 8)
         check_number("seed", self.seed, int, 0, 2**31 - 1)
         check_choice("flip", self.flip, (True, False, "alternating"))
+        check_choice("balanced", self.balanced, (True, False))
         check_choice("optimizer", self.optimizer, ("sgd", "adam", "rmsprop"))
         check_choice("schedule", self.schedule, ("constant", "one_cycle", "inverse_time"))
         check_choice("precision", self.precision, ("float32", "mixed_bfloat16", "auto"))

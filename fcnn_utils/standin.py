@@ -1,9 +1,14 @@
-"""The stand-in: generated images of CIFAR-100's shape, learnable, for where CIFAR-100 is not.
+"""The stand-ins: generated images, learnable, for where the real ones are not: of CIFAR-100's shape (`generate`), and
+of PneumoniaMNIST's (`grey`).
 
 100 classes in 20 superclasses, 32×32×3. A class is a texture (its superclass) and a glyph (one of five). The texture
 fills the image, from any position and as often bright as dark; three copies of the glyph lie on it, anywhere; there
 is noise over all, and a faint tint of the superclass. So a pixel alone tells little: a linear classifier finds the
 tint and no more, and a network must find small patterns wherever they are, and combine them.
+
+The grey one has two classes, 28×28×1, one image of the first to three of the second: bands like ribs, from any height,
+and spots on them, none or one in the first class, two to four in the second, all brighter or all darker than the rest;
+and the whole as bright as it happens to be.
 
 Whole numbers only, from a generator whose stream is frozen: the same bytes on every machine.
 """
@@ -12,6 +17,7 @@ import numpy as np
 
 SEED = 2009
 FINE_NAMES = tuple(f"texture {number // 5 + 1}{'abcde'[number % 5]}" for number in range(100))
+GREY_NAMES = ("few spots", "many spots")
 COARSE_NAMES = tuple(f"texture {number + 1}" for number in range(20))
 _GLYPHS = (0b010111010, 0b101010101, 0b111101111, 0b111010010, 0b100110111)  # 3×3 cells, row by row
 
@@ -27,6 +33,35 @@ def generate(per_class, test_per_class):
         fine = np.repeat(np.arange(100), count)
         splits.append((_draw(fine, textures, glyphs, tints, random), fine, fine // 5))
     return splits
+
+
+def grey(counts=((300, 900), (40, 120), (100, 300))):
+    """((images, labels) for training, for validation, for testing): (N, 28, 28, 1) uint8, (N,) labels.
+
+    Args:
+        counts: images of the first and of the second class, for each of the three.
+    """
+    random = np.random.RandomState(SEED)
+    splits = []
+    for each in counts:
+        labels = np.repeat((0, 1), each)
+        splits.append((_draw_grey(labels, random), labels))
+    return splits
+
+
+def _draw_grey(labels, random):
+    count, side = len(labels), np.arange(28)
+    height, brightness = random.randint(0, 7, (count, 1)), random.randint(80, 160, (count, 1, 1))
+    bands = ((side + height) % 7 < 3)[:, :, None]  # (N, 28, 1): like ribs
+    images = brightness + 24 * bands + np.zeros((count, 28, 28), int)
+    sign = random.choice([-30, 30], (count, 1, 1))
+    spots = np.where(labels == 0, random.randint(0, 2, count), random.randint(2, 5, count))
+    for number in range(4):
+        row, column, radius = random.randint((4, 4, 2), (24, 24, 5), (count, 3)).T[..., None, None]
+        inside = (side[:, None] - row) ** 2 + (side - column) ** 2 <= radius**2
+        images += sign * (inside & (number < spots)[:, None, None])
+    images += random.randint(-20, 21, images.shape)
+    return np.clip(images, 0, 255).astype("uint8")[..., None]
 
 
 def _draw(fine, textures, glyphs, tints, random):

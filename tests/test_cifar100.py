@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from fcnn_utils import cifar100, data
+from fcnn_utils import download as downloads
+from fcnn_utils.download import Unavailable
 
 # --- files like the official ones --------------------------------------------------------------------------------
 
@@ -67,7 +69,7 @@ def offline(bare, monkeypatch):
     """As `bare`, and the download fails."""
 
     def fail():
-        raise cifar100.Unavailable("CIFAR-100 cannot be downloaded (no network here)")
+        raise Unavailable("CIFAR-100 cannot be downloaded (no network here)")
 
     monkeypatch.setattr(cifar100, "download", fail)
 
@@ -351,7 +353,7 @@ def download(bare, monkeypatch):
             started.append(popen([sys.executable, "-S", "-c", code], **options))
             return started[-1]
 
-        monkeypatch.setattr(cifar100.subprocess, "Popen", start)
+        monkeypatch.setattr(downloads.subprocess, "Popen", start)
         return started
 
     yield use
@@ -363,10 +365,10 @@ def download(bare, monkeypatch):
 
 def test_a_download_that_never_ends_is_stopped(download, monkeypatch, capsys):
     monkeypatch.setenv("FCNN_DOWNLOAD_SECONDS", "0.7")
-    (children, start) = download("import time; time.sleep(60)"), cifar100.time.monotonic()
-    with pytest.raises(cifar100.Unavailable, match="not downloaded within 1 s.*--dataset standin"):
+    (children, start) = download("import time; time.sleep(60)"), downloads.time.monotonic()
+    with pytest.raises(Unavailable, match="not downloaded within 1 s.*--dataset standin"):
         data.load("cifar100")
-    assert cifar100.time.monotonic() - start < 20
+    assert downloads.time.monotonic() - start < 20
     assert [child.returncode for child in children] == [-9]  # ended, and waited for: no zombie is left
     assert "downloading 169 MB" in capsys.readouterr().out
 
@@ -386,7 +388,7 @@ def test_an_interrupted_download_leaves_no_process(download, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cifar100.time, "sleep", interrupt)
+        patch.setattr(downloads.time, "sleep", interrupt)
         with pytest.raises(KeyboardInterrupt):
             data.load("cifar100")
     assert [child.returncode for child in children] == [-9]  # ended, and waited for: no zombie is left
@@ -394,13 +396,13 @@ def test_an_interrupted_download_leaves_no_process(download, monkeypatch):
 
 def test_a_failed_download_tells_its_reason(download):
     download("raise OSError('host not reached')")
-    with pytest.raises(cifar100.Unavailable, match=r"cannot be downloaded \(OSError: host not reached\)"):
+    with pytest.raises(Unavailable, match=r"cannot be downloaded \(OSError: host not reached\)"):
         data.load("cifar100")
 
 
 def test_a_download_that_brings_nothing_is_an_error(download):
     download("pass")
-    with pytest.raises(cifar100.Unavailable, match=r"cannot be downloaded \(no reason given\)"):
+    with pytest.raises(Unavailable, match=r"cannot be downloaded \(no reason given\)"):
         data.load("cifar100")
 
 

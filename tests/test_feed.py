@@ -82,6 +82,27 @@ def test_batches_depend_on_seed_and_epoch_alone(recipe):
     assert not np.array_equal(images, epoch(recipe.but(seed=1), 3)[0])
 
 
+def test_a_balanced_epoch_shows_every_class_equally_often():
+    """Of 40 images, 4 of class 3 and 36 of class 7: 20 of each; each of the 4 five times, of the 36 twenty once."""
+    labels = np.array([3] * 4 + [7] * 36)
+    part = data.Split(pictures(40), labels, labels)
+    images, shown = epoch(PLAIN.but(balanced=True), of=part)
+    counts = np.bincount([place(image, part) for image in images], minlength=40)
+    assert counts[:4].tolist() == [5] * 4 and sorted(counts[4:]) == [0] * 16 + [1] * 20
+    assert shown.argmax(axis=1).tolist() != sorted(shown.argmax(axis=1))
+    np.testing.assert_array_equal(shown.sum(axis=0)[[3, 7]], 20)
+    again, _ = epoch(PLAIN.but(balanced=True), of=part)
+    np.testing.assert_array_equal(images, again)
+
+
+@pytest.mark.parametrize("count", [39, 41])
+def test_a_balanced_epoch_is_as_long_as_any(count):
+    part = split(count)
+    order = feed._balanced(part.fine, np.random.default_rng(0))
+    assert len(order) == count
+    assert np.ptp(np.bincount(part.fine[order])[np.unique(part.fine)]) <= 1
+
+
 def test_another_epoch_is_another_order():
     part = split()
     orders = {tuple(place(image, part) for image in epoch(number=number, of=part)[0]) for number in range(4)}

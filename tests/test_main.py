@@ -8,8 +8,10 @@ import tomllib
 import nbformat
 import pytest
 
-from fcnn_utils import cifar100, data, models, pipeline, records, training
+from fcnn_utils import data, models, pipeline, records, training
 from fcnn_utils.__main__ import main
+from fcnn_utils.download import Unavailable
+from fcnn_utils.parameters import PARAMETERS
 from fcnn_utils.recipes import RECIPES
 
 
@@ -75,7 +77,7 @@ def usage(capsys, arguments):
         (["--only", "99"], "notebook must be one of 01, 02; got '99'"),
         (["--only", "01", "3"], "notebook must be one of 01, 02; got '3'"),
         (["--from", "07"], "notebook must be one of 01, 02; got '07'"),
-        (["--dataset", "mnist"], "dataset must be one of cifar100, standin, auto; got 'mnist'"),
+        (["--dataset", "mnist"], "dataset must be one of auto, cifar100, standin; got 'mnist'"),
         (["--set", "NOPE=1"], "got 'NOPE'"),
         (["--set", "EPOCHS=0"], "EPOCHS must be a whole number between 1 and 1000; got 0"),
         (["--set", "EPOCHS=five"], "EPOCHS must be a whole number between 1 and 1000; got 'five'"),
@@ -97,11 +99,14 @@ def test_run_refuses(course, capsys, arguments, message):
     [
         (
             ["nope"],
-            f"model must be one of {', '.join(models.TITLES)}; got 'nope'",
+            f"model must be one of {', '.join(models.NAMES)}; got 'nope'",
         ),
         (["simple", "--width", "0"], "width must be a number between 0.001 and 1000.0; got 0.0"),
         (["simple", "--recipe", "nope"], "recipe must be one of thesis, fast, faster, tune; got 'nope'"),
-        (["simple", "--dataset", "nope"], "dataset must be one of cifar100, standin, auto; got 'nope'"),
+        (
+            ["simple", "--dataset", "nope"],
+            "dataset must be one of cifar100, pathmnist, dermamnist, octmnist, pneumoniamnist",
+        ),
         (["simple", "--epochs", "0"], "epochs must be a whole number between 1 and 1000; got 0"),
         (["simple", "--epochs", "-1"], "epochs must be a whole number between 1 and 1000; got -1"),
         (["simple", "--dataset", "standin", "--train-images", "-5"], "between 10 and 2000; got -5"),
@@ -202,7 +207,7 @@ def test_deterministic_trainings_are_the_same_to_the_last_digit(tmp_path):
     [
         (training.Diverged("the loss is nan at epoch 1, step 2"), 1, "stopped: the loss is nan at epoch 1, step 2\n"),
         (ValueError("the disk is full"), 2, "fcnn_utils: the disk is full\n"),
-        (cifar100.Unavailable("no network"), 2, "fcnn_utils: no network\n"),
+        (Unavailable("no network"), 2, "fcnn_utils: no network\n"),
         (KeyboardInterrupt(), 130, "stopped; the same command goes on from here\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -228,7 +233,10 @@ def test_a_notebook_that_failed_is_reported(monkeypatch, capsys, bad_value, code
 
 def test_help_names_what_there_is_to_choose(capsys):
     profiles = set(tomllib.loads((pipeline.NOTEBOOKS / "profiles.toml").read_text())) - {"reads"}
-    for command, names in (("train", {*models.NETWORKS, *RECIPES, *data.NAMES}), ("run", {*profiles, *data.NAMES})):
+    for command, names in (
+        ("train", {*models.NAMES, *RECIPES, *data.NAMES}),
+        ("run", {*profiles, *PARAMETERS["DATASET"]}),
+    ):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0

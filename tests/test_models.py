@@ -26,7 +26,7 @@ def pictures(count, shape=(32, 32, 3), seed=0):
 def test_an_unknown_network_is_refused(name):
     with pytest.raises(
         ValueError,
-        match=f"one of {', '.join(models.NETWORKS | models.OURS)}; got {name!r}",
+        match=f"one of {', '.join(models.NAMES)}; got {name!r}",
     ):
         models.build(name)
 

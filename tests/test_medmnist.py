@@ -138,7 +138,7 @@ def spoilt(**changes):
         (spoilt(train_labels=np.arange(20)), "must have training images of each of the classes 0 to 1"),
         (spoilt(train_labels=np.full(20, {})), "is damaged or no npz file"),
     ],
-    ids=str,
+    ids=["no key", "colour", "float", "images", "labels", "one class", "classes", "objects"],
 )
 def test_a_file_that_is_not_the_set_is_refused(home, spoil, message):
     np.savez(home / "pneumoniamnist.npz", **spoil(arrays()))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fcnn_utils.download import Unavailable, failed, fetch
+from fcnn_utils.download import Unavailable, fetch
 
 _WAY_OUT = "to go on without it, choose the stand-in (--dataset standin)"
 
@@ -122,8 +122,4 @@ def download():
     """Download CIFAR-100 (169 MB) through Keras, and find it."""
     folder = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
     code = "from keras.datasets import cifar100; cifar100.load_data()"
-    fetch("CIFAR-100", "169 MB", code, folder, "datasets/cifar-100*", _WAY_OUT)
-    found = find()
-    if found is None:
-        raise failed("CIFAR-100", "no reason given", _WAY_OUT)
-    return found
+    return fetch("CIFAR-100", "169 MB", code, folder, "datasets/cifar-100*", _WAY_OUT, find)

@@ -12,14 +12,15 @@ class Unavailable(ValueError):
     """A data set is not on this machine and could not be downloaded."""
 
 
-def fetch(what, size, code, folder, pattern, way_out):
-    """Run the Python `code`, which downloads `what`, in a process of its own, so that the wait has an end.
+def fetch(what, size, code, folder, pattern, way_out, find):
+    """Download `what` by the Python `code`, in a process of its own, so that the wait has an end; returns where it is.
 
     Args:
         what, size: name of the data set and its size, for the messages.
         code: a program; the network gives up on it after 20 s of silence.
         folder, pattern: where it lays which files (a `pathlib` pattern), to tell how far it is.
         way_out: what the user can do where it fails.
+        find: a function that returns where it is, None where it is not.
 
     Raises:
         Unavailable: it took longer than `$FCNN_DOWNLOAD_SECONDS` (a quarter of an hour), or failed; says why.
@@ -47,13 +48,11 @@ def fetch(what, size, code, folder, pattern, way_out):
         child.wait()
     if timed_out:
         raise Unavailable(f"{what} was not downloaded within {limit:.0f} s; {way_out}")
-    if child.returncode:
-        raise failed(what, (child.stderr.read().strip().splitlines() or ["no reason given"])[-1], way_out)
-
-
-def failed(what, reason, way_out):
-    """The error of a download that ended without what it was for."""
-    return Unavailable(f"{what} cannot be downloaded ({reason[:200]}); {way_out}")
+    if child.returncode or (found := find()) is None:
+        said = child.stderr.read().strip().splitlines() if child.returncode else []  # else it is no error's text
+        reason = (said or ["no reason given"])[-1]
+        raise Unavailable(f"{what} cannot be downloaded ({reason[:200]}); {way_out}")
+    return found
 
 
 def _limit():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fcnn_utils.download import Unavailable, failed, fetch
+from fcnn_utils.download import Unavailable, fetch
 
 _ADDRESS = "https://zenodo.org/records/10519652/files/{}.npz?download=1"
 _ORGANS = (
@@ -144,11 +144,7 @@ def download(name):
         f"import keras; keras.utils.get_file({file!r}, {_ADDRESS.format(name)!r}, file_hash={SETS[name].md5!r}, "
         f"hash_algorithm='md5', cache_dir={str(home)!r}, cache_subdir='.medmnist')"
     )
-    fetch(name, "its file", code, home / ".medmnist", f"{name}*", _way_out(name))
-    found = find(name)
-    if found is None:
-        raise failed(name, "no reason given", _way_out(name))
-    return found
+    return fetch(name, "its file", code, home / ".medmnist", f"{name}*", _way_out(name), lambda: find(name))
 
 
 def read(name, path):
@@ -167,7 +163,8 @@ def read(name, path):
 
     def wrong(what):
         return ValueError(
-            f"{path} {what} (its MD5 is {md5}, the official file's {known.md5}): delete it and it is downloaded again"
+            f"{path} {what} (its MD5 is {md5}, the official file's {known.md5}): delete it and, without FCNN_DATA_DIR, "
+            "it is downloaded again"
         )
 
     try:
@@ -194,4 +191,4 @@ def read(name, path):
 
 
 def _way_out(name):
-    return f"lay {name}.npz there, or choose the stand-in"
+    return f"lay {name}.npz into $FCNN_DATA_DIR or ~/.medmnist, or choose the stand-in (--dataset greystandin)"

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from fcnn_utils import data, medmnist
-from fcnn_utils import download as downloads
 from fcnn_utils.download import Unavailable
 
 TINY = medmnist.MedMNIST("0" * 32, 1, (20, 10, 10), ("well", "ill"))
@@ -101,7 +100,9 @@ def test_the_chosen_folder_comes_first(home, tmp_path, monkeypatch):
 
 def test_a_chosen_folder_without_the_file_is_named(home, tmp_path, monkeypatch):
     monkeypatch.setenv("FCNN_DATA_DIR", str(tmp_path))
-    with pytest.raises(Unavailable, match="FCNN_DATA_DIR is .*pneumoniamnist.npz is not there; lay pneumoniamnist.npz"):
+    with pytest.raises(
+        Unavailable, match="FCNN_DATA_DIR is .*pneumoniamnist.npz is not there; lay pneumoniamnist.npz into"
+    ):
         data.load("pneumoniamnist")
 
 
@@ -180,15 +181,18 @@ def test_a_download_with_another_md5_is_refused(home, tmp_path, monkeypatch):
         data.load("pneumoniamnist")
 
 
-def test_a_download_that_brings_nothing_is_an_error(home, monkeypatch):
-    monkeypatch.setattr(medmnist, "fetch", lambda *arguments: None)
+def test_a_download_that_brings_nothing_is_an_error(home, tmp_path, monkeypatch):
+    np.savez(tmp_path / "elsewhere.npz", **arrays())
+    md5 = hashlib.md5((tmp_path / "elsewhere.npz").read_bytes()).hexdigest()
+    monkeypatch.setitem(medmnist.SETS, "pneumoniamnist", medmnist.MedMNIST(md5, 1, TINY.images, TINY.classes))
+    monkeypatch.setattr(medmnist, "_ADDRESS", (tmp_path / "elsewhere.npz").as_uri())
+    monkeypatch.setattr(medmnist, "find", lambda name: None)
     with pytest.raises(Unavailable, match=r"pneumoniamnist cannot be downloaded \(no reason given\)"):
         data.load("pneumoniamnist")
 
 
 def test_the_address_is_the_published_one():
     assert medmnist._ADDRESS.format("pneumoniamnist").endswith("/records/10519652/files/pneumoniamnist.npz?download=1")
-    assert downloads.Unavailable is Unavailable
 
 
 # --- real data ---------------------------------------------------------------------------------------------------

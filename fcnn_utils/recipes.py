@@ -13,6 +13,8 @@ class Recipe:
     schedule: "constant", or "one_cycle": linear from 0 to `learning_rate` over the first `warmup` of all steps,
         then down to 0 along half a cosine (after Smith & Topin 2018, arXiv 1708.07120); or "inverse_time":
         `learning_rate` / (1 + `learning_rate` / `epochs` × step), the decay that tutorials of the time gave SGD.
+    cycles: how many times "one_cycle" is gone through, each in as many epochs; after each the network is as if trained
+        (a snapshot: Huang et al. 2017, arXiv 1704.00109).
     clip_norm: largest norm of the gradient, all weights together; a longer one is shortened to it. 0: any.
     weight_decay: share of each kernel, times the learning rate, that a step takes from it; biases and the batch norms'
         scales keep theirs (decoupled, Loshchilov & Hutter 2017, arXiv 1711.05101).
@@ -27,7 +29,7 @@ class Recipe:
         several times, of the commoner ones not all.
     precision: "float32", "mixed_bfloat16", or "auto": mixed_bfloat16 where the hardware computes in it.
     train_on: "train", for settings that are being chosen: validated after each epoch on the validation images, never
-        tested; or "all": both together, for settings that are chosen already, tested once.
+        tested (unless what they say is kept, for ensembles); or "all": both together, for settings that are chosen already, tested once.
     initialization, head_scale: how weights start, of a network that is built by its name (see `models.build`).
     seed: used where none is given to `train`.
     assumed: what the source of the recipe does not state and we chose.
@@ -41,6 +43,7 @@ class Recipe:
     momentum: float = 0.9
     schedule: str = "constant"
     warmup: float = 0.2
+    cycles: int = 1
     clip_norm: float = 0.0
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
@@ -61,6 +64,12 @@ class Recipe:
         check_number("learning_rate", self.learning_rate, float, 0, 100)
         check_number("momentum", self.momentum, float, 0, 0.9999)
         check_number("warmup", self.warmup, float, 0, 1)
+        check_number("cycles", self.cycles, int, 1, self.epochs)
+        if self.cycles > 1 and (self.epochs % self.cycles or self.schedule != "one_cycle"):
+            raise ValueError(
+                f"cycles are of the one_cycle schedule, and divide the epochs; got {self.cycles} of {self.schedule} in "
+                f"{self.epochs} epochs"
+            )
         check_number("clip_norm", self.clip_norm, float, 0, 1e6)
         check_number("weight_decay", self.weight_decay, float, 0, 1)
         check_number("label_smoothing", self.label_smoothing, float, 0, 0.9999)
@@ -75,6 +84,10 @@ class Recipe:
         check_choice("train_on", self.train_on, ("train", "all"))
         check_choice("initialization", self.initialization, ("glorot", "he"))
         check_number("head_scale", self.head_scale, float, 1e-3, 1e3)
+
+    @property
+    def epochs_a_cycle(self):
+        return self.epochs // self.cycles
 
     def but(self, **changes):
         """This recipe with some settings changed, and a name that tells: `FAST.but(epochs=2)` is "fast-epochs2"."""
@@ -134,6 +147,20 @@ RECIPES = {
             weight_decay=5e-4,
             label_smoothing=0.1,
             shift=2,
+            head_scale=6.0,
+            precision="auto",
+        ),
+        Recipe(
+            name="long",  # common practice for trainings of 20 epochs and more, not searched for
+            epochs=20,
+            batch_size=128,
+            optimizer="sgd",
+            learning_rate=0.2,
+            momentum=0.9,
+            schedule="one_cycle",
+            weight_decay=5e-4,
+            label_smoothing=0.1,
+            shift=4,
             head_scale=6.0,
             precision="auto",
         ),

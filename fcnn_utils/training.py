@@ -12,7 +12,7 @@ import time
 import keras
 import numpy as np
 
-from fcnn_utils import checkpoint, cost, feed, machine, models, records
+from fcnn_utils import checkpoint, cost, feed, machine, models, predictions, records
 from fcnn_utils.recipes import recipe_named
 
 _EVALUATION_BATCH = 500
@@ -22,7 +22,19 @@ class Diverged(ArithmeticError):
     """The loss was not finite; the record up to there is kept, with status "diverged"."""
 
 
-def train(model, dataset, recipe, seed=None, *, width=1.0, name=None, teacher=None, retrain=False, save_model=False):
+def train(
+    model,
+    dataset,
+    recipe,
+    seed=None,
+    *,
+    width=1.0,
+    name=None,
+    teacher=None,
+    retrain=False,
+    save_model=False,
+    save_predictions=False,
+):
     """Train `model` on `dataset` by `recipe`, or read the record of the same run where there is one.
 
     Interrupted at any point and called again, it goes on after the last whole epoch: the order of the images, the
@@ -42,13 +54,15 @@ def train(model, dataset, recipe, seed=None, *, width=1.0, name=None, teacher=No
         retrain: train anew though there is a record, and replace it. Without it `model` is not trained where there
             is one.
         save_model: also keep the trained network, as `seedN.keras` beside the record.
+        save_predictions: also keep what the network says of all test images, and of the validation images where it is
+            not trained on them, after each of the recipe's cycles (see `predictions`); and test it in either case.
 
     Returns:
         The record, a dict: `epochs` (one dict each: loss as trained, cross_entropy without smoothing, top1, top5 on
         the augmented training images; seconds; ms_per_step, the median without the first step; first_step_ms;
         others_cpu, the share of the processor that other programs took), `test` (cross-entropy, top1 and top5, and
-        the number correct by class, on all test images; None where the recipe trains on "train", whose epochs have
-        the same as `validation`), params, trainable, macs, and where it ran.
+        the number correct by class, on all test images; where the recipe trains on "train" the epochs have the same
+        as `validation`, and `test` is None unless the predictions are kept), params, trainable, macs, and where it ran.
 
     Raises:
         ValueError: bad arguments; a record of the same name but other settings; a file that cannot be written.
@@ -67,6 +81,10 @@ def train(model, dataset, recipe, seed=None, *, width=1.0, name=None, teacher=No
     if not retrain:
         stored = _stored(name, dataset, recipe)
         if stored:
+            if save_predictions and predictions.load(dataset.name, name, recipe.name, recipe.seed) is None:
+                raise ValueError(
+                    f"{result_line(stored)}; its predictions were not kept: pass retrain=True to replace it"
+                )
             return stored
     split = dataset.everything if recipe.train_on == "all" else dataset.train
     if len(split) < recipe.batch_size:
@@ -102,10 +120,14 @@ def train(model, dataset, recipe, seed=None, *, width=1.0, name=None, teacher=No
                 row["validation"] = evaluate(model, dataset.validation, scale, dataset.coarse_names)
                 _check_finite(row["validation"]["loss"], f"on the validation images after epoch {epoch + 1}")
             record["epochs"].append(row)
+            if save_predictions and len(record["epochs"]) % recipe.epochs_a_cycle == 0:
+                kept = ("test",) if recipe.train_on == "all" else ("validation", "test")
+                said = {part: predict(model, getattr(dataset, part), scale) for part in kept}
+                predictions.keep(record, epoch // recipe.epochs_a_cycle, said)
             checkpoint.save(model, record)
             records.write(record)
             print(progress_line(record, row), flush=True)
-        if recipe.train_on == "all":
+        if recipe.train_on == "all" or save_predictions:
             record["test"] = evaluate(model, dataset.test, scale, dataset.coarse_names)
             _check_finite(record["test"]["loss"], "on the test images after the last epoch")
     except Diverged:
@@ -146,6 +168,13 @@ def fit_epoch(model, batches, steps, epoch=0):
     }
 
 
+def predict(model, split, scale):
+    """Probabilities (N, classes) float64 that `model` gives the images of `split`, normalised by `scale`."""
+    images = feed.normalised(split.images, scale)
+    parts = [images[start : start + _EVALUATION_BATCH] for start in range(0, len(images), _EVALUATION_BATCH)]
+    return np.concatenate([model.predict_on_batch(part) for part in parts]).astype("float64")
+
+
 def evaluate(model, split, scale, coarse_names):
     """How well `model` does on all images of `split`, normalised by `scale` (`feed.channel_scale`).
 
@@ -153,9 +182,7 @@ def evaluate(model, split, scale, coarse_names):
         Dict of the cross-entropy `loss`, the shares `top1` and `top5`, the number of `images`, `correct_by_class`
         (a number for each class) and `top1_by_superclass` (a share for each of `coarse_names`).
     """
-    images = feed.normalised(split.images, scale)
-    parts = [images[start : start + _EVALUATION_BATCH] for start in range(0, len(images), _EVALUATION_BATCH)]
-    probabilities = np.concatenate([model.predict_on_batch(part) for part in parts]).astype("float64")
+    probabilities = predict(model, split, scale)
     own = probabilities[np.arange(len(split)), split.fine]
     # Classes before the right one: the likelier ones, and of equally likely ones those with a lower label.
     ties = (probabilities == own[:, None]) & (np.arange(probabilities.shape[1]) < split.fine[:, None])
@@ -192,10 +219,12 @@ def schedule(recipe, steps):
     if recipe.schedule == "inverse_time":
         decay = recipe.learning_rate / recipe.epochs
         return keras.optimizers.schedules.InverseTimeDecay(recipe.learning_rate, decay_steps=1, decay_rate=decay)
-    warmup = round(recipe.warmup * recipe.epochs * steps)
-    return keras.optimizers.schedules.CosineDecay(
-        0.0, max(1, recipe.epochs * steps - warmup), warmup_target=recipe.learning_rate, warmup_steps=warmup
+    cycle = recipe.epochs_a_cycle * steps
+    warmup = round(recipe.warmup * cycle)
+    once = keras.optimizers.schedules.CosineDecay(
+        0.0, max(1, cycle - warmup), warmup_target=recipe.learning_rate, warmup_steps=warmup
     )
+    return once if recipe.cycles == 1 else _Repeated(once, cycle)
 
 
 def compile_model(model, recipe, steps):
@@ -240,6 +269,19 @@ def result_line(record):
         f"top-5 {result['top5']:.1%} on {result['images']:,} {kind} images of "
         f"{record['dataset']} (one seed; {machine.line(record)}, {record['precision']})"
     )
+
+
+class _Repeated(keras.optimizers.schedules.LearningRateSchedule):
+    """Another schedule, anew every `steps` steps."""
+
+    def __init__(self, once, steps):
+        self.once, self.steps = once, steps
+
+    def __call__(self, step):
+        return self.once(keras.ops.mod(step, self.steps))
+
+    def get_config(self):
+        return {"once": self.once, "steps": self.steps}
 
 
 # --- one epoch ---------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def _train(options):
         recipe = recipe.but(epochs=options.epochs)
     dataset = data.load(options.dataset, options.train_images, options.test_images)
     print(dataset.describe(), flush=True)
-    how = {"width": options.width, "retrain": options.retrain, "save_model": options.save_model}
+    how = {key: getattr(options, key) for key in ("width", "retrain", "save_model", "save_predictions")}
     training.train(options.model, dataset, recipe, options.seed, **how)
 
 
@@ -75,12 +75,13 @@ def _parser():
     train.add_argument(
         "model",
         help="simple, wider_factorized, wider_separable, deeper_dense, deeper_tucker, deeper_separable, simple_cp, "
-        "inception, xception, wang, or a wide residual network by depth and width, wrn-16-4",
+        "inception, xception, wang, resnet18, or a wide residual network by depth and width, wrn-16-4",
     )
     train.add_argument(
         "--recipe",
         default="faster",
-        help="faster (default), fast (not searched for), thesis, or tune (small steps, for trained weights)",
+        help="faster (default), fast (not searched for), long (20 epochs), thesis, medical (small images of few "
+        "classes, all shown as often), or tune (small steps, for trained weights)",
     )
     train.add_argument("--seed", type=int, default=None, help="default: the recipe's, 0")
     train.add_argument("--width", type=float, default=1.0, help="factor of the numbers of filters (default: 1)")
@@ -91,6 +92,7 @@ def _parser():
     train.add_argument("--retrain", action="store_true", help="train anew though there is a record, and replace it")
     train.add_argument("--deterministic", action="store_true", help="the same seed gives the same digits")
     train.add_argument("--save-model", action="store_true", help="keep the trained network beside the record")
+    train.add_argument("--save-predictions", action="store_true", help="keep what it says of the test images, too")
     train.set_defaults(command=_train)
     return parser
 

@@ -99,7 +99,7 @@ def build(
 
     Args:
         name: "simple", "wider_factorized", "wider_separable", "deeper_dense", "deeper_tucker", "deeper_separable",
-            "simple_cp"; or, of `zoo`, "inception", "xception", "wang", or "wrn-DEPTH-WIDTH" ("wrn-16-4").
+            "simple_cp"; or, of `zoo`, "inception", "xception", "wang", "resnet18", or "wrn-DEPTH-WIDTH" ("wrn-16-4").
         input_shape: (height, width, channels) of one image, each at least 1.
         classes: number of classes, at least 2.
         width: factor of the numbers of filters (rounded, at least 1), but for the last layer's, one a class.

@@ -2,6 +2,8 @@
 
 import numbers
 
+from fcnn_utils import medmnist
+
 
 def check_number(name, value, kind, low, high):
     """`value` if it is a number of `kind` (int, float) between `low` and `high`; else ValueError."""
@@ -33,6 +35,7 @@ def check_pair(name, value):
 PARAMETERS = {
     "SEED": (int, 0, 2**31 - 1),
     "DATASET": ("auto", "cifar100", "standin"),
+    "MEDICAL_DATASET": (*medmnist.SETS, "greystandin"),
     "RECIPE": ("faster", "fast", "thesis"),
     "EPOCHS": (int, 1, 1000),
     "BATCH_SIZE": (int, 0, 4096),

@@ -63,9 +63,9 @@ def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh
     check_choice("profile", profile, [name for name in profiles if name != "reads"])
     chosen = _choose(only, start)
     accepted = {number: _parameters_of(path) for number, path in chosen.items()}
-    known = sorted(set().union(*accepted.values()))
+    known = set().union(*accepted.values())
     for name, value in (settings or {}).items():
-        check_choice("parameter", name, known)
+        check_choice("parameter", name, sorted(known))
         parameters.check(**{name: value})
     if profile == "full" and (settings or dataset not in (None, "cifar100")):
         raise ValueError(
@@ -76,7 +76,9 @@ def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh
     dataset = settings.pop("DATASET", None) or dataset or _usual_dataset(profile, profiles[profile])
     check_choice("dataset", dataset, parameters.PARAMETERS["DATASET"])
     on_standin = data.locate(dataset) is None
-    values = {} if profile == "full" else _values(profiles[profile], on_standin) | settings
+    values = {}
+    if profile != "full":
+        values = _values(profiles[profile], on_standin) | _medical(known - settings.keys(), dataset) | settings
     folder = BUILD / profile
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
@@ -138,6 +140,15 @@ def _values(profile, on_standin):
     flat = {name: value for name, value in profile.items() if not isinstance(value, dict)}
     extra = profile.get("standin", {}) if on_standin else {}
     return flat | extra | {"DATASET": "standin" if on_standin else "cifar100"}
+
+
+def _medical(names, dataset):
+    """The images of the notebook on medical ones, if it has its turn: PneumoniaMNIST, or the stand-in where that is
+    asked for or nothing else can be had."""
+    if "MEDICAL_DATASET" not in names:
+        return {}
+    real = dataset != "standin" and data.locate("pneumoniamnist", or_stand_in=True)
+    return {"MEDICAL_DATASET": "pneumoniamnist" if real else "greystandin"}
 
 
 def _announce(profile, chosen, folder, on_standin):

@@ -33,8 +33,8 @@ def save(figure, slug, stand_in):
     records.write_atomic(records.output() / "figures" / f"{slug}.png", content.getvalue())
 
 
-def images(pictures, titles=None, columns=10, axes=None):
-    """Grid of images (N, H, W, 3) uint8 or maps (N, H, W); returns the axes."""
+def images(pictures, titles=None, columns=10, axes=None, cmap="viridis"):
+    """Grid of images (N, H, W, 3) uint8 or maps (N, H, W), the latter, and grey images, in `cmap`; returns the axes."""
     rows = -(-len(pictures) // columns)
     if axes is None:
         _, axes = plt.subplots(
@@ -43,7 +43,7 @@ def images(pictures, titles=None, columns=10, axes=None):
     for ax in axes.flat:
         ax.axis("off")
     for number, (ax, picture) in enumerate(zip(axes.flat, pictures, strict=False)):
-        ax.imshow(picture, cmap="viridis")
+        ax.imshow(picture, cmap=cmap)
         if titles:
             ax.set_title(titles[number], fontsize=7, loc="center")
     return axes

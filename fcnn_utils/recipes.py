@@ -29,7 +29,8 @@ class Recipe:
         several times, of the commoner ones not all.
     precision: "float32", "mixed_bfloat16", or "auto": mixed_bfloat16 where the hardware computes in it.
     train_on: "train", for settings that are being chosen: validated after each epoch on the validation images, never
-        tested (unless what they say is kept, for ensembles); or "all": both together, for settings that are chosen already, tested once.
+        tested unless their predictions are kept (`train`); or "all": both together, for settings that are chosen
+        already, tested once.
     initialization, head_scale: how weights start, of a network that is built by its name (see `models.build`).
     seed: used where none is given to `train`.
     assumed: what the source of the recipe does not state and we chose.
@@ -163,6 +164,22 @@ RECIPES = {
             shift=4,
             head_scale=6.0,
             precision="auto",
+        ),
+        Recipe(
+            name="medical",  # of few tried, by validation images, which hardly tell them apart
+            epochs=20,
+            batch_size=64,
+            optimizer="sgd",
+            learning_rate=0.05,
+            momentum=0.9,
+            schedule="one_cycle",
+            weight_decay=5e-4,
+            label_smoothing=0.1,
+            shift=2,
+            balanced=True,
+            precision="auto",
+            train_on="train",
+            head_scale=6.0,
         ),
         Recipe(
             name="tune",  # what `convert` made, from weights that are nearly right

@@ -1,9 +1,9 @@
 """Networks that the thesis cites, at CIFAR's size: wide residual networks, and one each in the style of Inception,
-of Xception, and of the layers of Wang et al.
+of Xception, and of the layers of Wang et al.; and ResNet-18, which MedMNIST was published with.
 
 Each is a function of the images to features; `models.build` puts global average pooling and a dense layer with a
-softmax behind them. Only the wide residual networks are as published; the others are too large for images of 32×32, so
-their blocks are the papers', and the numbers of them and of their filters are ours.
+softmax behind them. The residual networks are as published; the others are too large for images of 32×32, so their
+blocks are the papers', and the numbers of them and of their filters are ours.
 """
 
 import dataclasses
@@ -70,6 +70,25 @@ def wide_resnet(x, make, depth, width):
             y = make.conv(make.norm(y, f"{name}_2"), width * base, 3, f"{name}_conv2")
             x = make.add(x, y, f"{name}_add")
     return make.norm(x, "last")
+
+
+def resnet18(x, make):
+    """ResNet-18 of He et al. 2015 (arXiv 1512.03385) as it is used on images of 28×28 and 32×32, in MedMNIST as well:
+    its first convolution 3×3, of stride 1, and no pooling after it.
+
+    Four groups of two blocks 3×3, BN, ReLU, 3×3, BN with 64 to 512 filters; where the size changes the shortcut is a
+    1×1 convolution with BN.
+    """
+    x = make.conv_norm(x, 64, 3, "conv")
+    for group, filters in enumerate((64, 128, 256, 512), 1):
+        for block in (1, 2):
+            name, strides = f"group{group}_block{block}", 2 if group > 1 and block == 1 else 1
+            y = make.conv_norm(x, filters, 3, f"{name}_1", strides)
+            y = make.norm(make.conv(y, filters, 3, f"{name}_2"), f"{name}_2", relu=False)
+            if strides > 1:
+                x = make.norm(make.conv(x, filters, 1, f"{name}_shortcut", 2), f"{name}_shortcut", relu=False)
+            x = layers.Activation("relu", name=f"{name}_relu", dtype=make.dtype)(make.add(x, y, f"{name}_add"))
+    return x
 
 
 def inception(x, make):
@@ -152,7 +171,7 @@ def wang(x, make):
     return x
 
 
-STYLES = {"inception": inception, "xception": xception, "wang": wang}
+STYLES = {"inception": inception, "xception": xception, "wang": wang, "resnet18": resnet18}
 EXAMPLES = ("wrn-16-4", *STYLES)
 
 

@@ -25,6 +25,8 @@ FAST = RECIPES["fast"]
         ("momentum", 1, "between 0 and 0.9999"),
         ("warmup", 1.5, "between 0 and"),
         ("label_smoothing", 1, "between 0 and 0.9999"),
+        ("cycles", 0, "between 1 and 5"),
+        ("cycles", 6, "between 1 and 5"),
         ("clip_norm", -1, "between 0 and"),
         ("weight_decay", 2, "between 0 and 1"),
         ("flip", "random", "one of True, False, alternating"),
@@ -44,6 +46,12 @@ def test_a_setting_out_of_range_is_refused(name, value, allowed):
     assert str(error.value).endswith(f"; got {value!r}")
 
 
+@pytest.mark.parametrize("changes", [{"cycles": 2}, {"cycles": 5, "schedule": "constant"}])
+def test_cycles_that_do_not_fit_are_refused(changes):
+    with pytest.raises(ValueError, match="^cycles are of the one_cycle schedule, and divide the epochs; got"):
+        FAST.but(**changes)
+
+
 def test_an_unknown_setting_is_refused():
     with pytest.raises(ValueError, match="no setting 'decay' to change; it has epochs, batch_size"):
         FAST.but(epochs=2, decay=0.1)
@@ -56,7 +64,9 @@ def test_the_name_is_not_a_setting_to_change():
 
 @pytest.mark.parametrize("name", ["slow", "", None])
 def test_an_unknown_recipe_is_refused(name):
-    with pytest.raises(ValueError, match=f"recipe must be one of thesis, fast, faster, tune; got {name!r}"):
+    with pytest.raises(
+        ValueError, match=f"recipe must be one of thesis, fast, faster, long, medical, tune; got {name!r}"
+    ):
         recipe_named(name)
 
 
@@ -69,7 +79,7 @@ def test_a_recipe_is_frozen():
 
 
 def test_the_recipes_are_those_of_the_course():
-    assert list(RECIPES) == ["thesis", "fast", "faster", "tune"] and all(
+    assert list(RECIPES) == ["thesis", "fast", "faster", "long", "medical", "tune"] and all(
         recipe.name == name for name, recipe in RECIPES.items()
     )
     thesis = RECIPES["thesis"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from fcnn_utils import checkpoint, cost, data, feed, machine, models, records, thesis, training
+from fcnn_utils import checkpoint, cost, data, feed, machine, models, predictions, records, thesis, training
 from fcnn_utils.recipes import RECIPES
 
 RECIPE = RECIPES["fast"].but(epochs=3, batch_size=50, precision="float32", learning_rate=0.05)
@@ -374,6 +374,11 @@ def test_one_cycle_goes_up_a_line_and_down_half_a_cosine(warmup):
     np.testing.assert_allclose(rates(recipe, 10), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_cycles_go_through_it_again_and_again():
+    once, thrice = (RECIPES["fast"].but(epochs=2 * cycles, cycles=cycles) for cycles in (1, 3))
+    np.testing.assert_allclose(rates(thrice, 10), np.tile(rates(once, 10), 3), rtol=1e-6)
+
+
 def test_a_constant_rate_is_constant():
     np.testing.assert_allclose(rates(RECIPE.but(schedule="constant", epochs=2), 3), [0.05] * 7, rtol=1e-6)
 
@@ -432,6 +437,43 @@ def test_a_recipe_that_chooses_settings_is_validated_and_never_tested(dataset):
         model, dataset.validation, scale, dataset.coarse_names
     )
     assert record["test"] is None
+
+
+def test_predictions_are_kept_after_every_cycle_and_are_what_the_network_says(dataset, output):
+    recipe = RECIPE.but(epochs=4, cycles=2, train_on="train")
+    model = network()
+    record = training.train(model, dataset, recipe, save_predictions=True)
+    said = predictions.load(dataset.name, "tiny", recipe.name)
+    assert said["validation"].shape == (2, 20, 100) and said["test"].shape == (2, 100, 100)
+    for split in said:  # the last are those of the network as it is left
+        images = feed.normalised(getattr(dataset, split).images, feed.channel_scale(dataset))
+        np.testing.assert_allclose(said[split][-1], model.predict_on_batch(images), atol=0.03)
+        assert not np.allclose(said[split][0], said[split][-1], atol=0.001)
+    right = said["test"][-1].argmax(axis=1) == dataset.test.fine
+    assert record["test"]["top1"] == right.mean() and record["epochs"][-1]["validation"]["images"] == 20
+
+
+def test_what_was_trained_on_is_not_among_the_predictions(dataset, output):
+    training.train(network(), dataset, RECIPE, save_predictions=True)
+    assert list(predictions.load(dataset.name, "tiny", RECIPE.name)) == ["test"]
+
+
+def test_a_run_without_the_predictions_that_are_asked_for_is_an_error(dataset, done, monkeypatch):
+    monkeypatch.setattr(training, "fit_epoch", never)
+    with pytest.raises(ValueError, match="its predictions were not kept: pass retrain=True to replace it"):
+        training.train(network(), dataset, RECIPE, save_predictions=True)
+
+
+def test_an_interrupted_run_has_the_predictions_of_one_that_was_not(dataset, output, monkeypatch):
+    recipe = RECIPE.but(epochs=4, cycles=2)
+    training.train(network(), dataset, recipe, save_predictions=True)
+    whole = predictions.load(dataset.name, "tiny", recipe.name)["test"]
+    shutil.rmtree(output)
+    stop_at(monkeypatch, checkpoint, "save", 4)  # what the last cycle says is kept already
+    with pytest.raises(KeyboardInterrupt):
+        training.train(network(), dataset, recipe, save_predictions=True)
+    training.train(network(), dataset, recipe, save_predictions=True)
+    np.testing.assert_allclose(predictions.load(dataset.name, "tiny", recipe.name)["test"], whole, atol=1e-3)
 
 
 def test_a_network_by_name_starts_as_its_recipe_says(dataset):

@@ -20,7 +20,9 @@ def test_a_network_is_known_by_its_name(name):
 @pytest.mark.parametrize("name", ["wrn", "wrn-4-1", "wrn-17-4", "wrn-16-0", "wrn-16", "wrn-16-4 ", "WRN-16-4", None, 5])
 def test_a_name_that_is_none_is_refused_with_the_choices(name):
     assert not zoo.known(name)
-    with pytest.raises(ValueError, match="model must be one of simple, .*, wrn-16-4, inception, xception, wang; got"):
+    with pytest.raises(
+        ValueError, match="model must be one of simple, .*, wrn-16-4, inception, xception, wang, resnet18; got"
+    ):
         models.build(name)
 
 
@@ -44,6 +46,22 @@ def test_wide_residual_networks_have_the_published_number_of_parameters(name, mi
     """Table 4 of Zagoruyko & Komodakis, for 10 classes, in millions (8.9 is cut off, not rounded)."""
     count = models.build(name, classes=10).count_params() / 1e6
     assert abs(count - float(millions)) < 0.1
+
+
+def test_resnet18_has_the_parameters_it_is_known_for():
+    """11,173,962 for images of three channels and 10 classes, as its PyTorch original for CIFAR-10 counts them."""
+    assert cost.totals(models.build("resnet18", classes=10))["trainable"] == 11_173_962
+
+
+def test_the_macs_of_resnet18_by_hand():
+    """At 28×28×1, as in MedMNIST: four 3×3 layers a group, and a 1×1 shortcut where the image is halved."""
+    macs, channels = 28**2 * 9 * 64 + 512 * 2, 64
+    for side, filters in ((28, 64), (14, 128), (7, 256), (4, 512)):
+        macs += side**2 * (
+            9 * channels * filters + 3 * 9 * filters * filters + (channels < filters) * channels * filters
+        )
+        channels = filters
+    assert cost.totals(models.build("resnet18", (28, 28, 1), 2))["macs"] == macs
 
 
 def test_the_parameters_of_a_wide_residual_network_by_hand():

@@ -1,0 +1,88 @@
+"""What networks said, kept beside their records: `fcnn_utils.predictions`."""
+
+import numpy as np
+import pytest
+
+from fcnn_utils import predictions, records
+
+RECORD = {"dataset": "standin", "model": "tiny", "recipe": {"name": "fast"}, "seed": 3}
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """The project's folder, an empty one."""
+    monkeypatch.setattr(records, "ROOT", tmp_path / "project")
+    return tmp_path / "project"
+
+
+def drawn(seed=0, count=2000, classes=100, spread=3.0):
+    """Probabilities (count, classes), from nearly certain to nearly even."""
+    scores = spread * np.random.default_rng(seed).standard_normal((count, classes))
+    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+# --- basic -------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_kept_is_read_as_members_of_an_ensemble():
+    first, second = ({"validation": drawn(seed, 20), "test": drawn(seed + 10, 30)} for seed in (0, 1))
+    predictions.keep(RECORD, 0, first)
+    predictions.keep(RECORD, 1, second)
+    read = predictions.load("standin", "tiny", "fast", 3)
+    assert {split: members.shape for split, members in read.items()} == {
+        "validation": (2, 20, 100),
+        "test": (2, 30, 100),
+    }
+    for number, said in enumerate((first, second)):
+        for split in said:
+            np.testing.assert_array_equal(read[split][number], predictions.decoded(predictions.coded(said[split])))
+
+
+def test_a_cycle_that_is_gone_through_again_takes_its_place():
+    for number, seed in ((0, 0), (1, 1), (1, 2)):  # stopped after the predictions, before the checkpoint
+        predictions.keep(RECORD, number, {"test": drawn(seed, 10)})
+    read = predictions.load("standin", "tiny", "fast", 3)["test"]
+    np.testing.assert_array_equal(read, predictions.decoded([predictions.coded(drawn(seed, 10)) for seed in (0, 2)]))
+    predictions.keep(RECORD, 0, {"test": drawn(5, 10)})  # and a new run those of an older one
+    assert predictions.load("standin", "tiny", "fast", 3)["test"].shape == (1, 10, 100)
+
+
+def test_what_was_not_kept_is_none():
+    assert predictions.load("standin", "tiny", "fast", 4) is None
+
+
+def test_a_damaged_file_is_named(output):
+    path = records.path_of("standin", "tiny", "fast", 3).with_suffix(".predictions.npz")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"PK no archive")
+    with pytest.raises(ValueError, match="seed3.predictions.npz is damaged .*; delete it and train again"):
+        predictions.load("standin", "tiny", "fast", 3)
+
+
+# --- correct -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 20.0])
+def test_the_likeliest_class_stays_the_likeliest(spread):
+    said = drawn(spread=spread)
+    np.testing.assert_array_equal(predictions.decoded(predictions.coded(said)).argmax(axis=1), said.argmax(axis=1))
+
+
+def test_of_two_nearly_equal_classes_the_likelier_stays_ahead():
+    said = np.array([[0.3333, 0.3334, 0.3333], [0.4, 0.1999, 0.4001], [0.5, 0.5, 0.0]])
+    assert predictions.decoded(predictions.coded(said)).argmax(axis=1).tolist() == [1, 2, 0]
+
+
+def test_the_error_is_as_small_as_it_is_said_to_be():
+    """Before they are made to sum to one: at most 7% of p, of 2% where p is a fifth."""
+    p = np.geomspace(1.2e-7, 1, 100_001)
+    codes = predictions.coded(np.stack([p, np.zeros_like(p)], axis=1))[:, 0]
+    errors = np.abs(np.exp(-16 * (codes / 255.0) ** 2) / p - 1)
+    assert errors.max() < 0.07 and errors[np.abs(p - 0.2) < 0.01].max() < 0.021
+
+
+def test_they_sum_to_one_and_certainty_is_kept():
+    said = predictions.decoded(predictions.coded(np.array([[1.0, 0.0], [0.5, 0.5], [1e-30, 1.0]])))
+    np.testing.assert_allclose(said.sum(axis=1), 1)
+    assert said[0, 0] > 1 - 1e-6 and said[1].tolist() == [0.5, 0.5] and said[2, 1] > 1 - 1e-6

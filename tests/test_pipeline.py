@@ -139,6 +139,30 @@ def test_dead_kernel_is_reported(course, capsys):
     assert "02_second stopped" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "here, options, expected",
+    [
+        (True, {"dataset": "cifar100"}, "pneumoniamnist"),
+        (False, {"dataset": "cifar100"}, "greystandin"),
+        (True, {"dataset": "standin"}, "greystandin"),  # asked for stand-ins: nothing is looked for
+        (False, {"dataset": "standin", "settings": {"MEDICAL_DATASET": "bloodmnist"}}, "bloodmnist"),
+    ],
+)
+def test_the_notebook_on_medical_images_gets_those_that_can_be_had(course, monkeypatch, here, options, expected):
+    def locate(name, or_stand_in=False):
+        assert or_stand_in or name in ("cifar100", "standin")
+        return "somewhere" if name == "cifar100" or here and name == "pneumoniamnist" else None
+
+    monkeypatch.setattr(pipeline.data, "locate", locate)
+    notebook = nbformat.read(course / "01_first.ipynb", 4)
+    notebook.cells[1].source += "\nMEDICAL_DATASET = 'pneumoniamnist'"
+    notebook.cells[-1].source = "print(MEDICAL_DATASET)"
+    nbformat.write(notebook, course / "01_first.ipynb")
+    folder = pipeline.run("smoke", **options)
+    assert printed(folder / "01_first.ipynb") == f"{expected}\n"
+    assert "MEDICAL_DATASET" not in json.dumps(nbformat.read(folder / "02_second.ipynb", 4))
+
+
 def test_full_profile_takes_no_settings(course):
     with pytest.raises(ValueError, match="full profile"):
         pipeline.run("full", settings={"EPOCHS": 2})
@@ -147,7 +171,10 @@ def test_full_profile_takes_no_settings(course):
 
 
 def test_recipes_that_notebooks_may_name_are_those_that_exist():
-    assert set(parameters.PARAMETERS["RECIPE"]) == set(recipes.RECIPES) - {"tune"}  # which starts from trained weights
+    assert set(parameters.PARAMETERS["RECIPE"]) == set(recipes.RECIPES) - {
+        "tune",
+        "medical",
+    }  # of trained weights; of other images
 
 
 # --- what is stopped ---------------------------------------------------------------------------------------------

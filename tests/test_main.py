@@ -102,7 +102,7 @@ def test_run_refuses(course, capsys, arguments, message):
             f"model must be one of {', '.join(models.NAMES)}; got 'nope'",
         ),
         (["simple", "--width", "0"], "width must be a number between 0.001 and 1000.0; got 0.0"),
-        (["simple", "--recipe", "nope"], "recipe must be one of thesis, fast, faster, tune; got 'nope'"),
+        (["simple", "--recipe", "nope"], "recipe must be one of thesis, fast, faster, long, medical, tune; got 'nope'"),
         (
             ["simple", "--dataset", "nope"],
             "dataset must be one of cifar100, pathmnist, dermamnist, octmnist, pneumoniamnist",
@@ -154,12 +154,13 @@ def test_words_that_are_none_bring_the_usage(capsys, arguments, message):
 
 def test_train_hands_everything_on(trained, capsys):
     options = ["--dataset", "standin", "--train-images", "500", "--test-images", "100", "--epochs", "2", "--seed", "3"]
-    options += ["--width", "0.5", "--retrain", "--save-model"]
+    options += ["--width", "0.5", "--retrain", "--save-model", "--save-predictions"]
     assert main(["train", "wider_separable", "--recipe", "thesis", *options]) == 0
     recipe = training.recipe_named("thesis").but(epochs=2)
     assert trained["load"] == [("standin", 500, 100)]
+    kept = {"save_model": True, "save_predictions": True}
     assert trained["train"] == [
-        (("wider_separable", trained["dataset"], recipe, 3), {"width": 0.5, "retrain": True, "save_model": True})
+        (("wider_separable", trained["dataset"], recipe, 3), {"width": 0.5, "retrain": True, **kept})
     ]
     assert capsys.readouterr().out == "a data set\n"
 
@@ -169,7 +170,7 @@ def test_train_without_options_is_the_faster_recipe_on_all_images(trained):
     assert trained["load"] == [("auto", 0, 0)]
     arguments, options = trained["train"][0]
     assert arguments == ("simple", trained["dataset"], training.recipe_named("faster"), None)
-    assert options == {"width": 1.0, "retrain": False, "save_model": False}
+    assert options == {"width": 1.0, "retrain": False, "save_model": False, "save_predictions": False}
 
 
 def test_run_hands_everything_on(monkeypatch):

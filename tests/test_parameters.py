@@ -67,6 +67,7 @@ def test_what_is_not_allowed_is_refused(value, allowed):
         ({"EPOCHS": "5"}, "EPOCHS must be a whole number between 1 and 1000; got '5'"),
         ({"SEED": -1}, "SEED must be a whole number between 0 and 2147483647; got -1"),
         ({"BATCH_SIZE": 4097}, "BATCH_SIZE must be a whole number between 0 and 4096; got 4097"),
+        ({"MEDICAL_DATASET": "chestmnist"}, "MEDICAL_DATASET must be one of pathmnist, dermamnist, "),
         ({"DATASET": "cifar10"}, "DATASET must be one of auto, cifar100, standin; got 'cifar10'"),
         ({"RECIPE": None}, "RECIPE must be one of faster, fast, long, thesis; got None"),
         ({"RETRAIN": "yes"}, "RETRAIN must be one of True, False; got 'yes'"),

@@ -197,7 +197,7 @@ def test_a_batch_larger_than_the_data_is_refused(dataset, train_on, images):
     "arguments, message",
     [
         (("nope", RECIPE), "model must be one of simple, .*; got 'nope'"),
-        (("simple", "nope"), "recipe must be one of thesis, fast, faster, tune; got 'nope'"),
+        (("simple", "nope"), "recipe must be one of thesis, fast, faster, long, medical, tune; got 'nope'"),
         (("simple", RECIPE, -1), "seed must be .*; got -1"),
     ],
 )

@@ -1,8 +1,8 @@
 """Probabilities that a trained network gave, kept beside its record: what ensembles are made of, without the networks.
 
-Of more than 20 classes a probability p takes a byte, 255 √(−ln p / 16), rounded: from e⁻¹⁶ to 1, with an error of at most
-7 parts in a hundred of p, of 2 where p is a fifth. Of fewer it takes two bytes, for errors 257 times smaller, since few
-classes are few numbers and an AUC counts ties. The likeliest class stays the likeliest.
+Of more than 20 classes a probability p takes a byte, 255 √(−ln p / 16), rounded: from e⁻¹⁶ to 1, with an error of at
+most 7 parts in a hundred of p, of 2 where p is a fifth. Of fewer it takes two bytes, for errors 257 times smaller,
+since few classes are few numbers and an AUC counts ties. The likeliest class stays the likeliest.
 """
 
 import io

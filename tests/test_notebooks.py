@@ -124,8 +124,10 @@ def test_smoke_series_leaves_records_and_figures(series):
     assert trained == {*models.NETWORKS, *models.OURS}
     assert (series / "results" / "standin-100" / "simple-narrow" / "fast-batchsize32-epochs1" / "seed0.json").exists()
     assert (series / "results" / "standin-100" / "simple-narrow-cp-4.5x" / "tune-batchsize32" / "seed0.json").exists()
+    assert len(list(series.glob("results/standin-100/deeper_*/faster-*trainontrain/seed*.predictions.npz"))) >= 7
+    assert len(list(series.glob("results/greystandin/*/medical-epochs1*/seed0.predictions.npz"))) == 2
     assert (series / "results" / "speed.json").exists()
-    assert len(list(series.glob("figures/*.png"))) >= 10
+    assert len(list(series.glob("figures/*.png"))) >= 15
 
 
 def test_solutions_are_there():

@@ -40,8 +40,8 @@ def auc(probabilities, labels):
 
 
 def interval(statistic, *arrays, level=0.95, rounds=2000, seed=0):
-    """(low, high) that hold `statistic(*arrays)` with probability `level`, were other images drawn: the percentile
-    bootstrap over the images, which are the first axis of every array (Efron & Tibshirani 1993, chapter 13).
+    """(low, high), which in about a share `level` of all samples holds what the statistic is on all such images: the
+    percentile bootstrap over the images, the first axis of every array (Efron & Tibshirani 1993, chapter 13).
 
     A draw for which the statistic is not defined (no image of a class) is drawn again.
     """

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fcnn_utils import models, records, thesis
+from fcnn_utils import cost, data, medmnist, metrics, models, predictions, records, thesis
 
 README = (records.ROOT / "README.md").read_text()
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("|")]
@@ -61,6 +61,21 @@ def test_compression_table(title, name, recipe, monkeypatch, tmp_path):
     shown = [("ONNX Runtime", 1), ("ONNX Runtime", 64), ("Keras", 64)]
     expected = [f"{clock.loc[key, 'median_ms']:.3g} ms, {clock.loc[key, 'speedup']:.1f}×" for key in shown]
     assert row[4:] == (expected if name != "dense" else [text.split(",")[0] for text in expected])
+
+
+@pytest.mark.skipif(medmnist.find("pneumoniamnist") is None, reason="PneumoniaMNIST is not on this machine")
+def test_medical_table(monkeypatch, tmp_path):
+    """Means over the committed runs; the areas under the curve from what the networks said of each test image."""
+    monkeypatch.setenv("FCNN_OUTPUT", str(tmp_path))
+    name, labels = "deeper_separable-width0.5", data.load("pneumoniamnist").test.fine
+    runs = list(records.find(dataset="pneumoniamnist", model=name, recipe="medical")["record"])
+    said = [predictions.load("pneumoniamnist", name, "medical", run["seed"])["test"][-1] for run in runs]
+    ours = [f"{runs[0]['macs'] / 1e6:.1f}", f"{np.mean([metrics.auc(each, labels) for each in said]):.3f}"]
+    ours += [f"{100 * np.mean([run['test']['top1'] for run in runs]):.1f}"]
+    resnet = f"{cost.totals(models.build('resnet18', (28, 28, 1), 2))['macs'] / 1e6:.1f}"
+    rows = {row[0]: row[1:] for row in ROWS}
+    assert len(runs) == 3 and rows["deeper, separable, half as wide"] == ours
+    assert rows["ResNet-18, published"] == [resnet, "0.944", "85.4"]
 
 
 def test_the_controls_in_the_text():

@@ -1,7 +1,8 @@
 """Probabilities that a trained network gave, kept beside its record: what ensembles are made of, without the networks.
 
-Of more than 20 classes a probability p takes a byte, 255 √(−ln p / 16), rounded: from e⁻¹⁶ to 1, with an error of at
-most 7 parts in a hundred of p, of 2 where p is a fifth. Of fewer it takes two bytes, for errors 257 times smaller,
+A probability p is kept as 12 ln(1 − ln p / 0.3), rounded: from e⁻¹⁶ to 1 in 49 steps, finest near 1, which compress
+well. Its error is at most 2 parts in a hundred of p where p is 0.9, 8 where it is a fifth, 30 where it is a thousandth;
+it shifts the accuracy of a vote by some hundredths of a point. Of at most 20 classes the steps are 256 times smaller,
 since few classes are few numbers and an AUC counts ties. The likeliest class stays the likeliest.
 """
 
@@ -12,6 +13,8 @@ import numpy as np
 from fcnn_utils import checkpoint, records
 
 _FLOOR = 16.0  # −ln of the least probability that is told from 0
+_SCALE = 0.3
+_STEPS = {np.dtype("uint8"): 12, np.dtype("uint16"): 12 * 256}
 
 
 def keep(record, number, probabilities):
@@ -49,9 +52,9 @@ def load(dataset, model, recipe, seed=0):
 def coded(probabilities):
     """Probabilities (N, classes) as unsigned integers, of one byte or two."""
     probabilities = np.asarray(probabilities)
-    kind = np.uint8 if probabilities.shape[1] > 20 else np.uint16
-    roots = np.sqrt(-np.log(np.clip(probabilities, np.exp(-_FLOOR), 1)) / _FLOOR)
-    codes = np.rint(np.iinfo(kind).max * roots).astype(kind)
+    kind = np.dtype("uint8" if probabilities.shape[1] > 20 else "uint16")
+    logs = -np.log(np.clip(probabilities, np.exp(-_FLOOR), 1))
+    codes = np.rint(_STEPS[kind] * np.log1p(logs / _SCALE)).astype(kind)
     best = probabilities.argmax(axis=1)
     tied = np.flatnonzero(codes.argmin(axis=1) != best)
     codes[tied, best[tied]] -= 1  # ahead of a class that was as good as likely
@@ -61,7 +64,7 @@ def coded(probabilities):
 def decoded(codes):
     """Integers of `coded`, (…, classes), as probabilities that sum to one."""
     codes = np.asarray(codes)
-    values = np.exp(-_FLOOR * (codes / np.iinfo(codes.dtype).max) ** 2)
+    values = np.exp(-_SCALE * np.expm1(codes / _STEPS[codes.dtype]))
     return values / values.sum(axis=-1, keepdims=True)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fcnn_utils import cost, data, medmnist, metrics, models, predictions, records, thesis
+from fcnn_utils import cifar100, cost, data, ensembles, medmnist, metrics, models, predictions, records, thesis
 
 README = (records.ROOT / "README.md").read_text()
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("|")]
@@ -61,6 +61,31 @@ def test_compression_table(title, name, recipe, monkeypatch, tmp_path):
     shown = [("ONNX Runtime", 1), ("ONNX Runtime", 64), ("Keras", 64)]
     expected = [f"{clock.loc[key, 'median_ms']:.3g} ms, {clock.loc[key, 'speedup']:.1f}×" for key in shown]
     assert row[4:] == (expected if name != "dense" else [text.split(",")[0] for text in expected])
+
+
+@pytest.mark.skipif(cifar100.find() is None, reason="CIFAR-100 is not on this machine")
+def test_the_ensembles_in_the_text(monkeypatch, tmp_path):
+    """Single networks are means over the committed runs; votes are of what the networks said of each test image."""
+    monkeypatch.setenv("FCNN_OUTPUT", str(tmp_path))
+    labels = data.load("cifar100").test.fine
+
+    def said(name, seeds=1, recipe="faster-trainontrain"):
+        return [predictions.load("cifar100", name, recipe, seed)["test"][-1] for seed in range(seeds)]
+
+    def mean(members):
+        return f"{100 * np.mean([metrics.accuracy(each, labels) for each in members]):.1f}"
+
+    def vote(members):
+        return f"{100 * metrics.accuracy(ensembles.mean_logit(members), labels):.1f}"
+
+    separable = "deeper_separable-width"
+    dense, one = (mean(said(name, 2)) for name in ("deeper_dense-width0.8333", f"{separable}0.6667"))
+    two, three = vote(said(f"{separable}0.4167", 2)), vote(said(f"{separable}0.3333", 3))
+    longer = mean(said(f"{separable}0.3333", 1, "faster-cycles3-epochs15-trainontrain"))
+    text = " ".join(README.split())
+    assert f"a dense network is at {dense} (mean of two seeds)" in text
+    assert f"one separable network is at {one}, two that vote at {two}, three at {three}:" in text
+    assert f"fifteen epochs instead brings {longer}." in text
 
 
 @pytest.mark.skipif(medmnist.find("pneumoniamnist") is None, reason="PneumoniaMNIST is not on this machine")

@@ -178,7 +178,8 @@ def read(name, path):
     for part, count, (images, labels) in zip(("training", "validation", "test"), known.images, pairs, strict=True):
         shape = (28, 28) if known.channels == 1 else (28, 28, 3)
         if images.dtype != np.uint8 or images.shape[1:] != shape:
-            raise wrong(f"is not {name}: its {part} images are {images.shape} {images.dtype}, not (N, *{shape}) uint8")
+            wanted = ", ".join(map(str, ("N", *shape)))
+            raise wrong(f"is not {name}: its {part} images are {images.shape} {images.dtype}, not ({wanted}) uint8")
         if len(images) != count or labels.size != count:
             raise wrong(f"must hold {count:,} {part} images and labels; it has {len(images):,} and {labels.size:,}")
         labels = labels.reshape(-1).astype(np.int64)

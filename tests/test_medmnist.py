@@ -131,7 +131,10 @@ def spoilt(**changes):
     "spoil, message",
     [
         (spoilt(val_labels=None), "is not pneumoniamnist: it has no val_labels"),
-        (spoilt(train_images=np.zeros((20, 28, 28, 3), "uint8")), r"its training images are \(20, 28, 28, 3\) uint8"),
+        (
+            spoilt(train_images=np.zeros((20, 28, 28, 3), "uint8")),
+            r"are \(20, 28, 28, 3\) uint8, not \(N, 28, 28\) uint8",
+        ),
         (spoilt(test_images=np.zeros((10, 28, 28))), r"its test images are \(10, 28, 28\) float64"),
         (spoilt(val_images=np.zeros((9, 28, 28), "uint8")), "must hold 10 validation images and labels; it has 9 and"),
         (spoilt(test_labels=np.zeros((9, 1), "uint8")), "must hold 10 test images and labels; it has 10 and 9"),

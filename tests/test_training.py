@@ -376,7 +376,8 @@ def test_one_cycle_goes_up_a_line_and_down_half_a_cosine(warmup):
 
 def test_cycles_go_through_it_again_and_again():
     once, thrice = (RECIPES["fast"].but(epochs=2 * cycles, cycles=cycles) for cycles in (1, 3))
-    np.testing.assert_allclose(rates(thrice, 10), np.tile(rates(once, 10), 3), rtol=1e-6)
+    one_after_another = np.tile(rates(once, 10)[:-1], 3)  # the last is that of a step that is not made
+    np.testing.assert_allclose(rates(thrice, 10)[:-1], one_after_another, rtol=1e-6)
 
 
 def test_a_constant_rate_is_constant():

@@ -27,7 +27,7 @@ def setup(seed):
 def save(figure, slug, stand_in):
     """Save `figure` whole as `figures/SLUG.png` of the output folder; what shows stand-in data says so."""
     if stand_in:
-        figure.supxlabel("computed on STAND-IN data, not CIFAR-100", color="firebrick", fontsize="small")
+        figure.supxlabel("computed on STAND-IN data: generated images", color="firebrick", fontsize="small")
     content = io.BytesIO()
     figure.savefig(content, format="png")
     records.write_atomic(records.output() / "figures" / f"{slug}.png", content.getvalue())

@@ -20,16 +20,25 @@ _STEPS = {np.dtype("uint8"): 12, np.dtype("uint16"): 12 * 256}
 def keep(record, number, probabilities):
     """Keep what the network of a run says after its cycle `number` (from 0), beside those of the cycles before.
 
+    As long as the run goes on, under a name of its own, as its record is: `finish` gives it the final one.
+
     Args:
         probabilities: dict "validation", "test" (or one of them) -> (N, classes).
     """
-    path = checkpoint.file_of(record, "predictions.npz")
+    path = checkpoint.file_of(record, "partial.predictions.npz")
     before = _read(path) if number else {}
     content = io.BytesIO()
     np.savez_compressed(
         content, **{split: [*before.get(split, [])[:number], coded(values)] for split, values in probabilities.items()}
     )
     records.write_atomic(path, content.getvalue())
+
+
+def finish(record):
+    """The run is complete: what was kept of it is what `load` finds, in place of what an earlier run left."""
+    path = checkpoint.file_of(record, "partial.predictions.npz")
+    if path.exists():
+        path.replace(checkpoint.file_of(record, "predictions.npz"))
 
 
 def load(dataset, model, recipe, seed=0):

@@ -136,6 +136,8 @@ def train(
     record["status"] = "complete"
     if save_model:
         checkpoint.keep(model, record)
+    if save_predictions:
+        predictions.finish(record)
     path = records.write(record)
     for left_over in ("checkpoint.npz", "partial.json"):
         checkpoint.file_of(record, left_over).unlink(missing_ok=True)

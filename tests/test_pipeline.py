@@ -171,10 +171,8 @@ def test_full_profile_takes_no_settings(course):
 
 
 def test_recipes_that_notebooks_may_name_are_those_that_exist():
-    assert set(parameters.PARAMETERS["RECIPE"]) == set(recipes.RECIPES) - {
-        "tune",
-        "medical",
-    }  # of trained weights; of other images
+    others = {"tune", "medical"}  # from trained weights; for other images
+    assert set(parameters.PARAMETERS["RECIPE"]) == set(recipes.RECIPES) - others
 
 
 # --- what is stopped ---------------------------------------------------------------------------------------------

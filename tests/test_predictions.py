@@ -29,6 +29,7 @@ def test_what_was_kept_is_read_as_members_of_an_ensemble():
     first, second = ({"validation": drawn(seed, 20), "test": drawn(seed + 10, 30)} for seed in (0, 1))
     predictions.keep(RECORD, 0, first)
     predictions.keep(RECORD, 1, second)
+    predictions.finish(RECORD)
     read = predictions.load("standin", "tiny", "fast", 3)
     assert {split: members.shape for split, members in read.items()} == {
         "validation": (2, 20, 100),
@@ -42,10 +43,21 @@ def test_what_was_kept_is_read_as_members_of_an_ensemble():
 def test_a_cycle_that_is_gone_through_again_takes_its_place():
     for number, seed in ((0, 0), (1, 1), (1, 2)):  # stopped after the predictions, before the checkpoint
         predictions.keep(RECORD, number, {"test": drawn(seed, 10)})
+    predictions.finish(RECORD)
     read = predictions.load("standin", "tiny", "fast", 3)["test"]
     np.testing.assert_array_equal(read, predictions.decoded([predictions.coded(drawn(seed, 10)) for seed in (0, 2)]))
-    predictions.keep(RECORD, 0, {"test": drawn(5, 10)})  # and a new run those of an older one
-    assert predictions.load("standin", "tiny", "fast", 3)["test"].shape == (1, 10, 100)
+
+
+def test_a_run_that_is_not_complete_leaves_what_an_earlier_one_said():
+    predictions.keep(RECORD, 0, {"test": drawn(0, 10)})
+    assert predictions.load("standin", "tiny", "fast", 3) is None
+    predictions.finish(RECORD)
+    predictions.finish(RECORD)  # a run that was stopped in between finishes again
+    earlier = predictions.load("standin", "tiny", "fast", 3)["test"]
+    predictions.keep(RECORD, 0, {"test": drawn(1, 20)})
+    np.testing.assert_array_equal(predictions.load("standin", "tiny", "fast", 3)["test"], earlier)
+    predictions.finish(RECORD)
+    assert predictions.load("standin", "tiny", "fast", 3)["test"].shape == (1, 20, 100)
 
 
 def test_what_was_not_kept_is_none():

@@ -447,9 +447,9 @@ def test_predictions_are_kept_after_every_cycle_and_are_what_the_network_says(da
     said = predictions.load(dataset.name, "tiny", recipe.name)
     assert said["validation"].shape == (2, 20, 100) and said["test"].shape == (2, 100, 100)
     for split in said:  # the last are those of the network as it is left
-        images = feed.normalised(getattr(dataset, split).images, feed.channel_scale(dataset))
-        np.testing.assert_allclose(said[split][-1], model.predict_on_batch(images), atol=0.03)
-        assert not np.allclose(said[split][0], said[split][-1], atol=0.001)
+        exact = training.predict(model, getattr(dataset, split), feed.channel_scale(dataset))
+        np.testing.assert_allclose(said[split][-1], predictions.decoded(predictions.coded(exact)), rtol=1e-6)
+        assert not np.allclose(said[split][0], said[split][-1], rtol=0.1)
     right = said["test"][-1].argmax(axis=1) == dataset.test.fine
     assert record["test"]["top1"] == right.mean() and record["epochs"][-1]["validation"]["images"] == 20
 
@@ -474,7 +474,9 @@ def test_an_interrupted_run_has_the_predictions_of_one_that_was_not(dataset, out
     with pytest.raises(KeyboardInterrupt):
         training.train(network(), dataset, recipe, save_predictions=True)
     training.train(network(), dataset, recipe, save_predictions=True)
-    np.testing.assert_allclose(predictions.load(dataset.name, "tiny", recipe.name)["test"], whole, atol=1e-3)
+    again = predictions.load(dataset.name, "tiny", recipe.name)["test"]
+    assert again.shape == whole.shape and np.isclose(again, whole, rtol=0.02).mean() > 0.98  # a step is 20% and more
+    assert not list(output.rglob("*partial*"))
 
 
 def test_a_network_by_name_starts_as_its_recipe_says(dataset):

@@ -2,6 +2,7 @@
 #   make run  [ARGS="--only 07 08"]     the course, in minutes      (build/quick/)
 #   make test                           the tests
 #   make lab                            Jupyter, in notebooks/
+#   make book                           the course as a site and a PDF      (build/book/)
 #   make full                           everything at its reported size: rewrites notebooks/, figures/, results/
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,6 +18,9 @@ test: $(VENV)/ready
 lab: $(VENV)/ready
 	$(VENV)/bin/jupyter lab notebooks
 
+book: $(VENV)/ready
+	$(VENV)/bin/python book/build.py
+
 full: $(VENV)/ready
 	$(VENV)/bin/python -m fcnn_utils run --profile full $(ARGS)
 
@@ -26,4 +30,4 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	$(VENV)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
-.PHONY: run test lab full
+.PHONY: run test lab book full

@@ -44,7 +44,7 @@ def sensitivity(model, method, images, places, fractions, **options):
     probabilities, the squared change of its output relative to the output's variance.
 
     Args:
-        places: `graph.Place`s of the Conv2D layers.
+        places: of the Conv2D layers, each a `graph.Place`.
         images: the first 256 count.
         fractions: of a kernel's parameters, rising: the sizes to try; those below rank 1 are left out, and where that
             leaves none of them, rank 1 is tried.

@@ -79,8 +79,8 @@ def reliability(probabilities, labels, bins=15):
 
 
 def calibration_error(probabilities, labels, bins=15):
-    """Expected calibration error: mean |accuracy − confidence| over the bins of `reliability`, weighted by their images
-    (Guo et al. 2017, arXiv 1706.04599)."""
+    """Expected calibration error: mean distance of accuracy and confidence over the bins of `reliability`, weighted by
+    their images (Guo et al. 2017, arXiv 1706.04599)."""
     table = reliability(probabilities, labels, bins)
     return float(((table["accuracy"] - table["confidence"]).abs() * table["images"]).sum() / table["images"].sum())
 

@@ -1,11 +1,15 @@
 """Figures: records and tables in, matplotlib axes out. Colours and markers of a network are the same everywhere."""
 
+import base64
 import io
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import HTML
+from PIL import Image
 
 from fcnn_utils import machine, models, records
 
@@ -13,6 +17,8 @@ PALETTE = sns.color_palette("colorblind")
 COLORS = dict(zip(models.TITLES, PALETTE, strict=False))
 MARKERS = dict(zip(models.TITLES, "os^pDP", strict=True))
 _GREY = "0.45"
+_ICONS = {"minus": "−", "fast-backward": "«", "step-backward": "‹", "play": "▶", "pause": "❚❚"}
+_ICONS |= {"step-forward": "›", "fast-forward": "»", "plus": "+"}
 _RIGHT, _LEFT = {"xytext": (8, 0), "ha": "left", "va": "center"}, {"xytext": (-8, 0), "ha": "right", "va": "center"}
 
 
@@ -31,6 +37,27 @@ def save(figure, slug, stand_in):
     content = io.BytesIO()
     figure.savefig(content, format="png")
     records.write_atomic(records.output() / "figures" / f"{slug}.png", content.getvalue())
+
+
+def player(animation, description):
+    """A matplotlib animation as HTML that plays without a network, from which matplotlib's player takes its icons.
+
+    Every frame is a picture of its own in the file, so it is kept small: at 80 dots an inch and in 64 colours.
+    `description` is what is read out, or shown, instead of the pictures.
+    """
+    with plt.rc_context({"savefig.dpi": 80}):
+        html = animation.to_jshtml(default_mode="loop").replace("<img ", f'<img alt="{description}" ', 1)
+    icons = "".join(f'.fa-{name}::before {{ content: "{icon}" }} ' for name, icon in _ICONS.items())
+    icons += ".fa { font-style: normal } .fa-flip-horizontal { display: inline-block; transform: scaleX(-1) }"
+    html = re.sub(r"<link[^>]*font-awesome[^>]*>", f"<style>{icons}</style>", html)
+    return HTML(re.sub(r"(?<=data:image/png;base64,)[^\"]*", _in_few_colors, html))
+
+
+def _in_few_colors(match):
+    """The picture in `match`, base64 over several lines of JavaScript, with 64 colours, on one line."""
+    content = io.BytesIO(base64.b64decode(match[0].replace("\\\n", "")))
+    Image.open(content).convert("RGB").quantize(64).save(smaller := io.BytesIO(), "PNG", optimize=True)
+    return base64.b64encode(smaller.getvalue()).decode()
 
 
 def images(pictures, titles=None, columns=10, axes=None, cmap="viridis"):

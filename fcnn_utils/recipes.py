@@ -9,31 +9,32 @@ from fcnn_utils.parameters import check_choice, check_number
 class Recipe:
     """How a network is trained.
 
-    optimizer: "sgd" (with Nesterov momentum if `momentum` > 0), "adam" or "rmsprop".
-    schedule: "constant", or "one_cycle": linear from 0 to `learning_rate` over the first `warmup` of all steps,
-        then down to 0 along half a cosine (after Smith & Topin 2018, arXiv 1708.07120); or "inverse_time":
-        `learning_rate` / (1 + `learning_rate` / `epochs` × step), the decay that tutorials of the time gave SGD.
-    cycles: how many times "one_cycle" is gone through, each in as many epochs; after each the network is as if trained
-        (a snapshot: Huang et al. 2017, arXiv 1704.00109).
-    clip_norm: largest norm of the gradient, all weights together; a longer one is shortened to it. 0: any.
-    weight_decay: share of each kernel, times the learning rate, that a step takes from it; biases and the batch norms'
-        scales keep theirs (decoupled, Loshchilov & Hutter 2017, arXiv 1711.05101).
-    label_smoothing: share of the target spread evenly over all classes.
-    distillation: share of the target that the teacher's probabilities for the same image have, at most 0.5; the rest is
-        the label's. As cross-entropy is linear in its target, this is the usual sum of two losses, at temperature 1
-        (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
-    flip, shift: augmentation: mirror half of the images, drawn anew each epoch, or "alternating", half of them in the
-        first epoch, the other half in the next, and so on (Jordan 2024, arXiv 2404.00498); move each by up to `shift`
-        pixels, the border filled with the mean colour.
-    balanced: whether every class is shown equally often: an epoch has as many images as ever, of the rarer classes some
-        several times, of the commoner ones not all.
-    precision: "float32", "mixed_bfloat16", or "auto": mixed_bfloat16 where the hardware computes in it.
-    train_on: "train", for settings that are being chosen: validated after each epoch on the validation images, never
-        tested unless their predictions are kept (`train`); or "all": both together, for settings that are chosen
-        already, tested once.
-    initialization, head_scale: how weights start, of a network that is built by its name (see `models.build`).
-    seed: used where none is given to `train`.
-    assumed: what the source of the recipe does not state and we chose.
+    Attributes:
+        optimizer: "sgd" (with Nesterov momentum if `momentum` > 0), "adam" or "rmsprop".
+        schedule: "constant", or "one_cycle": linear from 0 to `learning_rate` over the first `warmup` of all steps,
+            then down to 0 along half a cosine (after Smith & Topin 2018, arXiv 1708.07120); or "inverse_time":
+            `learning_rate` / (1 + `learning_rate` / `epochs` × step), the decay that tutorials of the time gave SGD.
+        cycles: how many times "one_cycle" is gone through, each in as many epochs; after each the network is as if
+            trained (a snapshot: Huang et al. 2017, arXiv 1704.00109).
+        clip_norm: largest norm of the gradient, all weights together; a longer one is shortened to it. 0: any.
+        weight_decay: share of each kernel, times the learning rate, that a step takes from it; biases and the batch
+            norms' scales keep theirs (decoupled, Loshchilov & Hutter 2017, arXiv 1711.05101).
+        label_smoothing: share of the target spread evenly over all classes.
+        distillation: share of the target that the teacher's probabilities for the same image have, at most 0.5; the
+            rest is the label's. As cross-entropy is linear in its target, this is the usual sum of two losses, at
+            temperature 1 (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
+        flip, shift: augmentation: mirror half of the images, drawn anew each epoch, or "alternating", half of them in
+            the first epoch, the other half in the next, and so on (Jordan 2024, arXiv 2404.00498); move each by up to
+            `shift` pixels, the border filled with the mean colour.
+        balanced: whether every class is shown equally often: an epoch has as many images as ever, of the rarer classes
+            some several times, of the commoner ones not all.
+        precision: "float32", "mixed_bfloat16", or "auto": mixed_bfloat16 where the hardware computes in it.
+        train_on: "train", for settings that are being chosen: validated after each epoch on the validation images,
+            never tested unless their predictions are kept (`train`); or "all": both together, for settings that are
+            chosen already, tested once.
+        initialization, head_scale: how weights start, of a network that is built by its name (see `models.build`).
+        seed: used where none is given to `train`.
+        assumed: what the source of the recipe does not state and we chose.
     """
 
     name: str

@@ -41,13 +41,11 @@ def step_parts(networks, split, recipe, scale, rounds=3):
 
     Returns:
         DataFrame, a row a network: images_per_second, of the whole training; ms, its time for an image, the shortest;
-        and of these ms
-            input: images scaled, mirrored and moved;
-            forward, backward: the convolutions; backward with the update of all weights;
-            normalisation: batch normalisations and ReLUs, forward and backward;
-            loop: the rest, which is everything around the steps (it may come out below 0, by noise);
-        macs, for an image forward; macs_per_second, in training, which takes three times those (but for the first
-        layer, which passes no gradient on: it is counted as if it did); others_cpu.
+        of these ms, input: images scaled, mirrored and moved; forward, backward: the convolutions, backward with the
+        update of all weights; normalisation: batch normalisations and ReLUs, forward and backward; loop: the rest,
+        which is everything around the steps (it may come out below 0, by noise); macs, for an image forward;
+        macs_per_second, in training, which takes three times those (but for the first layer, which passes no gradient
+        on: it is counted as if it did); others_cpu.
 
     Raises:
         ValueError: fewer images than a batch.

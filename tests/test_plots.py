@@ -1,10 +1,16 @@
 """Figures: `fcnn_utils.plots`. What is drawn is read back from the axes."""
 
+import base64
+import io
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import colors
+from matplotlib.animation import FuncAnimation
+from PIL import Image
 
 from fcnn_utils import plots
 
@@ -187,3 +193,18 @@ def test_roofline_has_a_mark_for_each_layer_under_its_roof():
     x, roof = ax.lines[0].get_data()
     assert roof.max() == pytest.approx(100) and np.interp(1.0, x, roof) == pytest.approx(10, rel=0.1)
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+
+
+def test_a_player_wants_nothing_from_the_network_and_shows_every_frame():
+    figure, ax = plt.subplots(figsize=(2, 2))
+    (line,) = ax.plot([0, 1], [0, 0], color="red", linewidth=20)
+    ax.set_ylim(-1, 3)
+    film = FuncAnimation(figure, lambda number: line.set_ydata([number, number]), frames=3)
+    html = plots.player(film, "a red line that rises").data
+    assert not re.findall(r"""(?:src|href)=["']?http""", html) and "font-awesome" not in html
+    assert html.count('alt="a red line that rises"') == 1
+    frames = [Image.open(io.BytesIO(base64.b64decode(text))) for text in re.findall(r'base64,([^"]+)"', html)]
+    assert [frame.size for frame in frames] == [(160, 160)] * 3
+    pixels = [np.asarray(frame.convert("RGB"), int) for frame in frames]
+    rows = [np.flatnonzero(((each - (255, 0, 0)) ** 2).sum(axis=-1).min(axis=1) < 500).mean() for each in pixels]
+    assert rows[0] > rows[1] + 10 > rows[2] + 20  # the line, higher from frame to frame

@@ -1,0 +1,212 @@
+"""Render the course: `make book` -> build/book/html, a site that needs no network, and build/book/course.pdf.
+
+The notebooks are rendered as they are committed; nothing is run. What they say once is collected here: what each wants
+to be known first into the map of the course, their symbols into a page of notation, their figures' captions into a list
+of figures and the images' alternative texts, their references into one bibliography. The interface comes from the
+docstrings of `fcnn_utils`.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nbformat
+
+import fcnn_utils
+from fcnn_utils import records
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+BUILD = ROOT / "build" / "book"
+SOURCE = BUILD / "source"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def main(formats=("html", "pdf")):
+    shutil.rmtree(BUILD, ignore_errors=True)
+    (SOURCE / "notebooks").mkdir(parents=True)
+    shutil.copytree(HERE / "static", SOURCE / "static")
+    for path in (HERE / "conf.py", HERE / "index.md"):
+        shutil.copy(path, SOURCE)
+    notebooks = {path.stem: nbformat.read(path, 4) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    draw_map(notebooks, SOURCE / "map.svg")
+    for page in (notation, figures, bibliography):
+        (SOURCE / f"{page.__name__}.md").write_text(page(notebooks))
+    (SOURCE / "interface.rst").write_text(interface())
+    for name, notebook in notebooks.items():
+        nbformat.write(for_sphinx(notebook), SOURCE / "notebooks" / f"{name}.ipynb")
+    if "html" in formats:
+        sphinx("html")
+    if "pdf" in formats:
+        sphinx("singlehtml")
+        print_pdf(BUILD / "singlehtml" / "index.html", BUILD / "course.pdf")
+
+
+def sphinx(builder):
+    command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-b", builder]
+    command += ["--warning-file", BUILD / "warnings.txt", "-d", BUILD / "doctrees", SOURCE, BUILD / builder]
+    run = subprocess.run(command, stderr=subprocess.DEVNULL)  # TensorFlow, imported for its docstrings, is noisy
+    if run.returncode:
+        sys.exit((BUILD / "warnings.txt").read_text())
+    print(f"{builder}: {records.shown(BUILD / builder / 'index.html')}", flush=True)
+
+
+def print_pdf(page, target):
+    """Print the page that holds everything, with every solution unfolded."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        print(f"no PDF: none of {', '.join(BROWSERS)} is installed")
+        return
+    page.write_text(page.read_text().replace("<details>", "<details open>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=100000", "--no-pdf-header-footer"]
+    command = [browser, *options, f"--print-to-pdf={target}", page.as_uri()]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    print(f"pdf: {records.shown(target)}")
+
+
+# --- what the notebooks say --------------------------------------------------------------------------------------
+
+
+def prose(notebook):
+    return "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def title(notebook):
+    return notebook.cells[0].source.splitlines()[0].removeprefix("# ")
+
+
+def known_first(notebook):
+    """Numbers of the notebooks that it wants to be known: those it links to, and those between in "[04](…)–[06](…)"."""
+    line = re.search(r"^\*\*Know first:\*\*(.*)$", prose(notebook), re.M)[1]
+    numbers = {int(number) for number in re.findall(r"\]\((\d\d)_", line)}
+    for first, last in re.findall(r"\[(\d\d)\]\([^)]*\)–\[(\d\d)\]", line):
+        numbers |= set(range(int(first), int(last)))
+    return sorted(numbers)
+
+
+def captions(notebook):
+    """(number, "01.1"; caption's first sentence) of each figure."""
+    for number, paragraph in re.findall(r"^\*\*Figure (\d\d\.\d+)\.\*\* (.+)$", prose(notebook), re.M):
+        yield number, re.split(r"(?<=[.!?)]) +(?=\*Notice|[A-Z(*])", paragraph)[0]
+
+
+def symbols(notebook):
+    """(symbol, meaning) of each row of its table of symbols."""
+    table = re.search(r"^\| symbol \| meaning \|\n\|[-|]+\|\n((?:\|.*\n?)+)", prose(notebook), re.M)
+    return [re.fullmatch(r"\| (.*?) \| (.*) \|", line).groups() for line in table[1].splitlines()] if table else []
+
+
+def references(notebook):
+    """The works that it lists, one text each."""
+    return re.findall(r"^- (.+)$", prose(notebook).split("## References")[1], re.M)
+
+
+# --- pages -------------------------------------------------------------------------------------------------------
+
+
+def draw_map(notebooks, target):
+    """The course as boxes, an arrow from each to those that want it to be known."""
+    columns = ((1, 2, 3, 9, None, 12), (None,) * 5 + (10,), (4, 5, 6, 7, 8, 11))
+    names = {int(name[:2]): title(notebook) for name, notebook in notebooks.items()}
+    places = {number: (x, -y) for x, column in enumerate(columns) for y, number in enumerate(column) if number in names}
+    before = {int(name[:2]): known_first(notebook) for name, notebook in notebooks.items()}
+    figure, ax = plt.subplots(figsize=(9, 6))
+    boxes = {}
+    for number, place in places.items():
+        color = "#dbe9f6" if number < 9 else "#fdebd3"
+        box = {"boxstyle": "round,pad=0.5", "facecolor": color, "edgecolor": "0.4"}
+        words = names[number].replace(" a trained", "\na trained")
+        boxes[number] = ax.text(*place, words, ha="center", va="center", bbox=box, fontsize=10)
+    for number, place in places.items():
+        for first in before[number]:
+            if any(first in before[between] for between in before[number]):
+                continue  # there is a longer way
+            patches = {"patchA": boxes[first].get_bbox_patch(), "patchB": boxes[number].get_bbox_patch()}
+            bend = {"connectionstyle": f"arc3,rad={-0.25 if place[0] > places[first][0] else 0}"}  # around 09
+            style = {"arrowstyle": "-|>", "color": "0.4", "shrinkA": 2, "shrinkB": 2, **bend, **patches}
+            ax.annotate("", place, places[first], arrowprops=style)
+    ax.set(xlim=(-0.6, 2.6), ylim=(-5.5, 0.5))
+    ax.axis("off")
+    figure.savefig(target, bbox_inches="tight", metadata={"Date": None})
+
+
+def link(name):
+    return f"[{name[:2]}](notebooks/{name}.ipynb)"
+
+
+def by_text(notebooks, found):
+    """Dict of each thing that `found` finds in the notebooks -> links to where it is."""
+    where = defaultdict(list)
+    for name, notebook in notebooks.items():
+        for thing in found(notebook):
+            where[thing].append(link(name))
+    return {thing: ", ".join(links) for thing, links in where.items()}
+
+
+def notation(notebooks):
+    rows = by_text(notebooks, symbols)
+    order = sorted(rows, key=lambda row: (re.sub(r"\\[a-z]+|[^A-Za-z]", "", row[0]).lower() or row[0], row[0]))
+    lines = [f"| {symbol} | {meaning} | {rows[symbol, meaning]} |" for symbol, meaning in order]
+    return "\n".join(["# Notation\n", "| symbol | meaning | in |", "|---|---|---|", *lines, ""])
+
+
+def figures(notebooks):
+    lines = ["# Figures\n"]
+    for notebook in notebooks.values():
+        lines += [f"**{title(notebook)}**\n"]
+        lines += [f"- [{number}](#{anchor(number)}) {sentence}" for number, sentence in captions(notebook)] + [""]
+    return "\n".join(lines)
+
+
+def bibliography(notebooks):
+    works = by_text(notebooks, references)
+    lines = [f"- {work} *In {works[work]}.*" for work in sorted(works, key=str.lower)]
+    return "\n".join(["# Bibliography\n", *lines, ""])
+
+
+def interface():
+    sections = [
+        f"{name}\n{'-' * len(name)}\n\n.. automodule:: fcnn_utils.{name}\n   :members:\n" for name in fcnn_utils.__all__
+    ]
+    return "\n".join(["Interface", "=========\n", *sections])
+
+
+def anchor(number):
+    return f"figure-{number.replace('.', '-')}"
+
+
+# --- notebooks for Sphinx ----------------------------------------------------------------------------------------
+
+
+def for_sphinx(notebook):
+    """The notebook with an anchor and an alternative text for each figure, and equations that Sphinx leaves alone."""
+    drawn = None
+    sentences = dict(captions(notebook))
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            drawn = cell if any("image/png" in output.get("data", {}) for output in cell.outputs) else drawn
+            continue
+        for number in re.findall(r"^\*\*Figure (\d\d\.\d+)\.\*\* ", cell.source, re.M):
+            drawn.metadata["mystnb"] = {"image": {"alt": plain(sentences[number])}}
+            label = f"**Figure {number}.**"
+            cell.source = cell.source.replace(label, f"({anchor(number)})=\n{label}")
+        cell.source = re.sub(r"\$\$(.+?)\$\$", _display, cell.source, flags=re.S)
+    return notebook
+
+
+def _display(match):
+    """A display with line breaks in it as an equation: Sphinx would split it, which a number by hand does not bear."""
+    equation = match[1].strip()
+    return f"\n\\begin{{equation*}}\n{equation}\n\\end{{equation*}}\n" if r"\\" in equation else match[0]
+
+
+def plain(text):
+    return re.sub(r"\[(.*?)\]\(.*?\)", r"\1", text).replace("*", "").replace("`", "").replace("$", "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The teaching document: `book/build.py`, and what it needs of the notebooks."""
+
+import importlib.util
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import nbformat
+import pytest
+
+from fcnn_utils import pipeline
+
+pytest.importorskip("myst_nb", reason="MyST-NB is not installed (requirements-book.txt)")
+_SPEC = importlib.util.spec_from_file_location("build", pipeline.ROOT / "book" / "build.py")
+build = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(build)
+
+NOTEBOOKS = {path.stem: nbformat.read(path, 4) for path in pipeline.notebooks().values()}
+
+
+@pytest.fixture(params=NOTEBOOKS)
+def notebook(request):
+    return NOTEBOOKS[request.param]
+
+
+# --- what the notebooks say --------------------------------------------------------------------------------------
+
+
+def test_figures_are_numbered_in_order_and_each_has_its_caption(notebook):
+    number = build.title(notebook)[:2]
+    numbers = [figure for figure, _ in build.captions(notebook)]
+    assert numbers == [f"{number}.{count}" for count in range(1, 1 + len(numbers))] and numbers
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    assert code.count("plots.save(") == len(numbers)
+
+
+def test_every_work_that_is_cited_is_listed(notebook):
+    """A citation is a year behind a name: "(Kruskal 1977)", "Kolda & Bader (2009)", "Guo et al. 2017"."""
+    text, works = build.prose(notebook).split("## References")[0], build.references(notebook)
+    cited = set(re.findall(r"([A-Z][\w\-’]+)(?: et al\.| & [A-Z][\w\-]+)?,? \(?((?:19|20)\d\d)\)?", text))
+    missing = {who for who in cited if not any(who[0] in work and who[1] in work for work in works)}
+    assert not missing, (missing, works)
+
+
+def test_a_work_is_listed_with_its_year_and_where_it_is_to_be_had(notebook):
+    for work in build.references(notebook):
+        assert re.search(r"\b(19|20)\d\d\b|https?://|thesis", work), work
+
+
+def test_a_solution_is_folded_and_closed(notebook):
+    text = build.prose(notebook)
+    assert text.count("<details><summary>") == text.count("</details>") >= 2
+
+
+def test_numbers_in_between_are_wanted_too():
+    cell = nbformat.v4.new_markdown_cell("**Know first:** a ([01](01_a.ipynb)), b ([04](04_b.ipynb)–[07](07_c.ipynb)).")
+    assert build.known_first(nbformat.v4.new_notebook(cells=[cell])) == [1, 4, 5, 6, 7]
+
+
+# --- the pages ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built from the committed notebooks; a warning of Sphinx's fails it."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("book")
+        patch.setattr(build, "BUILD", folder)
+        patch.setattr(build, "SOURCE", folder / "source")
+        build.main(["html"])
+        yield folder / "html"
+
+
+class Page(HTMLParser):
+    """What a page is made of: its links, ids, images without alternative text, and what it loads."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.ids, self.loads, self.mute = [], set(), [], []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.ids |= {values[key] for key in ("id", "name") if values.get(key)}
+        if tag == "a":
+            self.links.append(values.get("href") or "")
+        if tag in ("script", "img", "link", "iframe", "source"):
+            self.loads += [values[key] for key in ("src", "href") if values.get(key)]
+        if tag == "img" and not values.get("alt"):
+            self.mute.append(values.get("src"))
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    return {path: Page(path) for path in site.rglob("*.html")}
+
+
+def test_every_notebook_has_its_page_and_every_module_its_section(pages, site):
+    assert {f"notebooks/{name}.html" for name in NOTEBOOKS} <= {str(path.relative_to(site)) for path in pages}
+    assert {f"module-fcnn_utils.{name}" for name in build.fcnn_utils.__all__} <= pages[site / "interface.html"].ids
+
+
+def test_links_within_the_site_lead_somewhere(pages):
+    followed = 0
+    for path, page in pages.items():
+        for link in page.links:
+            target, _, place = unquote(link).partition("#")
+            if re.match(r"[a-z]+:", link):
+                continue
+            goal = (path.parent / target).resolve() if target else path
+            assert goal.exists(), (path.name, link)
+            assert not place or goal.suffix != ".html" or place in pages[goal].ids, (path.name, link)
+            followed += 1
+    assert followed > 500
+
+
+def test_nothing_is_loaded_from_elsewhere(pages, site):
+    for path, page in pages.items():
+        assert not [load for load in page.loads if re.match(r"(https?:)?//", load)], path.name
+    for path in [*site.rglob("*.css"), *pages]:
+        assert not re.search(r"@import[^;]*http|url\(['\"]?(https?:)?//", path.read_text()), path.name
+
+
+def test_every_image_can_be_read_out(pages):
+    assert not {path.name: page.mute for path, page in pages.items() if page.mute}
+
+
+def test_every_figure_is_in_the_list_of_figures(pages, site):
+    listed = pages[site / "figures.html"].links
+    numbers = [number for notebook in NOTEBOOKS.values() for number, _ in build.captions(notebook)]
+    assert len(numbers) > 40
+    for number in numbers:
+        assert any(link.endswith(f"#{build.anchor(number)}") for link in listed), number
+
+
+def test_a_page_has_its_equations_and_figures(site):
+    text = Path(site / "notebooks" / "01_low_rank_and_cp.html").read_text()
+    assert r"\tag{1.1}" in text and r"\begin{split}" not in text and "MathJax" in text + "mathjax/tex-chtml.js"
+    assert (site / "_static" / "mathjax" / "tex-chtml.js").exists()

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import re
 
 import matplotlib.pyplot as plt
@@ -36,6 +37,31 @@ def texts(axes):
 def test_every_network_has_a_color_and_a_marker_of_its_own():
     assert list(plots.COLORS) == list(plots.MARKERS) == NAMES
     assert len({colors.to_hex(color) for color in plots.COLORS.values()}) == len(set(plots.MARKERS.values())) == 6
+
+
+# What a linear RGB colour looks like to those who lack one kind of cone (Machado, Oliveira & Fernandes 2009).
+SEEN = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+def lab(rgb):
+    """CIELAB (L, a, b) of linear RGB, in which a distance of 2 is just seen."""
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(to_xyz @ rgb / to_xyz.sum(axis=1))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("lacking", SEEN)
+def test_the_networks_colors_are_told_apart_by_the_color_blind(lacking):
+    linear = ((np.array(list(plots.COLORS.values())) + 0.055) / 1.055) ** 2.4
+    seen = [lab(np.clip(np.array(SEEN[lacking]) @ color, 0, 1)) for color in linear]
+    distances = [np.linalg.norm(one - other) for one, other in itertools.combinations(seen, 2)]
+    assert min(distances) > 10
+    red, green = [lab(np.array(SEEN["deuteranopia"]) @ color) for color in ([0.3, 0, 0], [0, 0.11, 0])]
+    assert np.linalg.norm(red - green) < 15 < np.linalg.norm(lab([0.3, 0, 0]) - lab([0, 0.11, 0]))  # it can fail
 
 
 def test_setup_sets_the_style_and_the_seed(capsys):

@@ -199,7 +199,8 @@ def topological(x, filters, kernel_size, grid, neighbourhood, **options):
 
     The channels are laid out on a grid that wraps around, (d1, d2) with d1 d2 = S = T; an output channel reads the
     `neighbourhood` (c1, c2) of input channels from its own place on: c1 c2 weights instead of S. Built as a selection
-    of channels and a grouped 1×1 convolution.
+    of channels, c1 c2 for each output, and a depthwise layer over these: a grouped 1×1 convolution of T groups is the
+    same, and many times slower, its gradient above all. The image must have a fixed size.
     """
     o = _Options(kernel_size, **options)
     _check_same("topological subdivisioning", o)
@@ -214,8 +215,17 @@ def topological(x, filters, kernel_size, grid, neighbourhood, **options):
             raise ValueError(
                 f"topological subdivisioning keeps the number of channels; got {x.shape[-1]} in, {filters} out"
             )
-        x = keras.ops.take(_residual_depthwise(x, o), neighbours(grid, neighbourhood).ravel(), axis=-1)  # (…, T c1 c2)
-        return o.convolution("out", filters, strides=o.strides, groups=filters, last=True)(x)
+        if None in x.shape[1:3]:
+            raise ValueError(f"topological subdivisioning wants an image of a fixed size; got {x.shape[1:3]}")
+        x = _residual_depthwise(x, o)
+        if max(o.strides) > 1:
+            x = o.layer(layers.MaxPooling2D, "stride", 1, o.strides, data_format="channels_last")(x)
+        height, width = x.shape[1:3]
+        reads = neighbours(grid, neighbourhood).T  # (c1 c2, T)
+        x = keras.ops.take(x, reads.ravel(), axis=-1)  # (N, H, W, c1 c2 T)
+        x = o.layer(layers.Reshape, "read", (height * width, *reads.shape))(x)
+        x = o.depthwise("out", (1, len(reads)), last=True)(x)  # (N, H W, 1, T)
+        return o.layer(layers.Reshape, "image", (height, width, filters))(x)
 
     return _applied(chain, x, filters, o)
 

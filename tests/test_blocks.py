@@ -97,6 +97,8 @@ def test_what_a_block_can_not_do_is_refused_with_the_reason():
         blocks.topological((8, 8, 6), 6, 3, (2, 3), (3, 1))
     with pytest.raises(ValueError, match="keeps the number of channels; got 5 in, 6 out"):
         blocks.topological((8, 8, 5), 6, 3, (2, 3), (1, 1))
+    with pytest.raises(ValueError, match=r"wants an image of a fixed size; got \(None, 8\)"):
+        blocks.topological((None, 8, 6), 6, 3, (2, 3), (1, 1))
     with pytest.raises(ValueError, match="wants images that 3×3 cells divide"):
         blocks.spatial_bottleneck((8, 9, 6), 4, 3)
     with pytest.raises(ValueError, match="has strides and dilation 1"):
@@ -220,16 +222,25 @@ def test_topological_subdivisioning_connects_neighbours_only():
     """The 1×1 kernel by hand: output (a, b) of the 2×3 grid reads inputs (a..a+1, b..b+1), wrapping around."""
     model = blocks.topological((5, 4, 6), 6, 1, (2, 3), (2, 2), activation="relu")
     model.set_weights([random(*weight.shape, seed=3) for weight in model.weights])
-    depthwise, grouped, bias = model.get_weights()  # (1, 1, 6, 1), (1, 1, 4, 6), (6,)
+    depthwise, reading, bias = model.get_weights()  # (1, 1, 6, 1), (1, 4, 6, 1), (6,)
     kernel = np.zeros((6, 6), "float32")
     for a in range(2):
         for b in range(3):
             for number, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
-                kernel[3 * ((a + i) % 2) + (b + j) % 3, 3 * a + b] += grouped[0, 0, number, 3 * a + b]
+                kernel[3 * ((a + i) % 2) + (b + j) % 3, 3 * a + b] += reading[0, number, 3 * a + b, 0]
     x = random(2, 5, 4, 6)
     expected = np.maximum((x * (1 + depthwise[0, 0, :, 0])) @ kernel + bias, 0)
     assert np.allclose(model(x), expected, atol=1e-5)
     assert cost.totals(model)["macs"] == 5 * 4 * (6 + 4 * 6)
+
+
+@pytest.mark.parametrize("strides", [(2, 2), (1, 2)])
+def test_a_stride_of_topological_subdivisioning_leaves_out_positions(strides):
+    whole, strided = (blocks.topological((5, 4, 6), 6, 3, (2, 3), (2, 2), strides=step) for step in (1, strides))
+    whole.set_weights([random(*weight.shape, seed=3) for weight in whole.weights])
+    strided.set_weights(whole.get_weights())
+    x = random(2, 5, 4, 6)
+    assert np.allclose(strided(x), whole(x)[:, :: strides[0], :: strides[1]], atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel_size", [(2, 2), (2, 3)])

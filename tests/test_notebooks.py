@@ -126,6 +126,11 @@ def test_smoke_series_leaves_records_and_figures(series):
     assert (series / "results" / "standin-100" / "simple-narrow-cp-4.5x" / "tune-batchsize32" / "seed0.json").exists()
     assert len(list(series.glob("results/standin-100/deeper_*/faster-*trainontrain/seed*.predictions.npz"))) >= 7
     assert len(list(series.glob("results/greystandin/*/medical-epochs1*/seed0.predictions.npz"))) == 2
+    cited = ("simple_cp", "wrn-16-2", "inception", "xception", "wang")
+    assert all(
+        (series / f"results/standin-100/{name}/faster-batchsize32-epochs1/seed0.json").exists() for name in cited
+    )
+    assert len(list(series.glob("results/standin-100/deeper_*/long-batchsize32-epochs*/seed0.json"))) >= 3
     assert (series / "results" / "speed.json").exists()
     assert len(list(series.glob("figures/*.png"))) >= 15
 

@@ -63,6 +63,28 @@ def test_compression_table(title, name, recipe, monkeypatch, tmp_path):
     assert row[4:] == (expected if name != "dense" else [text.split(",")[0] for text in expected])
 
 
+def test_the_longer_trainings_in_the_text(monkeypatch, tmp_path):
+    monkeypatch.setenv("FCNN_OUTPUT", str(tmp_path))
+
+    def run(name, recipe):
+        return records.lookup("cifar100", name, recipe, 0)[0]
+
+    def top1(record):
+        return f"{100 * record['test']['top1']:.1f}"
+
+    dense, separable = (run(f"deeper_{kind}-width0.3333", "long") for kind in ("dense", "separable"))
+    whole, text = run("deeper_separable", "faster"), " ".join(README.split())
+    assert len(dense["epochs"]) == len(separable["epochs"]) == 20 and len(whole["epochs"]) == 5
+    assert f"`deeper_dense` is at {top1(dense)}, as the simple network is after five" in text
+    assert f"and `deeper_separable` at {top1(separable)}, above its whole self" in text
+    assert (
+        separable["test"]["top1"] > whole["test"]["top1"] and 0.4 < separable["macs"] * 20 / (whole["macs"] * 5) < 0.5
+    )
+    assert 7.5 < whole["macs"] / separable["macs"] < 8.5  # "an eighth"
+    inception, xception = (top1(run(name, "faster")) for name in ("inception", "xception"))
+    assert f"an Inception-style one is at {inception} after five epochs, an Xception-style one at {xception}." in text
+
+
 @pytest.mark.skipif(cifar100.find() is None, reason="CIFAR-100 is not on this machine")
 def test_the_ensembles_in_the_text(monkeypatch, tmp_path):
     """Single networks are means over the committed runs; votes are of what the networks said of each test image."""

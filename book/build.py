@@ -164,8 +164,14 @@ def figures(notebooks):
 
 def bibliography(notebooks):
     works = by_text(notebooks, references)
-    lines = [f"- {work} *In {works[work]}.*" for work in sorted(works, key=str.lower)]
+    lines = [f"- {work} *In {works[work]}.*" for work in sorted(works, key=_family_name)]
     return "\n".join(["# Bibliography\n", *lines, ""])
+
+
+def _family_name(work):
+    """What a work is sorted by: "R. A. Harshman (1970). …" by Harshman."""
+    first = re.split(r",| \(|\. \*| et al\.", work.lstrip("["))[0]
+    return re.sub(r"^(\w\.[ -]?)+", "", first).lower(), work
 
 
 def interface():

@@ -64,7 +64,7 @@ def wide_resnet(x, make, depth, width):
         for block in range(1, (depth - 4) // 6 + 1):
             name, strides = f"group{group}_block{block}", stride if block == 1 else 1
             y = make.norm(x, f"{name}_1")
-            if block == 1:
+            if strides > 1 or x.shape[-1] != make.filters(width * base):
                 x = make.conv(y, width * base, 1, f"{name}_shortcut", strides)
             y = make.conv(y, width * base, 3, f"{name}_conv1", strides)
             y = make.conv(make.norm(y, f"{name}_2"), width * base, 3, f"{name}_conv2")

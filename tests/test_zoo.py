@@ -65,8 +65,9 @@ def test_the_macs_of_resnet18_by_hand():
 
 
 def test_the_parameters_of_a_wide_residual_network_by_hand():
-    """WRN-10-1: one block a group; kernels 3×3, shortcuts 1×1, two or more batch norms of four values a channel."""
-    kernels = 9 * 3 * 16 + 16 * 16 + 2 * 9 * 16 * 16  # first convolution, first group
+    """WRN-10-1: one block a group; kernels 3×3, two or more batch norms of four values a channel; shortcuts 1×1, but in
+    the first group, whose filters are as many as the first convolution's."""
+    kernels = 9 * 3 * 16 + 2 * 9 * 16 * 16  # first convolution, first group
     kernels += 16 * 32 + 9 * 16 * 32 + 9 * 32 * 32 + 32 * 64 + 9 * 32 * 64 + 9 * 64 * 64
     norms = 4 * (16 + 16 + 16 + 32 + 32 + 64 + 64)
     assert models.build("wrn-10-1").count_params() == kernels + norms + 64 * 100 + 100

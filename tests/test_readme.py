@@ -76,10 +76,9 @@ def test_the_longer_trainings_in_the_text(monkeypatch, tmp_path):
     whole, text = run("deeper_separable", "faster"), " ".join(README.split())
     assert len(dense["epochs"]) == len(separable["epochs"]) == 20 and len(whole["epochs"]) == 5
     assert f"`deeper_dense` is at {top1(dense)}, as the simple network is after five" in text
-    assert f"and `deeper_separable` at {top1(separable)}, above its whole self" in text
-    assert (
-        separable["test"]["top1"] > whole["test"]["top1"] and 0.4 < separable["macs"] * 20 / (whole["macs"] * 5) < 0.5
-    )
+    assert f"and `deeper_separable` at {top1(separable)}, level with its whole self" in text
+    assert abs(separable["test"]["top1"] - whole["test"]["top1"]) < 0.01
+    assert 0.4 < separable["macs"] * 20 / (whole["macs"] * 5) < 0.5  # "less than half"
     assert 7.5 < whole["macs"] / separable["macs"] < 8.5  # "an eighth"
     inception, xception = (top1(run(name, "faster")) for name in ("inception", "xception"))
     assert f"an Inception-style one is at {inception} after five epochs, an Xception-style one at {xception}." in text

@@ -17,11 +17,10 @@ import matplotlib.pyplot as plt
 import nbformat
 
 import fcnn_utils
-from fcnn_utils import records
+from fcnn_utils import pipeline, records
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-BUILD = ROOT / "build" / "book"
+BUILD = records.ROOT / "build" / "book"
 SOURCE = BUILD / "source"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -32,7 +31,7 @@ def main(formats=("html", "pdf")):
     shutil.copytree(HERE / "static", SOURCE / "static")
     for path in (HERE / "conf.py", HERE / "index.md"):
         shutil.copy(path, SOURCE)
-    notebooks = {path.stem: nbformat.read(path, 4) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    notebooks = {path.stem: nbformat.read(path, 4) for path in pipeline.notebooks().values()}
     draw_map(notebooks, SOURCE / "map.svg")
     for page in (notation, figures, bibliography):
         (SOURCE / f"{page.__name__}.md").write_text(page(notebooks))

@@ -365,11 +365,11 @@ class _Options:
             **(self._common(part, last) | arguments),
         )
 
-    def column(self, filters, last=False):
+    def column(self, filters):
         """kh×1, with the stride and the dilation along the height."""
         (kh, _), (sh, _), (dh, _) = self.kernel_size, self.strides, self.dilation_rate
         along = {"strides": (sh, 1), "dilation_rate": (dh, 1), "padding": self.padding}
-        return self.convolution("column", filters, (kh, 1), last=last, **along)
+        return self.convolution("column", filters, (kh, 1), **along)
 
     def row(self, filters, last=False):
         """1×kw, with the stride and the dilation along the width."""

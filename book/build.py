@@ -22,6 +22,7 @@ from fcnn_utils import pipeline, records
 HERE = Path(__file__).resolve().parent
 BUILD = records.ROOT / "build" / "book"
 SOURCE = BUILD / "source"
+MENTION = r"(?<!\*\*)Figure (\d\d\.\d+)"  # of a figure in the text; its caption is bold
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -61,7 +62,8 @@ def print_pdf(page, target):
         print(f"no PDF: none of {', '.join(BROWSERS)} is installed")
         return
     page.write_text(page.read_text().replace("<details>", "<details open>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=100000", "--no-pdf-header-footer"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=100000"]
+    options += ["--no-pdf-header-footer", "--generate-pdf-document-outline"]
     command = [browser, *options, f"--print-to-pdf={target}", page.as_uri()]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     print(f"pdf: {records.shown(target)}")
@@ -188,9 +190,14 @@ def anchor(number):
 
 
 def for_sphinx(notebook):
-    """The notebook with an anchor and an alternative text for each figure, and equations that Sphinx leaves alone."""
+    """The notebook for the reader of a page.
+
+    Each figure has an anchor, to which its mentions lead, and an alternative text; equations are left alone by Sphinx;
+    the cell for Colab is left out.
+    """
     drawn = None
     sentences = dict(captions(notebook))
+    notebook.cells = [cell for cell in notebook.cells if "colab" not in cell.metadata.get("tags", [])]
     for cell in notebook.cells:
         if cell.cell_type == "code":
             drawn = cell if any("image/png" in output.get("data", {}) for output in cell.outputs) else drawn
@@ -199,6 +206,7 @@ def for_sphinx(notebook):
             drawn.metadata["mystnb"] = {"image": {"alt": plain(sentences[number])}}
             label = f"**Figure {number}.**"
             cell.source = cell.source.replace(label, f"({anchor(number)})=\n{label}")
+        cell.source = re.sub(MENTION, lambda found: f"[{found[0]}](#{anchor(found[1])})", cell.source)
         cell.source = re.sub(r"\$\$(.+?)\$\$", _display, cell.source, flags=re.S)
     return notebook
 

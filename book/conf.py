@@ -19,9 +19,22 @@ myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "code"  # as docstrings use `it`
 
+
+def setup(app):
+    app.connect("autodoc-process-docstring", _examples, priority=400)  # before napoleon
+
+
+def _examples(app, what, name, obj, options, lines):
+    """An indented block behind a blank line is code, a formula or a table, and stays as it is."""
+    for number in range(len(lines) - 2, 0, -1):
+        if lines[number - 1][:1].strip() and not lines[number] and lines[number + 1].startswith("    "):
+            lines[number:number] = ["", "::"]
+
+
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_google_docstring = True
+napoleon_use_ivar = True
 napoleon_numpy_docstring = False
 
 html_theme = "furo"

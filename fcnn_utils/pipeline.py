@@ -105,8 +105,9 @@ _STAND_IN_NOTICE = (
 
 
 def source_hash(notebook):
-    """SHA-256 of a notebook's code: outputs, prose and metadata do not count."""
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    """SHA-256 of a notebook's code: outputs, prose, metadata and the cell for Colab do not count."""
+    cells = [cell for cell in notebook.cells if "colab" not in cell.metadata.get("tags", [])]
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
     return hashlib.sha256("\x00".join(code).encode()).hexdigest()
 
 

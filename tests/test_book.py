@@ -34,6 +34,11 @@ def test_figures_are_numbered_in_order_and_each_has_its_caption(notebook):
     assert code.count("plots.save(") == len(numbers)
 
 
+def test_the_text_speaks_of_every_figure(notebook):
+    mentioned = set(re.findall(build.MENTION, build.prose(notebook)))
+    assert {number for number, _ in build.captions(notebook)} <= mentioned
+
+
 def citations(notebook):
     """(name, year) of each: a citation is a year behind a name, "(Kruskal 1977)", "Kolda & Bader (2009)"."""
     text = build.prose(notebook).split("## References")[0]

@@ -1,6 +1,8 @@
 """The notebooks: their form, their committed outputs, and the whole smoke series with every folded solution."""
 
 import re
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -52,6 +54,41 @@ def test_links_lead_somewhere(notebook):
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     for target in re.findall(r"\]\(([^)#:\s]+)\)", prose):
         assert (pipeline.NOTEBOOKS / target).exists(), target
+
+
+_COLAB = """
+import sys, types
+from IPython.core.interactiveshell import InteractiveShell
+
+sys.modules["google.colab"] = types.ModuleType("google.colab")
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in str(finder)]  # the course is not here
+InteractiveShell.instance().run_cell(sys.argv[1]).raise_error()
+import fcnn_utils.records
+
+print(fcnn_utils.records.ROOT)
+"""
+
+
+def colab(source, folder):
+    """What the cell for Colab leads to in an empty folder of that place: where the package is, or the error."""
+    run = subprocess.run([sys.executable, "-c", _COLAB, source], cwd=folder, capture_output=True, text=True)
+    return (run.stdout + run.stderr).strip().splitlines()[-1]
+
+
+def test_the_cell_for_colab_is_the_same_everywhere(notebook):
+    (cell,), (first,) = (tagged(one, "colab") for one in (notebook, nbformat.read(PATHS[0], 4)))
+    assert cell.source == first.source
+
+
+def test_on_colab_the_course_is_fetched(tmp_path):
+    if not (pipeline.ROOT / ".git").exists():
+        pytest.skip("this is no repository to fetch the course from")
+    (cell,) = tagged(nbformat.read(PATHS[0], 4), "colab")
+    blank = re.sub(r'COURSE = ".*?"', 'COURSE = ""', cell.source)
+    assert "COURSE must be the address of the course's repository" in colab(blank, tmp_path)
+    given = blank.replace('COURSE = ""', f'COURSE = "{pipeline.ROOT.as_uri()}"')
+    assert colab(given, tmp_path) == str(tmp_path / "course")
+    assert colab(given, tmp_path) == str(tmp_path / "course")  # where it is already
 
 
 # --- committed outputs -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from PIL import Image
 from fcnn_utils import machine, models, records
 
 PALETTE = sns.color_palette("colorblind")
-COLORS = dict(zip(models.TITLES, PALETTE, strict=False))
+COLORS = dict(zip(models.TITLES, [*PALETTE[:5], PALETTE[9]], strict=True))
 MARKERS = dict(zip(models.TITLES, "os^pDP", strict=True))
 _GREY = "0.45"
 _ICONS = {"minus": "−", "fast-backward": "«", "step-backward": "‹", "play": "▶", "pause": "❚❚"}
@@ -96,7 +96,7 @@ def cost_by_layer(costs, title="", axes=None):
     axes.invert_yaxis()
     axes.set(xlabel="share of the network (%)", title=title)
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)  # clear of the bars
     return axes
 
 

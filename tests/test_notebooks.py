@@ -106,10 +106,11 @@ def test_outputs_are_those_of_one_clean_run(notebook):
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
 
 
-def test_figures_are_there(notebook):
-    code = "\n".join(cell.source for cell in code_of(notebook))
-    for slug in re.findall(r'plots\.save\(.*?"(\d\d_\w+)"', code):
-        assert (pipeline.ROOT / "figures" / f"{slug}.png").exists(), slug
+def test_figures_are_there_and_shown_by_the_cell_that_saves_them(notebook):
+    for cell in code_of(notebook):
+        for slug in re.findall(r'plots\.save\(.*?"(\d\d_\w+)"', cell.source):
+            assert (pipeline.ROOT / "figures" / f"{slug}.png").exists(), slug
+            assert any("image/png" in output.get("data", {}) for output in cell.outputs), slug
 
 
 def test_changed_code_is_noticed(notebook):

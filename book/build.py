@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
@@ -150,36 +151,54 @@ def by_text(notebooks, found):
 
 def notation(notebooks):
     rows = by_text(notebooks, symbols)
-    order = sorted(rows, key=lambda row: (re.sub(r"\\[a-z]+|[^A-Za-z]", "", row[0]).lower() or row[0], row[0]))
-    lines = [f"| {symbol} | {meaning} | {rows[symbol, meaning]} |" for symbol, meaning in order]
-    return "\n".join(["# Notation\n", "| symbol | meaning | in |", "|---|---|---|", *lines, ""])
+    order = sorted(rows, key=lambda row: (_spelled(row[0]), row[0]))
+    lines = [f"| {symbol} | {meaning} *({rows[symbol, meaning]})* |" for symbol, meaning in order]
+    return "\n".join(["# Notation\n", "| symbol | meaning |", "|---|---|", *lines, ""])
+
+
+def _spelled(symbol):
+    """What a symbol is sorted by: its letters, a Greek one by its name; what has none comes last."""
+    greek = re.sub(r"\\(?:var)?(epsilon|gamma|mu|pi|rho|sigma|beta)", r"\1", symbol, flags=re.I)
+    return re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", greek).lower() or "~"
 
 
 def figures(notebooks):
     lines = ["# Figures\n"]
     for notebook in notebooks.values():
-        lines += [f"**{title(notebook)}**\n"]
+        lines += [f"## {title(notebook)}\n"]
         lines += [f"- [{number}](#{anchor(number)}) {sentence}" for number, sentence in captions(notebook)] + [""]
     return "\n".join(lines)
 
 
 def bibliography(notebooks):
     works = by_text(notebooks, references)
-    lines = [f"- {work} *In {works[work]}.*" for work in sorted(works, key=_family_name)]
+    lines = [f"- {linked(work)} *In {works[work]}.*" for work in sorted(works, key=_family_name)]
     return "\n".join(["# Bibliography\n", *lines, ""])
 
 
+def linked(work):
+    """A reference whose identifiers are links."""
+    work = re.sub(r"\barXiv:((?:math/)?[\d.]*\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", work)
+    return re.sub(r"\bdoi:(10\.\S+?)(?=[.,;]*(?:\s|$))", _doi, work)
+
+
+def _doi(match):
+    address = match[1].replace("<", "%3C").replace(">", "%3E")
+    return f"[doi:{match[1]}](https://doi.org/{address})"
+
+
 def _family_name(work):
-    """What a work is sorted by: "R. A. Harshman (1970). …" by Harshman."""
+    """What a work is sorted by: "R. A. Harshman (1970). …" by Harshman, "J. Håstad …" as if it were Hastad."""
     first = re.split(r",| \(|\. \*| et al\.", work.lstrip("["))[0]
-    return re.sub(r"^(\w\.[ -]?)+", "", first).lower(), work
+    first = unicodedata.normalize("NFKD", re.sub(r"^(\w\.[ -]?)+", "", first))
+    return first.encode("ascii", "ignore").decode().lower(), work
 
 
 def interface():
     sections = [
         f"{name}\n{'-' * len(name)}\n\n.. automodule:: fcnn_utils.{name}\n   :members:\n" for name in fcnn_utils.__all__
     ]
-    return "\n".join(["Interface", "=========\n", *sections])
+    return "\n".join(["Interface", "=========\n", ".. automodule:: fcnn_utils\n", *sections])
 
 
 def anchor(number):
@@ -190,11 +209,7 @@ def anchor(number):
 
 
 def for_sphinx(notebook):
-    """The notebook for the reader of a page.
-
-    Each figure has an anchor, to which its mentions lead, and an alternative text; equations are left alone by Sphinx;
-    the cell for Colab is left out.
-    """
+    """The notebook for the reader of a page: without the cell for Colab, each figure with an anchor and an alt text."""
     drawn = None
     sentences = dict(captions(notebook))
     notebook.cells = [cell for cell in notebook.cells if "colab" not in cell.metadata.get("tags", [])]
@@ -206,13 +221,24 @@ def for_sphinx(notebook):
             drawn.metadata["mystnb"] = {"image": {"alt": plain(sentences[number])}}
             label = f"**Figure {number}.**"
             cell.source = cell.source.replace(label, f"({anchor(number)})=\n{label}")
-        cell.source = re.sub(MENTION, lambda found: f"[{found[0]}](#{anchor(found[1])})", cell.source)
-        cell.source = re.sub(r"\$\$(.+?)\$\$", _display, cell.source, flags=re.S)
+        cell.source = for_page(cell.source)
     return notebook
 
 
+def for_page(text):
+    """Markdown of a notebook for a page.
+
+    Mentions of figures and identifiers of works are links; a display with line breaks is an equation, which Sphinx
+    leaves alone, as it must one that is numbered by hand; and no line begins with the full stop behind a formula.
+    """
+    text = re.sub(MENTION, lambda found: f"[{found[0]}](#{anchor(found[1])})", text)
+    text = re.sub(r"\$\$(.+?)\$\$", _display, text, flags=re.S)
+    text = re.sub(r"((?<![$\\])\$[^$\n]+\$)(?=[.,;:)])", "\\1\N{WORD JOINER}", text)
+    before, heading, works = text.partition("## References")
+    return before + heading + "\n".join(map(linked, works.split("\n")))
+
+
 def _display(match):
-    """A display with line breaks in it as an equation: Sphinx would split it, which a number by hand does not bear."""
     equation = match[1].strip()
     return f"\n\\begin{{equation*}}\n{equation}\n\\end{{equation*}}\n" if r"\\" in equation else match[0]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import fcnn_utils
 from fcnn_utils import cifar100, cost, data, ensembles, medmnist, metrics, models, predictions, records, thesis
 
 README = (records.ROOT / "README.md").read_text()
@@ -130,6 +131,24 @@ def test_the_controls_in_the_text():
     longer, thin, scratch = (np.mean(runs_of(*run)) for run in runs)
     assert f"after two epochs the dense network is at {longer:.1f}" in text
     assert f"4.5 times fewer MACs reaches {thin:.1f}, the factorized one {scratch:.1f}" in text
+
+
+def test_what_came_out_is_what_the_tables_say():
+    row = {row[0]: row[1:] for row in ROWS}
+    best, simple, dense = (row[name] for name in ("deeper, separable", "simple", "deeper, dense"))
+    lead = float(best[5]) - float(simple[5])
+    assert round(lead) == 3 and round(float(dense[5]) - float(simple[5])) == 2  # "three points"; two are the plan's
+    assert round(5 * float(best[2])) == 4  # "in four fifths of its time"
+    compressed, text = row["CP, 4.5 times fewer MACs"], " ".join(README.split())
+    faster = re.search(r"ms, (.*)×", compressed[3])[1]
+    lost = float(row["dense"][2]) - float(compressed[2])
+    assert f"4.5 times fewer MACs answers one image {faster} times as fast in ONNX Runtime" in text
+    assert f"and loses {lost:.1f} points" in text
+
+
+def test_every_module_is_in_the_docstring_of_the_package():
+    for name in fcnn_utils.__all__:
+        assert re.search(rf"^    (\w+, )*{name}\b", fcnn_utils.__doc__, re.M), name
 
 
 def test_links_lead_somewhere():

@@ -13,7 +13,8 @@ run: $(VENV)/ready
 test: $(VENV)/ready
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest -m timed $(ARGS) || test $$? = 5  # 5: ARGS names none of these
-	$(VENV)/bin/python -m pytest -m "not timed" --numprocesses=logical --maxprocesses=4 --dist=loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not timed" --numprocesses=logical --maxprocesses=4 --dist=loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 lab: $(VENV)/ready
 	$(VENV)/bin/jupyter lab notebooks

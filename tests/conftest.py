@@ -9,3 +9,8 @@ def output(tmp_path, monkeypatch):
     folder = tmp_path / "out"
     monkeypatch.setenv("FCNN_OUTPUT", str(folder))
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """The notebooks first: they take longest, and the other processors do the rest beside them."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")

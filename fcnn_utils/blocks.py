@@ -13,7 +13,10 @@ a tuple. Bias and activation are the last layer's. Images are channels-last.
 
 **Strides.** A stride sits in the layer that moves along its axis, so that `same` padding falls where the dense layer's
 does. A depthwise layer wants equal strides (TensorFlow): it takes their greatest common divisor and the last 1×1 layer
-the rest; the padding, which must be that of the whole stride, is then a layer of its own.
+the rest. The padding, which must be that of the whole stride, is then a layer of its own, and the image must have a
+fixed size. `cp4` pads so at every stride but 1.
+
+**Errors.** Every block raises ValueError where a rank, or the value of an option, is not as above.
 """
 
 import dataclasses
@@ -119,6 +122,9 @@ def weights(decomposition, bias=None):
 
     Returns:
         list of arrays, in the order of the layers.
+
+    Raises:
+        ValueError: the bias has not the shape (T,).
     """
     factors = decomposition.factors
     kh, kw, channels, filters = decomposition.shape
@@ -150,6 +156,12 @@ def factorized(x, decomposition, bias=None, **options):
         decomposition: from `decompose`.
         bias: (T,) or None.
         options: as of all blocks, but for `use_bias`, which the bias tells.
+
+    Returns:
+        Keras tensor (N, H', W', T), or a keras.Model where `x` is a shape.
+
+    Raises:
+        ValueError: `x` has not S channels, the bias not the shape (T,), or an option's value is not allowed.
     """
     kh, kw, channels, filters = decomposition.shape
     shape = tuple(x) if isinstance(x, (tuple, list)) else tuple(x.shape)
@@ -165,7 +177,7 @@ def factorized(x, decomposition, bias=None, **options):
 
 
 def bottleneck(x, filters, kernel_size, width, inner_activation="relu", **options):
-    """1×1 S→width, kh×kw width→width, 1×1 width→T, with an activation between (He et al. 2016, arXiv 1512.03385).
+    """1×1 S→width, kh×kw width→width, 1×1 width→T, with an activation between (He et al. 2015, arXiv 1512.03385).
 
     With `inner_activation=None` it is linear: a Tucker-2 of ranks (width, width).
     """
@@ -183,7 +195,10 @@ def bottleneck(x, filters, kernel_size, width, inner_activation="relu", **option
 def single_intra_channel(x, filters, kernel_size, **options):
     """kh×kw depthwise plus the identity, then 1×1 to T: y = P (x + D ∗ x) (Wang et al. 2017, arXiv 1608.04337).
 
-    The sum wants `same` padding; strides are the 1×1 layer's.
+    Strides are the 1×1 layer's.
+
+    Raises:
+        ValueError: the padding is not "same", which the sum needs.
     """
     o = _Options(kernel_size, **options)
     _check_same("single intra-channel convolution", o)
@@ -197,10 +212,22 @@ def single_intra_channel(x, filters, kernel_size, **options):
 def topological(x, filters, kernel_size, grid, neighbourhood, **options):
     """Single intra-channel convolution whose 1×1 layer connects neighbours only (Wang et al. 2017, arXiv 1608.04337).
 
-    The channels are laid out on a grid that wraps around, (d1, d2) with d1 d2 = S = T; an output channel reads the
-    `neighbourhood` (c1, c2) of input channels from its own place on: c1 c2 weights instead of S. Built as a selection
-    of channels, c1 c2 for each output, and a depthwise layer over these: a grouped 1×1 convolution of T groups is the
-    same, and many times slower, its gradient above all. The image must have a fixed size.
+    The channels are laid out on a grid that wraps around. An output channel reads the input channels of its
+    neighbourhood, from its own place on: c1 c2 weights instead of S. Built as a selection of channels, c1 c2 for each
+    output, and a depthwise layer over these: a grouped 1×1 convolution of T groups is the same, and many times slower,
+    its gradient above all.
+
+    Args:
+        x: Keras tensor (N, H, W, S) or shape (H, W, S), of a fixed size.
+        filters: T, the same number as S.
+        kernel_size: as in Conv2D.
+        grid: (d1, d2) with d1 d2 = T.
+        neighbourhood: (c1, c2), at most (d1, d2).
+        options: as of all blocks.
+
+    Raises:
+        ValueError: the grid does not hold T channels, the neighbourhood does not fit into it, S is not T, the image
+            has no fixed size, or the padding is not "same".
     """
     o = _Options(kernel_size, **options)
     _check_same("topological subdivisioning", o)
@@ -231,7 +258,7 @@ def topological(x, filters, kernel_size, grid, neighbourhood, **options):
 
 
 def neighbours(grid, neighbourhood):
-    """(T, c1 c2) the input channels that each output channel of `topological` reads."""
+    """(T, c1 c2) integers: the input channels that each output channel of `topological` reads."""
     places = np.arange(math.prod(grid)).reshape(grid)
     shifted = [
         np.roll(places, (-i, -j), axis=(0, 1)).ravel() for i in range(neighbourhood[0]) for j in range(neighbourhood[1])
@@ -240,12 +267,15 @@ def neighbours(grid, neighbourhood):
 
 
 def spatial_bottleneck(x, filters, kernel_size, **options):
-    """Depthwise kh×kw with that stride, 1×1 to T, depthwise deconvolution kh×kw back (Wang et al. 2017, 1608.04337).
+    """kh×kw depthwise with that stride, 1×1 to T, kh×kw deconvolution back (Wang et al. 2017, arXiv 1608.04337).
 
-    The costly 1×1 layer sees 1 / (kh kw) of the positions. The image must be a multiple of the kernel; strides and
-    dilation are 1. It is no convolution: what it does depends on where in its kh×kw cell a pixel lies. The
-    deconvolution is a 1×1 depthwise layer with kh kw outputs a channel, which are then laid out in space; each of them
-    has a bias of its own.
+    The costly 1×1 layer sees 1 / (kh kw) of the positions. It is no convolution: what it does depends on where in its
+    kh×kw cell a pixel lies. The deconvolution is depthwise: a 1×1 layer with kh kw outputs a channel, which are then
+    laid out in space; each of them has a bias of its own.
+
+    Raises:
+        ValueError: strides or dilation are not 1, the padding is not "same", or the image's height and width are not
+            fixed multiples of kh and kw.
     """
     o = _Options(kernel_size, **options)
     _check_same("spatial bottleneck", o)

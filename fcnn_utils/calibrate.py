@@ -44,14 +44,19 @@ def sensitivity(model, method, images, places, fractions, **options):
     probabilities, the squared change of its output relative to the output's variance.
 
     Args:
+        model: built, functional or sequential, of one input. It is not changed.
+        method: of the decomposition, as in `decompose.decompose`.
+        images: (N, H, W, C), of which the first 256 count.
         places: of the Conv2D layers, each a `graph.Place`.
-        images: the first 256 count.
         fractions: of a kernel's parameters, rising: the sizes to try; those below rank 1 are left out, and where that
             leaves none of them, rank 1 is tried.
         options: of the decomposition; a CP is content with 10 sweeps here unless told otherwise.
 
     Returns:
         dict path -> list of (fraction, ranks, loss).
+
+    Raises:
+        ValueError: the model does not take the images, or there is no such method.
     """
     images = check_images(model, images)[:_FEW]
     if method in ("cp", "cp4"):
@@ -83,9 +88,16 @@ def sensitivity(model, method, images, places, fractions, **options):
 
 
 def moment(model, layer, images, calls=1):
-    """Mean (kh kw S,) and covariance of the patches that a Conv2D reads, of so many images as it takes to know them.
+    """Mean and covariance of the patches that a Conv2D reads, of so many images as it takes to know them.
 
-    `calls`: how often the model calls the layer.
+    Args:
+        model: built, with the layer in it.
+        layer: the Conv2D.
+        images: (N, H, W, C).
+        calls: how often the model calls the layer.
+
+    Returns:
+        mean (kh kw S,), covariance (kh kw S, kh kw S); float64.
     """
     total, squares, count = 0, 0, 0
     for part in _batches(images, 16):
@@ -101,11 +113,14 @@ def moment(model, layer, images, calls=1):
 def refitted(kernel, decomposition, moment):
     """The kernel of the decomposition with the last factor that is best for the layer's output, not for the kernel.
 
-    With B the decomposition's `basis`, it solves  min E‖(K − B W)ᵀ(p − p̄)‖²  over W for the patches p that the layer
-    reads: least squares in the metric of their covariance.
+    It is least squares in the metric of the covariance of the patches p that the layer reads; B is the decomposition's
+    `basis`:
+
+        min over W  E‖(K − B W)ᵀ(p − p̄)‖²
 
     Args:
         kernel: (kh, kw, S, T), what was decomposed.
+        decomposition: of that kernel, from `decompose`.
         moment: (mean (kh kw S,), covariance (kh kw S, kh kw S)) of the patches, from `moment`.
 
     Returns:
@@ -126,8 +141,8 @@ def choose(curves, costs, budget):
     up. Exact but for the steps of the budget, by dynamic programming (the multiple-choice knapsack).
 
     Args:
-        curves: of `sensitivity`.
-        costs: dict path -> function of a fraction that gives (ranks, cost), or (None, the dense layer's) for None.
+        curves: from `sensitivity`.
+        costs: dict path -> function of a fraction that gives (ranks, cost), or (None, the dense layer's cost) for None.
         budget: largest sum of the costs.
 
     Returns:
@@ -175,6 +190,14 @@ def correct(new, model, images):
     for their errors, too (asymmetric reconstruction, Zhang et al. 2015, arXiv 1505.06798). Without a bias the means of
     the batch norms behind it take its place; the rest of their statistics stays the dense network's, whose outputs
     these are again. `new` is changed in place.
+
+    Args:
+        new: a factorized copy of `model`, from `convert.factorize`, whose layers keep their names.
+        model: built, functional or sequential, of one input.
+        images: (N, H, W, C).
+
+    Raises:
+        ValueError: the model does not take the images.
     """
     images = check_images(model, images)
     ours = {place.path: place for place in graph.places(new)}
@@ -191,7 +214,11 @@ def correct(new, model, images):
 
 
 def reestimate(model, images):
-    """Batch-norm statistics anew, as training on these images would gather them: the mean over batches. In place."""
+    """Batch-norm statistics anew, as training on these images would gather them: the mean over batches. In place.
+
+    Raises:
+        ValueError: the model does not take the images.
+    """
     images = check_images(model, images)
     norms = [place.layer for place in graph.places(model) if isinstance(place.layer, layers.BatchNormalization)]
     if not norms:

@@ -16,7 +16,11 @@ def file_of(record, suffix):
 
 
 def save(model, record):
-    """Weights, optimizer and record in one file, so that they belong together whatever happens."""
+    """Weights, optimizer and record in one file, so that they belong together whatever happens.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     arrays = {f"v{number}": keras.ops.convert_to_numpy(variable.value) for number, variable in enumerate(_state(model))}
     content = io.BytesIO()
     np.savez(content, record=json.dumps(record), **arrays)
@@ -24,7 +28,13 @@ def save(model, record):
 
 
 def resume(model, record):
-    """Epochs that the checkpoint of the same run has behind it, its state loaded into `model`; [] without one."""
+    """Load the checkpoint of the same run into `model`, which is compiled.
+
+    A file that is damaged or of other settings is named on standard output and left.
+
+    Returns:
+        list of the epochs behind it, as they stand in the record; [] without a checkpoint.
+    """
     path = file_of(record, "checkpoint.npz")
     if not path.exists():
         return []
@@ -49,7 +59,11 @@ def resume(model, record):
 
 
 def keep(model, record):
-    """Keep the trained network, without its optimizer; written whole."""
+    """Keep the trained network, without its optimizer, as `seedN.keras` beside the record; written whole.
+
+    Raises:
+        ValueError: the file cannot be written; says why and what to do.
+    """
     path = file_of(record, "keras")
     bare = type(model).from_config(model.get_config())  # a compiled model would bring its optimizer, as large again
     bare.set_weights(model.get_weights())

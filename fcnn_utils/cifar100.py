@@ -19,6 +19,9 @@ def find():
     """Folder with CIFAR-100's extracted batches (`train`, `test`, `meta`), None if there is none.
 
     Looked for in `$FCNN_DATA_DIR`, Keras's data folder and `./data`, and in their usual subfolders.
+
+    Raises:
+        Unavailable: `$FCNN_DATA_DIR` is set, and the batches are in none of these.
     """
     keras_home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
     roots = [Path(chosen)] if (chosen := os.environ.get("FCNN_DATA_DIR")) else []
@@ -34,9 +37,10 @@ def find():
 
 
 def read(folder):
-    """The official batches in `folder`: ((images, fine, coarse) for training, for testing), fine and coarse names.
+    """The official batches in `folder`.
 
-    Images are (N, 32, 32, 3) uint8.
+    Returns:
+        ((training, testing), fine names, coarse names), each of the first two as from `read_batch`.
 
     Raises:
         ValueError: a file is damaged, or holds anything but a batch of CIFAR-100; says which and what to do.
@@ -49,7 +53,18 @@ def read(folder):
 
 
 def read_batch(path, per_class):
-    """(images, fine, coarse) of a batch: `data` uint8 (N, 3072), each row an image's channels one after the other."""
+    """Images and labels of one batch, a pickle whose `data` are (N, 3072) uint8, an image's channels in turn.
+
+    Args:
+        path: of the file.
+        per_class: how many images of each of the 100 classes it must hold.
+
+    Returns:
+        images (N, 32, 32, 3) uint8, fine labels (N,), coarse labels (N,).
+
+    Raises:
+        ValueError: the file cannot be read, is damaged, or is no such batch; says what is wrong and what to do.
+    """
     batch = _unpickle(path)
     try:
         rows, fine, coarse = batch["data"], _labels(batch["fine_labels"]), _labels(batch["coarse_labels"])
@@ -119,7 +134,11 @@ def _names(meta, key, count, folder):
 
 
 def download():
-    """Download CIFAR-100 (169 MB) through Keras, and find it."""
+    """Download CIFAR-100 (169 MB) through Keras, and find it: the folder, as from `find`.
+
+    Raises:
+        Unavailable: it cannot be downloaded; says why.
+    """
     folder = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
     code = "from keras.datasets import cifar100; cifar100.load_data()"
     return fetch("CIFAR-100", "169 MB", code, folder, "datasets/cifar-100*", _WAY_OUT, find)

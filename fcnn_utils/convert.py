@@ -84,13 +84,12 @@ def factorize(
 
     Args:
         model: built, functional or sequential.
-        method: one of `ranks.METHODS`.
-        ratio: share of each converted kernel's parameters that is kept, in (0, 1];
-        ranks: or the ranks of each layer to convert, {path: ranks};
-        macs: or the most multiply-adds that the whole network may take for one image: with `images` the ranks are
-            chosen by sensitivity (`calibrate.sensitivity`, `calibrate.choose`), unless `uniform`; without them, and
-            where the budget is so near the smallest that it leaves no choice, one ratio serves all layers. Give one of
-            the three.
+        method: "cp", "cp4", "tucker", "tt", "spatial" or "separable" (see `ranks`).
+        ratio: share of each converted kernel's parameters kept, in (0, 1]. Give one of `ratio`, `ranks` and `macs`.
+        ranks: the ranks of each layer to convert, {path: ranks}.
+        macs: the most multiply-adds that the whole network may take for one image. With `images` the ranks are chosen
+            by sensitivity (`calibrate.sensitivity`, `calibrate.choose`), unless `uniform`; without them, and where the
+            budget is so near the smallest that it leaves no choice, one ratio serves all layers.
         layers: paths of the layers to convert; default: all that can be, but those that read fewer than 4 channels
             (there is little to save and much to lose) and those that are part of a factorization already.
         images: some hundred inputs (N, H, W, C), normalised as in training, without labels: the factors are then
@@ -102,7 +101,7 @@ def factorize(
         options: of the decomposition; a CP's norms are bounded, `max_norm=1.0`, unless told otherwise.
 
     Returns:
-        (new model, report): the report is a DataFrame, a row for each convolution, with the columns layer, method,
+        (new model, report). The report is a DataFrame, a row for each convolution, with the columns layer, method,
         ranks, relative_error (of the kernel, before `images` came in), degeneracy (CP only), params_before,
         params_after, macs_before, macs_after, and `reason` where it was left as it is. MACs are NaN on images of no
         fixed size.
@@ -165,6 +164,9 @@ def fold_batch_norm(model, dtype=None):
 
     Returns:
         keras.Model, not compiled; it shares nothing with `model`.
+
+    Raises:
+        ValueError: a model that is not built or no graph of layers; a layer that can't be copied (`graph.copied`).
     """
     if dtype is not None:
         model = graph.rebuilt(model, {}, dtype=dtype)

@@ -35,18 +35,24 @@ _MERGES = (layers.Add, layers.Subtract, layers.Multiply, layers.Average, layers.
 
 
 def layer_costs(model):
-    """Cost of one image's forward pass, one row a layer, in the order of the model, and a row "total".
+    """Cost of one image's forward pass: a row for each call of a layer, in the order of the model, and a row "total".
 
-    A layer that is called more than once has a row for each call; its weights stand in the first.
+    A layer that is called more than once has its weights in the first of its rows. The columns:
+
+        layer             its name
+        kind              its class
+        output_shape      of one image, without the batch axis
+        params            number of weights
+        trainable         how many of them are trained
+        macs              multiply-adds
+        other_ops         operations that are no multiply-adds (see the module)
+        activation_bytes  size of the output
+
+    Args:
+        model: built, functional or sequential.
 
     Returns:
-        DataFrame with the columns
-            layer, kind: its name and its class;
-            output_shape: of one image, without the batch axis;
-            params, trainable: number of weights, and how many of them are trained;
-            macs: multiply-adds;
-            other_ops: operations that are no multiply-adds (see the module);
-            activation_bytes: size of the output.
+        DataFrame with these columns.
 
     Raises:
         ValueError: a layer has weights and is none of those counted here, or the model is no graph of layers on
@@ -64,7 +70,7 @@ def layer_costs(model):
 
 
 def totals(model):
-    """Dict of the total row: params, trainable, macs, other_ops, activation_bytes."""
+    """Dict of the total row: params, trainable, macs, other_ops, activation_bytes. ValueError as `layer_costs`."""
     row = layer_costs(model).iloc[-1]
     return {key: int(row[key]) for key in ("params", "trainable", "macs", "other_ops", "activation_bytes")}
 

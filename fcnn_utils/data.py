@@ -24,7 +24,7 @@ NAMES = ("cifar100", *medmnist.SETS, *STAND_INS, "auto")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    """Images (N, H, W, C) uint8 with their fine and coarse labels (N,) int64; the arrays are read-only."""
+    """Images (N, H, W, C) uint8 with their labels `fine` and `coarse`, (N,) int64; the arrays are read-only."""
 
     images: np.ndarray
     fine: np.ndarray
@@ -38,13 +38,21 @@ class Split:
         return len(self.images)
 
     def first(self, count):
-        """The first `count` images, taken in turn from every class, so that each has (nearly) as many."""
+        """The first `count` images, taken in turn from every class, so that each has (nearly) as many: a `Split`.
+
+        Raises:
+            ValueError: there are not that many.
+        """
         check_number("number of images", count, int, 1, len(self))
         keep = np.lexsort((self.fine, _rank_in_class(self.fine)))[:count]
         return self._take(np.sort(keep))
 
     def sample(self, count, seed):
-        """`count` images drawn at random, without regard to their class; another draw for another seed."""
+        """`count` images drawn at random, without regard to their class: a `Split`; another for another seed.
+
+        Raises:
+            ValueError: there are not that many, or the seed is not a whole number from 0 to 2³¹ − 1.
+        """
         check_number("number of images", count, int, 1, len(self))
         check_number("seed", seed, int, 0, 2**31 - 1)
         return self._take(np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False)))
@@ -86,7 +94,15 @@ class Dataset:
         return labels
 
     def subset(self, train, test):
-        """The same data set with `train` training (a tenth of them for validation) and `test` test images."""
+        """The same data set with fewer images, of every class (nearly) as many.
+
+        Args:
+            train: training and validation images together, at least 10; validation has the share that it has of all.
+            test: test images.
+
+        Raises:
+            ValueError: there are not that many, or so few that none would be for validation.
+        """
         check_number("number of training images", train, int, 10, len(self.train) + len(self.validation))
         validation = train * len(self.validation) // (len(self.train) + len(self.validation))
         parts = self.train.first(train - validation), self.validation.first(validation), self.test.first(test)
@@ -103,12 +119,17 @@ class Dataset:
 
 
 def load(name, train_images=0, test_images=0, *, or_stand_in=False):
-    """The data set `name`: "cifar100", a set of MedMNIST's ("pneumoniamnist"), or a stand-in for either.
+    """A data set by its name, downloaded if need be.
 
     Args:
-        name: one of `NAMES`; "auto" is "cifar100" or its stand-in.
-        train_images, test_images: take a subset of this size, the same number (nearly) of every class; 0: all.
+        name: "cifar100", a set that `medmnist` lists, "standin" (of CIFAR-100), "greystandin" (of PneumoniaMNIST), or
+            "auto": "cifar100" if it can be had, else "standin".
+        train_images: take this many for training and validation (see `Dataset.subset`); 0: all.
+        test_images: take this many for testing; 0: all.
         or_stand_in: where it cannot be had, go on with its stand-in, and say so.
+
+    Returns:
+        Dataset.
 
     Raises:
         ValueError: unknown name; it is not here and cannot be downloaded; its files are damaged; or there are not
@@ -135,7 +156,7 @@ def load(name, train_images=0, test_images=0, *, or_stand_in=False):
 
 
 def locate(name, or_stand_in=False):
-    """Where the data set `name` lies, downloaded if need be: CIFAR-100's folder or MedMNIST's file; None: a stand-in.
+    """Where a data set of `load` lies, downloaded if need be: CIFAR-100's folder or MedMNIST's file; None: a stand-in.
 
     Raises:
         ValueError: unknown name, or it is not here and cannot be downloaded.

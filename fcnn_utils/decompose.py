@@ -28,16 +28,19 @@ from fcnn_utils.parameters import check_choice, check_number
 class Decomposition:
     """A kernel in factors.
 
+    The shapes of the factors, by method:
+
+        "cp"         (kh kw, R), (S, R), (T, R)
+        "cp4"        (kh, R), (kw, R), (S, R), (T, R)
+        "tucker"     (S, R1), (kh, kw, R1, R2), (T, R2)
+        "tt"         (S, R1), (R1, kh, R2), (R2, kw, R3), (R3, T)
+        "spatial"    (kh, S, R), (R, kw, T)
+        "separable"  (kh, kw, S, R), (S, R, T)
+
     Attributes:
-        method: one of `ranks.METHODS`.
+        method: one of the six above.
         shape: (kh, kw, S, T) of the kernel.
-        factors: tuple of arrays,
-            "cp":        (kh kw, R), (S, R), (T, R);
-            "cp4":       (kh, R), (kw, R), (S, R), (T, R);
-            "tucker":    (S, R1), (kh, kw, R1, R2), (T, R2);
-            "tt":        (S, R1), (R1, kh, R2), (R2, kw, R3), (R3, T);
-            "spatial":   (kh, S, R), (R, kw, T);
-            "separable": (kh, kw, S, R), (S, R, T).
+        factors: tuple of arrays, of the shapes above.
         relative_error: ‖K − K̂‖ / ‖K‖ in the Frobenius norm; 0 for an all-zero kernel.
         kernel_norm: ‖K‖.
     """
@@ -68,20 +71,25 @@ class Decomposition:
 
     @property
     def component_norms(self):
-        """(R,) Frobenius norms of the rank-one terms, in falling order; of a CP only."""
+        """(R,) Frobenius norms of the rank-one terms, in falling order; of a CP, ValueError for another method."""
         return math.prod(np.linalg.norm(factor, axis=0) for factor in self._vectors())
 
     @property
     def degeneracy(self):
-        """Largest component norm over ‖K‖; of a CP. Below 1 where nothing cancels, tens and more when degenerate."""
+        """Largest component norm over ‖K‖; of a CP, ValueError for another method.
+
+        At most 1 where nothing cancels, tens and more when degenerate.
+        """
         largest = float(self.component_norms.max())
         return largest / self.kernel_norm if self.kernel_norm else 0.0
 
     @property
     def sensitivity(self):
-        """Expected ‖ΔK‖² under independent noise of unit variance on every value of the factors, over ‖K‖²; of a CP.
+        """Expected ‖ΔK‖² under independent noise of unit variance on every value of the factors, over ‖K‖².
 
-        Σ_r Σ_n I_n Π_{m≠n} ‖a_r^(m)‖², where mode n has the size I_n (Phan et al. 2020, arXiv 2008.05441).
+        Of a CP, ValueError for another method. Mode n has the size I_n (Phan et al. 2020, arXiv 2008.05441):
+
+            Σ_r Σ_n  I_n Π_{m≠n} ‖a_r^(m)‖² / ‖K‖²
         """
         squares = [np.sum(factor**2, axis=0) for factor in self._vectors()]
         if not self.kernel_norm:
@@ -132,7 +140,21 @@ class Decomposition:
 
 
 def decompose(kernel, method, ranks, **options):
-    """A kernel by the name of the method (`ranks.METHODS`); the options are those of its function."""
+    """A kernel's factors by the name of the method.
+
+    Args:
+        kernel: (kh, kw, S, T).
+        method: "cp" or "cp4" (both by `cp`), "tucker" (`tucker2`), "tt" (`tensor_train`), "spatial" (`spatial_svd`) or
+            "separable" (`depthwise_separable`).
+        ranks: a whole number for one rank, a sequence for several.
+        options: of that function.
+
+    Returns:
+        Decomposition.
+
+    Raises:
+        ValueError: another method, or as its function.
+    """
     check_choice("method", method, ranks_of.METHODS)
     functions = {
         "cp": cp,
@@ -197,23 +219,29 @@ def cp(kernel, rank, *, merge_spatial=True, n_starts=1, seed=0, n_iter=100, tol=
 def correct(kernel, decomposition, *, error=None, n_iter=1000, tol=1e-4, until=0.0):
     """Error-preserving correction of a CP: components that are smaller and cancel less, at (nearly) the same error.
 
-    Every step solves  min ‖A‖²  subject to  ‖X₍ₙ₎ − A Zᵀ‖ ≤ error ‖K‖,  where Z is the Khatri-Rao product of the other
-    modes with columns of unit norm, so that ‖A‖² is the sum of squared component norms: a ridge regression whose ridge
-    makes the error just that large (Phan, Tichavský & Cichocki 2019, arXiv 1709.08349). The sum never rises.
+    Every step solves, for one mode,
+
+        min ‖A‖²  subject to  ‖X₍ₙ₎ − A Zᵀ‖ ≤ error ‖K‖
+
+    where Z is the Khatri-Rao product of the other modes with columns of unit norm, so that ‖A‖² is the sum of squared
+    component norms: a ridge regression whose ridge makes the error just that large (Phan, Tichavský & Cichocki 2019,
+    arXiv 1709.08349). The sum never rises.
 
     Args:
         kernel: (kh, kw, S, T), what was decomposed.
         decomposition: a CP of it.
         error: relative error allowed, at least that of the decomposition; by default 1% more of it, 1.01 times.
-        n_iter: most sweeps; they end when one lowers the norms by a share of less than `tol` (they crawl where the
-            error allowed is tiny: lower `tol` and raise `n_iter` there),
-        until: or when the root of the sum of squared component norms over ‖K‖ is that low.
+        n_iter: most sweeps.
+        tol: the sweeps end when one lowers the norms by a smaller share. They crawl where the error allowed is tiny:
+            lower `tol` and raise `n_iter` there.
+        until: they also end when the root of the sum of squared component norms over ‖K‖ is that low.
 
     Returns:
         Decomposition of the same method and rank.
 
     Raises:
-        ValueError: the decomposition is no CP, or not of this kernel's shape, or its error is larger than allowed.
+        ValueError: the decomposition is no CP, or not of this kernel's shape, or its error is larger than allowed; or
+            a number is out of its range.
     """
     kernel = ranks_of.check_kernel(kernel)
     check_number("n_iter", n_iter, int, 1, 1_000_000)
@@ -241,10 +269,18 @@ def correct(kernel, decomposition, *, error=None, n_iter=1000, tol=1e-4, until=0
 
 
 def tucker2(kernel, ranks, *, n_iter=100, tol=1e-6):
-    """Tucker-2: K[i, j, s, t] = Σ_ab  U[s, a] · G[i, j, a, b] · V[t, b], U and V with orthonormal columns.
+    """Tucker-2, with the factors U, G, V, of which U and V have orthonormal columns.
+
+        K[i, j, s, t] = Σ_ab  U[s, a] · G[i, j, a, b] · V[t, b]
 
     The truncated higher-order SVD, at most √2 times the best error (De Lathauwer, De Moor & Vandewalle 2000), refined
-    by alternating least squares. `ranks`: (R1, R2). Raises ValueError as `cp`.
+    by alternating least squares. Raises ValueError as `cp`.
+
+    Args:
+        kernel: (kh, kw, S, T).
+        ranks: (R1, R2).
+        n_iter: most sweeps.
+        tol: the sweeps end when one changes the relative error by less.
     """
     kernel = ranks_of.check_kernel(kernel)
     ranks = ranks_of.check("tucker", kernel.shape, ranks)
@@ -271,7 +307,9 @@ def tensor_train(kernel, ranks):
 
 
 def spatial_svd(kernel, rank):
-    """Column and row: K[i, j, s, t] = Σ_r  V[i, s, r] · H[r, j, t]  (Jaderberg, Vedaldi & Zisserman 2014, scheme 2).
+    """Column and row, with the factors V, H (Jaderberg, Vedaldi & Zisserman 2014, arXiv 1405.3866, scheme 2).
+
+        K[i, j, s, t] = Σ_r  V[i, s, r] · H[r, j, t]
 
     The truncated SVD of the kernel as a (kh S, kw T) matrix, hence the best for its rank (Eckart & Young 1936); each
     singular value is spread evenly over both. Raises ValueError as `cp`.
@@ -285,7 +323,9 @@ def spatial_svd(kernel, rank):
 
 
 def depthwise_separable(kernel, multiplier):
-    """Depthwise, then pointwise: K[i, j, s, t] = Σ_m  D[i, j, s, m] · P[s, m, t]  (Guo et al. 2018, arXiv 1808.05517).
+    """Depthwise, then pointwise, with the factors D, P (Guo et al. 2018, arXiv 1808.05517).
+
+        K[i, j, s, t] = Σ_m  D[i, j, s, m] · P[s, m, t]
 
     A truncated SVD of each input channel's (kh kw, T) matrix, hence the best. Raises ValueError as `cp`.
     """
@@ -299,7 +339,11 @@ def depthwise_separable(kernel, multiplier):
 
 
 def error_curve(kernel, method, fractions, **options):
-    """Relative error against size: DataFrame (ranks, parameters, share, relative_error), a row a fraction kept."""
+    """Relative error against size: DataFrame (ranks, parameters, share, relative_error), a row a fraction kept.
+
+    Raises:
+        ValueError: as `ranks.for_fraction` and `decompose`.
+    """
     rows = []
     for fraction in fractions:
         result = decompose(kernel, method, ranks_of.for_fraction(method, np.shape(kernel), fraction), **options)

@@ -13,14 +13,19 @@ class Unavailable(ValueError):
 
 
 def fetch(what, size, code, folder, pattern, way_out, find):
-    """Download `what` by the Python `code`, in a process of its own, so that the wait has an end; returns where it is.
+    """Download `what` by the Python `code`, in a process of its own, so that the wait has an end.
 
     Args:
-        what, size: name of the data set and its size, for the messages.
-        code: a program; the network gives up on it after 20 s of silence.
-        folder, pattern: where it lays which files (a `pathlib` pattern), to tell how far it is.
-        way_out: what the user can do where it fails.
-        find: a function that returns where it is, None where it is not.
+        what: name of the data set, for the messages.
+        size: its size in words, for the messages.
+        code: a program; its connections give up after 20 s of silence.
+        folder: `Path` of where the program lays its files, whose sizes tell how far it is.
+        pattern: of those files' names, as in `Path.glob`.
+        way_out: what the user can do where the download fails; ends the messages.
+        find: a function that returns where the data set is, None where it is not.
+
+    Returns:
+        What `find` returns afterwards.
 
     Raises:
         Unavailable: it took longer than `$FCNN_DOWNLOAD_SECONDS` (a quarter of an hour), or failed; says why.

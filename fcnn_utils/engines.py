@@ -29,7 +29,7 @@ _NEEDS = {  # to export from TensorFlow, and to run; other backends may want mor
 
 
 def available():
-    """The engines whose packages are installed here, a tuple in the order of `ENGINES`."""
+    """Those of "keras", "onnxruntime", "openvino", "litert" whose packages are installed: a tuple in this order."""
     return tuple(engine for engine in ENGINES if not _missing(engine))
 
 
@@ -63,14 +63,17 @@ def export(model, path):
 
 
 def load(model, engine="keras", *, precision="float32", threads=None):
-    """A function from images (N, H, W, C) to the model's output, both NumPy arrays, that runs on an engine.
+    """A model made ready to run on an engine.
 
     Args:
         model: built keras.Model of one input and one output, or the path of an exported file for its engine.
-        engine: one of `ENGINES`.
+        engine: "keras", "onnxruntime", "openvino" or "litert".
         precision: "float32", or "bfloat16" on OpenVINO, which computes in it where the processor can. Keras has the
             precision that its model has.
         threads: how many; default: as many as there are processors (Keras always takes what its backend has).
+
+    Returns:
+        A function from images (N, H, W, C) to the model's output (N, …), both NumPy arrays.
 
     Raises:
         ValueError: an argument is not as above, there is no such file, or the engine is not installed.

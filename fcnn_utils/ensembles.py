@@ -1,6 +1,7 @@
 """Several networks that answer together: how their probabilities are put together, and how much they differ.
 
-Members are (M, N, classes): the probabilities of M networks for the same N images.
+Members are (M, N, classes): the probabilities of M networks for the same N images. Where they have another number of
+axes, or are empty, it is a ValueError.
 """
 
 import numpy as np
@@ -14,7 +15,15 @@ def mean_probability(members, weights=None):
 
 
 def mean_logit(members, weights=None):
-    """softmax of the mean of the log-probabilities, which is their geometric mean, made to sum to one."""
+    """softmax of the mean of the log-probabilities: their geometric mean, made to sum to one.
+
+    Args:
+        members: (M, N, classes).
+        weights: (M,); default: all alike.
+
+    Returns:
+        (N, classes).
+    """
     logs = np.log(np.maximum(_checked(members), 1e-12))
     return special.softmax(np.average(logs, axis=0, weights=weights), axis=1)
 
@@ -26,7 +35,7 @@ def stacked(members, labels):
     learn, not classes times as many, since such images are few; their sum is an inverse temperature.
 
     Returns:
-        (combine, weights): the function, (M', N', classes) -> (N', classes); and its weights (M,).
+        (combine, weights), the function from (M', N', classes) to (N', classes) and its weights (M,).
     """
     logs = np.log(np.maximum(_checked(members), 1e-12))
     labels = np.asarray(labels)
@@ -48,12 +57,20 @@ def stacked(members, labels):
 
 
 def diversity(members, labels, names=None):
-    """How much each two networks differ.
+    """How much each two networks differ. The columns:
+
+        first, second      their names
+        disagreement       share of the images to which they give different classes
+        error_correlation  of being wrong (Pearson's, of two 0/1 values); NaN where one is always or never wrong
+        both_wrong         share of the images
+
+    Args:
+        members: (M, N, classes).
+        labels: (N,) the right classes.
+        names: M names for the table; default: 0, 1, 2, …
 
     Returns:
-        DataFrame, a row a pair: first, second; disagreement, the share of images to which they give different classes;
-        error_correlation, of being wrong (Pearson's, of two 0/1 values; NaN where one is always or never wrong);
-        both_wrong, a share.
+        DataFrame with these columns, a row a pair.
     """
     members = _checked(members)
     classes, rows = members.argmax(axis=2), []

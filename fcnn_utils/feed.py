@@ -10,6 +10,13 @@ import numpy as np
 def batches(split, recipe, epoch, scale, classes):
     """Generator over one epoch's batches, shuffled and augmented by seed and epoch.
 
+    Args:
+        split: `data.Split`.
+        recipe: `recipes.Recipe`, of which `seed`, `batch_size`, `balanced`, `flip` and `shift` count.
+        epoch: number of the epoch, from 0.
+        scale: from `channel_scale`.
+        classes: length of a one-hot label.
+
     Yields:
         images (B, H, W, C) float32, normalised; one-hot labels (B, classes) float32. What does not fill a batch is
         left out.
@@ -39,7 +46,17 @@ def _balanced(labels, rng):
 
 
 def augmented(images, recipe, rng, mirror=None):
-    """Normalised images (B, H, W, C), mirrored and moved as `recipe` says; `mirror` (B,): which ones, else by `rng`."""
+    """Normalised images, mirrored and moved by the recipe's `flip` and `shift`.
+
+    Args:
+        images: (B, H, W, C) float32, which are mirrored in place.
+        recipe: `recipes.Recipe`.
+        rng: `np.random.Generator` that draws which are mirrored, and how far each moves.
+        mirror: (B,) bool, which are mirrored; default: half of them, drawn by `rng`.
+
+    Returns:
+        (B, H, W, C) float32.
+    """
     if recipe.flip:
         mirror = rng.random(len(images)) < 0.5 if mirror is None else mirror
         images[mirror] = images[mirror, :, ::-1]
@@ -65,6 +82,11 @@ def channel_scale(dataset):
 
 
 def normalised(images, scale):
-    """uint8 images as float32 with mean 0 and standard deviation 1 in each channel."""
+    """Images (N, H, W, C) uint8 as float32, with mean 0 and standard deviation 1 in each channel.
+
+    Args:
+        images: (N, H, W, C) uint8.
+        scale: (mean, standard deviation), from `channel_scale`.
+    """
     mean, deviation = scale
     return (images.astype("float32") - mean) / deviation

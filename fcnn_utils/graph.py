@@ -49,7 +49,14 @@ def check(model):
 
 
 def places(model):
-    """Every layer with its calls, in the order of the model; inner models are replaced by their layers."""
+    """Every layer with its calls, in the order of the model; inner models are replaced by their layers.
+
+    Returns:
+        list of `Place`.
+
+    Raises:
+        ValueError: the model, or one within it, is not as `check` wants it.
+    """
     found = {}
     for place in _places(check(model), ""):
         if id(place.layer) in found:  # shared by two of the models
@@ -71,6 +78,9 @@ def rebuilt(model, chains, dtype=None):
         chains: dict id(layer) -> list of new layers, built and with their weights, which are called one after another
             in its place; an empty one takes it out.
         dtype: dtype policy of the copied layers; default: each its own.
+
+    Raises:
+        ValueError: the model is not as `check` wants it, or a layer can't be copied (see `copied`).
     """
     return _rebuilt(check(model), {key: list(chain) for key, chain in chains.items()}, dtype)
 

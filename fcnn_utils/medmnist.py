@@ -3,6 +3,9 @@
 One npz file a set, read where it lies or downloaded from the address that the `medmnist` package publishes, with its
 MD5. That package itself needs PyTorch, and is not needed here. ChestMNIST is left out: its images have several labels
 each.
+
+The sets are "pathmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist", "breastmnist", "bloodmnist",
+"tissuemnist", "organamnist", "organcmnist" and "organsmnist".
 """
 
 import dataclasses
@@ -134,7 +137,7 @@ def find(name):
 
 
 def download(name):
-    """Download the set `name` through Keras, with its MD5 checked, and find it.
+    """Download the set `name` through Keras, with its MD5 checked, and find it: the file, as from `find`.
 
     Raises:
         Unavailable: it cannot be downloaded; says why.
@@ -148,9 +151,11 @@ def download(name):
 
 
 def read(name, path):
-    """What is in the file `path` of the set `name`: (images, labels) of its three splits; is it official?
+    """What is in the file `path` of the set `name`.
 
-    Images are (N, 28, 28, 1 or 3) uint8, labels (N,) int64.
+    Returns:
+        (splits, official). The splits are (images, labels) for training, validation and testing, with images
+        (N, 28, 28, 1 or 3) uint8 and labels (N,) int64. Official is whether the file has the official one's MD5.
 
     Raises:
         ValueError: the file is damaged, or not of this set; says what is wrong, both MD5s, and what to do.

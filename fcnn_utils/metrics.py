@@ -1,6 +1,7 @@
 """How good probabilities are, from them and the labels: area under the ROC curve, calibration, intervals.
 
-Probabilities are (N, classes), labels (N,) whole numbers.
+Probabilities are (N, classes), labels (N,) whole numbers from 0 to classes − 1. The functions of both raise ValueError
+where they are not, or where there is no image.
 """
 
 import numpy as np
@@ -40,10 +41,21 @@ def auc(probabilities, labels):
 
 
 def interval(statistic, *arrays, level=0.95, rounds=2000, seed=0):
-    """(low, high), which in about a share `level` of all samples holds what the statistic is on all such images: the
-    percentile bootstrap over the images, the first axis of every array (Efron & Tibshirani 1993, chapter 13).
+    """(low, high), an interval of confidence for what the statistic is on all such images.
 
-    A draw for which the statistic is not defined (no image of a class) is drawn again.
+    The percentile bootstrap over the images, the first axis of every array (Efron & Tibshirani 1993, chapter 13).
+
+    A draw for which the statistic raises ValueError (no image of a class) is drawn again.
+
+    Args:
+        statistic: function of such arrays that returns a number.
+        arrays: each (N, …).
+        level: of confidence, from 0.01 to 0.999.
+        rounds: draws, from 10 to 10⁶.
+        seed: of the draws.
+
+    Raises:
+        ValueError: a number is out of its range, or the statistic failed for more draws than `rounds`.
     """
     check_number("level", level, float, 0.01, 0.999)
     check_number("rounds", rounds, int, 10, 10**6)
@@ -64,8 +76,16 @@ def interval(statistic, *arrays, level=0.95, rounds=2000, seed=0):
 def reliability(probabilities, labels, bins=15):
     """How right the network is by how sure it is: a row a bin of its largest probability, equally wide.
 
+    Args:
+        probabilities: (N, classes).
+        labels: (N,).
+        bins: how many, from 1 to 1000.
+
     Returns:
-        DataFrame: images, confidence (mean), accuracy; bins without images are left out.
+        DataFrame with the columns images, confidence (mean) and accuracy; bins without images are left out.
+
+    Raises:
+        ValueError: an argument is not as above.
     """
     check_number("bins", bins, int, 1, 1000)
     probabilities, labels = _checked(probabilities, labels)
@@ -92,13 +112,20 @@ def cross_entropy(probabilities, labels):
 
 
 def heated(probabilities, temperature):
-    """Probabilities at another temperature: softmax(log p / T)."""
+    """Probabilities (N, classes) at another temperature T: softmax(log p / T).
+
+    Raises:
+        ValueError: the temperature is not from 0.001 to 1000.
+    """
     check_number("temperature", temperature, float, 1e-3, 1e3)
     return special.softmax(np.log(np.maximum(probabilities, 1e-12)) / temperature, axis=1)
 
 
 def temperature(probabilities, labels):
-    """The temperature at which the cross-entropy is least (Guo et al. 2017): on images that nothing was trained on."""
+    """The temperature at which the cross-entropy is least, to be found on images that nothing was trained on.
+
+    Sought from e⁻³ to e³ (Guo et al. 2017, arXiv 1706.04599).
+    """
     probabilities, labels = _checked(probabilities, labels)
     found = optimize.minimize_scalar(
         lambda log: cross_entropy(heated(probabilities, float(np.exp(log))), labels), bounds=(-3, 3), method="bounded"

@@ -71,7 +71,11 @@ def check(**values):
 
 
 def parsed(name, text):
-    """The value of parameter `name` from the command line's `text`, checked: a number, true or false, or a word."""
+    """The value of parameter `name` from the command line's `text`, checked: a number, true or false, or a word.
+
+    Raises:
+        ValueError: as `check`.
+    """
     words = {"true": True, "false": False}
     try:
         value = words.get(text.lower())

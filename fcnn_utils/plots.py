@@ -31,7 +31,16 @@ def setup(seed):
 
 
 def save(figure, slug, stand_in):
-    """Save `figure` whole as `figures/SLUG.png` of the output folder; what shows stand-in data says so."""
+    """Save `figure` as `figures/SLUG.png` of the output folder (`records.output`), whole; returns nothing.
+
+    Args:
+        figure: matplotlib's.
+        slug: name of the file without its ending.
+        stand_in: whether it shows stand-in data; a line below the figure then says so.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     if stand_in:
         figure.supxlabel("computed on STAND-IN data: generated images", color="firebrick", fontsize="small")
     content = io.BytesIO()
@@ -43,7 +52,13 @@ def player(animation, description):
     """A matplotlib animation as HTML that plays without a network, from which matplotlib's player takes its icons.
 
     Every frame is a picture of its own in the file, so it is kept small: at 80 dots an inch and in 64 colours.
-    `description` is what is read out, or shown, instead of the pictures.
+
+    Args:
+        animation: matplotlib's.
+        description: what is read out, or shown, instead of the pictures.
+
+    Returns:
+        IPython's `HTML`, which a notebook shows.
     """
     with plt.rc_context({"savefig.dpi": 80}):
         html = animation.to_jshtml(default_mode="loop").replace("<img ", f'<img alt="{description}" ', 1)
@@ -61,7 +76,15 @@ def _in_few_colors(match):
 
 
 def images(pictures, titles=None, columns=10, axes=None, cmap="viridis"):
-    """Grid of images (N, H, W, 3) uint8 or maps (N, H, W), the latter, and grey images, in `cmap`; returns the axes."""
+    """Grid of images; returns its axes.
+
+    Args:
+        pictures: (N, H, W, 3) uint8, or (N, H, W) or (N, H, W, 1), which are drawn in `cmap`.
+        titles: N words above them.
+        columns: of the grid.
+        axes: array of axes to draw into; default: those of a new figure.
+        cmap: name of a colour map.
+    """
     rows = -(-len(pictures) // columns)
     if axes is None:
         _, axes = plt.subplots(
@@ -77,7 +100,13 @@ def images(pictures, titles=None, columns=10, axes=None, cmap="viridis"):
 
 
 def cost_by_layer(costs, title="", axes=None):
-    """Share of MACs and of parameters by layer: the table of `cost.layer_costs` as two bars a layer."""
+    """Share of MACs and of parameters by layer, as two bars a layer; returns the axes.
+
+    Args:
+        costs: table of `cost.layer_costs`.
+        title: above the axes.
+        axes: to draw into; default: those of a new figure.
+    """
     rows = costs[(costs["macs"] > 0) & (costs["layer"] != "total")]
     total = costs[costs["layer"] == "total"].iloc[0]
     if axes is None:
@@ -105,13 +134,19 @@ def learning_curves(runs, column, scale=1.0, label="", ax=None):
 
     Args:
         runs: dict name -> (our epochs, the thesis's epochs), two data frames with `epoch` and `column`.
-        column: what to draw; multiplied by `scale`; `label` names the axis.
+        column: what to draw.
+        scale: factor of it, 100 for a share in percent.
+        label: of the vertical axis.
+        ax: to draw into; default: that of a new figure.
+
+    Returns:
+        The axes.
     """
     ax = ax or plt.subplots()[1]
     for name, (ours, theirs) in runs.items():
         style = {"color": COLORS[name], "marker": MARKERS[name]}
         ax.plot(ours["epoch"], scale * ours[column], **style, label=models.TITLES[name])
-        ax.plot(theirs["epoch"], scale * theirs[column], **style, linestyle="--", alpha=0.55, markerfacecolor="white")
+        ax.plot(theirs["epoch"], scale * theirs[column], **style, linestyle="--", alpha=0.8, markerfacecolor="white")
     ax.plot([], [], color=_GREY, linestyle="--", label="thesis")
     ax.set(xlabel="epoch", ylabel=label)
     ax.set_xticks(range(1, 1 + max(len(ours) for ours, _ in runs.values())))
@@ -124,7 +159,12 @@ def trade_off(table, column, label, ax=None):
     Args:
         table: data frame indexed by network, with `top1` (a share), `column`, and where it is there `s`, the standard
             deviation of `top1` (NaN: unknown), drawn as a bar.
-        column, label: the cost, and the name of its axis.
+        column: name of the cost's column.
+        label: of the cost's axis.
+        ax: to draw into; default: that of a new figure.
+
+    Returns:
+        The axes.
     """
     ax = ax or plt.subplots()[1]
     for name, row in table.iterrows():
@@ -141,7 +181,13 @@ def trade_off(table, column, label, ax=None):
 
 
 def dots(table, xlabel="", ax=None):
-    """One row a category, one dot a network, all on a common scale: a data frame (categories, networks), in percent."""
+    """One row a category, one dot a network, all on a common scale; returns the axes.
+
+    Args:
+        table: data frame, a row a category and a column a network.
+        xlabel: of the common axis.
+        ax: to draw into; default: that of a new figure.
+    """
     ax = ax or plt.subplots(figsize=(7, 0.6 + 0.27 * len(table)))[1]
     position = np.arange(len(table))
     ax.hlines(position, table.min(axis=1), table.max(axis=1), color="0.8", linewidth=3, zorder=1)
@@ -152,7 +198,7 @@ def dots(table, xlabel="", ax=None):
     ax.set_yticks(position, table.index)
     ax.invert_yaxis()
     ax.set(xlabel=xlabel)
-    ax.legend(loc="lower right", fontsize=8)
+    ax.legend(loc="lower right", fontsize=10)
     return ax
 
 
@@ -163,7 +209,12 @@ def roofline(tables, peak, bytes_per_second, ax=None):
 
     Args:
         tables: dict label -> table of `speed.roofline`.
-        peak, bytes_per_second: the machine's, from `speed.gemm_peak` and `speed.bandwidth`.
+        peak: MACs a second of this machine, from `speed.gemm_peak`.
+        bytes_per_second: of its memory, from `speed.bandwidth`.
+        ax: to draw into; default: that of a new figure.
+
+    Returns:
+        The axes.
     """
     ax = ax or plt.subplots()[1]
     every = pd.concat(tables.values())

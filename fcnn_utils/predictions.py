@@ -23,7 +23,12 @@ def keep(record, number, probabilities):
     As long as the run goes on, under a name of its own, as its record is: `finish` gives it the final one.
 
     Args:
+        record: of the run.
+        number: of the cycle.
         probabilities: dict "validation", "test" (or one of them) -> (N, classes).
+
+    Raises:
+        ValueError: the file cannot be written, or that of the cycles before is damaged.
     """
     path = checkpoint.file_of(record, "partial.predictions.npz")
     before = _read(path) if number else {}
@@ -42,11 +47,17 @@ def finish(record):
 
 
 def load(dataset, model, recipe, seed=0):
-    """What the network of a run said: dict "validation", "test" -> (cycles, N, classes) float64, each N in the order of
-    the data set's split; None where it was not kept. "validation" is there where the run did not train on it.
+    """What the network of a complete run said.
 
     Args:
-        dataset, model, recipe: the names in the run's record.
+        dataset: name of the data set, as in the run's record.
+        model: name of the network there, "simple-width0.6".
+        recipe: name of the recipe there, "fast-epochs2".
+        seed: of the run.
+
+    Returns:
+        dict "validation", "test" -> (cycles, N, classes) float64, the N images in the order of the data set's split;
+        None where it was not kept. "validation" is there where the run did not train on it.
 
     Raises:
         ValueError: the file is damaged; names it.

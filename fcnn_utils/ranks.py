@@ -28,6 +28,13 @@ def maximum(method, shape):
     """Ranks that are enough to represent every kernel of this shape exactly, a tuple of ints.
 
     For CP an upper bound of the largest tensor rank, which is not known in general; for the others the smallest.
+
+    Args:
+        method: one of the table above.
+        shape: (kh, kw, S, T) of the kernel.
+
+    Raises:
+        ValueError: no such method, or no such shape.
     """
     check_choice("method", method, METHODS)
     kh, kw, channels, filters = check_shape(shape)
@@ -46,8 +53,8 @@ def check(method, shape, ranks):
     """`ranks` as a tuple of ints, checked: a whole number for one rank, a sequence for several.
 
     Raises:
-        ValueError: the method, the shape, how many ranks, one that is not a whole number from 1 to its maximum, or
-            ranks that no chain can have together (R2 > kh R1 in a tensor train).
+        ValueError: no such method, or no such shape; not as many ranks as the method has; one that is not a whole
+            number from 1 to its maximum; or ranks that no chain can have together (R2 > kh R1 in a tensor train).
     """
     largest = maximum(method, shape)
     given = tuple(ranks) if isinstance(ranks, (tuple, list, np.ndarray)) else (ranks,)
@@ -65,19 +72,31 @@ def check(method, shape, ranks):
 
 
 def parameters(method, shape, ranks):
-    """Number of weights of the chain, without bias."""
+    """Number of weights of the chain, without bias. ValueError as `check`."""
     return sum(layer_parameters(method, shape, ranks))
 
 
 def layer_parameters(method, shape, ranks):
-    """Number of weights of each layer of the chain, in its order, without bias."""
+    """List of the number of weights of each layer of the chain, in its order, without bias. ValueError as `check`."""
     return [count for count, _ in _layers(method, shape, check(method, shape, ranks))]
 
 
 def macs(method, shape, ranks, strides=(1, 1)):
-    """MACs of the chain per output position. Times the output's height and width: those of an image that the
-    strides divide, with `same` padding; a layer before the stride has sh (or sw, or both) times as many positions.
-    (A chain that pads in a layer of its own, as `blocks` tells, has a row or column more or less of these.)"""
+    """MACs of the chain per output position.
+
+    Times the output's height and width they are those of an image that the strides divide, with `same` padding; a layer
+    before the stride has sh (or sw, or both) times as many positions. A chain that pads in a layer of its own, as
+    `blocks` tells, has a row or column more or less of these.
+
+    Args:
+        method: one of the table above.
+        shape: (kh, kw, S, T) of the kernel.
+        ranks: as in that table.
+        strides: (sh, sw), or one number for both.
+
+    Raises:
+        ValueError: as `check`, or the strides are not whole numbers of at least 1.
+    """
     sh, sw = check_pair("strides", strides)
     common = math.gcd(sh, sw)  # the stride that a depthwise layer can take: TensorFlow's wants equal ones
     positions = {"before": sh * sw, "column": sw, "depthwise": sh * sw // common**2, "after": 1}
@@ -85,7 +104,11 @@ def macs(method, shape, ranks, strides=(1, 1)):
 
 
 def dense(shape):
-    """Weights of the dense kernel: its MACs per output position, too."""
+    """Weights of a dense kernel of the shape (kh, kw, S, T): its MACs per output position, too.
+
+    Raises:
+        ValueError: it is not four whole numbers of at least 1.
+    """
     return math.prod(check_shape(shape))
 
 
@@ -93,12 +116,15 @@ def for_fraction(method, shape, fraction, *, cost="parameters", strides=(1, 1), 
     """Largest ranks whose cost is at most `fraction` of the dense kernel's; several in proportion to their maxima.
 
     Args:
+        method: one of the table above.
+        shape: (kh, kw, S, T) of the kernel.
         fraction: above 0.
-        cost: "parameters" or "macs" (which also depend on the strides).
+        cost: "parameters" or "macs".
+        strides: (sh, sw), on which the MACs depend.
         multiple: ranks are multiples of this (or their maxima), as engines like them that compute 16 channels at once.
 
     Raises:
-        ValueError: even the smallest ranks cost more; the sentence says how much.
+        ValueError: even the smallest ranks cost more (the sentence says how much), or an argument is not as above.
     """
     check_choice("cost", cost, ("parameters", "macs"))
     check_number("multiple", multiple, int, 1, 4096)
@@ -138,6 +164,9 @@ def vbmf(matrix):
 
     The global solution in closed form but for the noise variance, which is found by search (Nakajima, Sugiyama,
     Babacan & Tomioka 2013, JMLR 14; threshold and bounds from Nakajima, Tomioka, Sugiyama & Babacan 2015, JMLR 16).
+
+    Raises:
+        ValueError: it is no matrix of finite numbers.
     """
     matrix = np.asarray(matrix, np.float64)
     if matrix.ndim != 2 or not matrix.size or not np.isfinite(matrix).all():
@@ -171,6 +200,9 @@ def vbmf_tucker(kernel):
     """Tucker ranks (R1, R2) of a kernel (kh, kw, S, T) by VBMF of its unfoldings (Kim et al. 2015, arXiv 1511.06530).
 
     An unfolding that looks like noise has the estimate 0; a layer needs a channel, so it gets 1.
+
+    Raises:
+        ValueError: the kernel is not 4-way, real and finite.
     """
     kernel = check_kernel(kernel)
     return tuple(max(1, vbmf(np.moveaxis(kernel, mode, 0).reshape(kernel.shape[mode], -1))) for mode in (2, 3))
@@ -189,7 +221,7 @@ def check_kernel(kernel):
 
 
 def check_shape(shape):
-    """`shape` if it is (kh, kw, S, T), four whole numbers of at least 1; else ValueError."""
+    """`shape` as a tuple of ints if it is (kh, kw, S, T), four whole numbers of at least 1; else ValueError."""
     if len(shape) != 4 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in shape):
         raise ValueError(f"a kernel has the shape (kh, kw, in_channels, filters), each at least 1; got {tuple(shape)}")
     return tuple(int(n) for n in shape)

@@ -1,4 +1,14 @@
-"""Recipes: how a network is trained, as data."""
+"""Recipes: how a network is trained, as data.
+
+Those that have a name, for `recipe_named` and `training.train`:
+
+    faster   5 epochs, the best of those searched for
+    fast     5 epochs, common practice for a short training, not searched for
+    long     20 epochs, common practice, not searched for
+    thesis   5 epochs as in the thesis; what it does not state is listed in `assumed`
+    medical  20 epochs for small images of few classes, which are shown equally often; trains without validation images
+    tune     1 epoch of small steps, for weights that are nearly right: what `convert` made
+"""
 
 import dataclasses
 
@@ -10,6 +20,12 @@ class Recipe:
     """How a network is trained.
 
     Attributes:
+        name: what records call it.
+        epochs: how often the training images are gone through, from 1 to 1000.
+        batch_size: images a step; what does not fill a batch is left out of the epoch.
+        learning_rate: the largest of its schedule.
+        momentum: of "sgd", below 1; 0: none.
+        warmup: share of a cycle's steps in which "one_cycle" rises.
         optimizer: "sgd" (with Nesterov momentum if `momentum` > 0), "adam" or "rmsprop".
         schedule: "constant", or "one_cycle": linear from 0 to `learning_rate` over the first `warmup` of all steps,
             then down to 0 along half a cosine (after Smith & Topin 2018, arXiv 1708.07120); or "inverse_time":
@@ -23,17 +39,19 @@ class Recipe:
         distillation: share of the target that the teacher's probabilities for the same image have, at most 0.5; the
             rest is the label's. As cross-entropy is linear in its target, this is the usual sum of two losses, at
             temperature 1 (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
-        flip, shift: augmentation: mirror half of the images, drawn anew each epoch, or "alternating", half of them in
-            the first epoch, the other half in the next, and so on (Jordan 2024, arXiv 2404.00498); move each by up to
-            `shift` pixels, the border filled with the mean colour.
+        flip: augmentation: whether half of the images, drawn anew each epoch, are mirrored; or "alternating", half of
+            them in the first epoch, the other half in the next, and so on (Jordan 2024, arXiv 2404.00498).
+        shift: augmentation: by how many pixels, at most 8, each image is moved at most in either direction, the border
+            filled with the mean colour.
         balanced: whether every class is shown equally often: an epoch has as many images as ever, of the rarer classes
             some several times, of the commoner ones not all.
         precision: "float32", "mixed_bfloat16", or "auto": mixed_bfloat16 where the hardware computes in it.
         train_on: "train", for settings that are being chosen: validated after each epoch on the validation images,
-            never tested unless their predictions are kept (`train`); or "all": both together, for settings that are
-            chosen already, tested once.
-        initialization, head_scale: how weights start, of a network that is built by its name (see `models.build`).
-        seed: used where none is given to `train`.
+            never tested unless their predictions are kept (`training.train`); or "all": both together, for settings
+            that are chosen already, tested once.
+        initialization: how kernels start, "glorot" or "he", of a network that is built by its name (`models.build`).
+        head_scale: what the last batch normalisation's scale starts at, of such a network.
+        seed: starts weights, order and augmentation where none is given to `training.train`.
         assumed: what the source of the recipe does not state and we chose.
     """
 
@@ -89,10 +107,17 @@ class Recipe:
 
     @property
     def epochs_a_cycle(self):
+        """Epochs of one of the `cycles`."""
         return self.epochs // self.cycles
 
     def but(self, **changes):
-        """This recipe with some settings changed, and a name that tells: `FAST.but(epochs=2)` is "fast-epochs2"."""
+        """This recipe with some settings changed, and a name that tells, but for the seed.
+
+            recipe_named("fast").but(epochs=2)      # is called "fast-epochs2"
+
+        Raises:
+            ValueError: there is no such setting, or its value is not allowed.
+        """
         settings = [field.name for field in dataclasses.fields(self) if field.name != "name"]
         unknown = sorted(set(changes) - set(settings))
         if unknown:
@@ -200,10 +225,14 @@ RECIPES = {
 
 
 def recipe_named(name, **changes):
-    """The recipe called `name`, with the settings in `changes` that are not 0 (see `Recipe.but`).
+    """A recipe by its name.
+
+    Args:
+        name: "faster", "fast", "long", "thesis", "medical" or "tune".
+        changes: as of `Recipe.but`; those that are 0 (or None, or False) change nothing.
 
     Raises:
-        ValueError: there is none, or no such setting.
+        ValueError: there is no such recipe or setting, or a value is not allowed.
     """
     recipe = RECIPES[check_choice("recipe", name, RECIPES)]
     return recipe.but(**{key: value for key, value in changes.items() if value})

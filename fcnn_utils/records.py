@@ -69,7 +69,11 @@ def path_of(dataset, model, recipe, seed, folder=None):
 
 
 def write(record, folder=None):
-    """Write `record` to the path its own entries name; returns the path."""
+    """Write `record` to the path its own entries name (`path_of`); returns the path.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     path = path_of(record["dataset"], record["model"], record["recipe"]["name"], record["seed"], folder)
     if record["status"] != "complete":  # never over a complete one
         path = path.with_suffix(".partial.json")
@@ -99,14 +103,25 @@ def folders():
 
 
 def save(name, content):
-    """Keep something measured that is not a run, as `output()/results/NAME.json`; `content` is a dict."""
+    """Keep something measured that is not a run, as `output()/results/NAME.json`; returns the path.
+
+    Args:
+        name: of the file, without its ending.
+        content: dict of JSON types.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     path = output() / "results" / f"{name}.json"
     write_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path
 
 
 def load(name):
-    """(content, path) of the nearest `NAME.json` that `save` wrote, or (None, None)."""
+    """(content, path) of the nearest `NAME.json` that `save` wrote, or (None, None).
+
+    A damaged file is named on standard output and skipped.
+    """
     for folder in folders():
         path = folder / f"{name}.json"
         if path.exists():
@@ -118,14 +133,19 @@ def load(name):
 
 
 def remembered(name, compute, settings=None, anew=False):
-    """What `compute()` gave, a dict, read from the nearest `NAME.json`; computed and kept where there is none (or
-    `anew`).
+    """What `compute()` gave, read from a file; computed and kept where there is none.
 
     Args:
+        name: of the file, without its ending, as for `save`; the nearest is read.
+        compute: function without arguments that returns a dict of JSON types.
         settings: dict of what the result depends on, kept with it as its entry "settings".
+        anew: compute though there is a file.
+
+    Returns:
+        The dict as it is when it is read, with lists for tuples, and its entry "settings".
 
     Raises:
-        ValueError: what is there was computed with other settings.
+        ValueError: what is there was computed with other settings, or the file cannot be written.
     """
     settings = settings or {}
     content, path = (None, None) if anew else load(name)
@@ -152,12 +172,15 @@ def lookup(dataset, model, recipe, seed):
 def find(dataset=None, model=None, recipe=None, seed=None, status="complete", where=None):
     """Data frame of the runs that match, one row each, sorted; the column `record` holds the whole record.
 
+    A damaged file is named on standard output and skipped.
+
     Args:
-        dataset, model, recipe, seed: what to match; None matches all.
+        dataset: runs on the data set of this name only.
+        model: runs of the network of this name only.
+        recipe: runs by the recipe of this name only.
+        seed: runs of this seed only.
         status: "complete", "running", "diverged", or None for all.
         where: folders to look in (default: `folders()`); of two runs with one name the nearer folder's counts.
-
-    A damaged file is named on standard output and skipped.
     """
     rows = {}
     for folder in where or folders():

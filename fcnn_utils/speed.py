@@ -33,21 +33,29 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
     """Time of one call on `batch` images, for one model or for several that take turns.
 
     The models are called alternately, each once a round, after some rounds that do not count; so a change of the
-    machine's pace meets all alike, and speed-ups are ratios within a round.
+    machine's pace meets all alike, and speed-ups are ratios within a round. The columns:
+
+        model, engine, batch       what was measured
+        median_ms                  time of a call
+        low_ms, high_ms            its quartiles
+        speedup                    median of the first model's time over this one's
+        speedup_low, speedup_high  its 95% interval (bootstrap over rounds)
+        others_cpu                 see the module
 
     Args:
         models: built keras.Model, or dict name -> model; the first is what the others are compared with. They should
-            have their batch norms folded (`convert.fold_batch_norm`), as a deployed network has.
+            have their batch norms folded (`convert.fold_batch_norm`), as a deployed network has, and all be of one
+            precision.
         batch: images a call; or several such numbers, measured one after another.
-        engine, precision, threads: see `engines.load`; all models in float32 or all in what they were trained in.
+        engine: "keras", "onnxruntime", "openvino" or "litert".
+        precision: in which the engine computes, as of `engines.load`.
+        threads: how many the engine has, as of `engines.load`.
         rounds: calls of each model that count.
         environment: dict of environment variables under which to measure, in a process of its own, for what a backend
             reads when it starts: {"TF_NUM_INTRAOP_THREADS": "1"}. The models must load without custom objects.
 
     Returns:
-        DataFrame, a row a model and batch: model, engine, batch; median_ms with low_ms and high_ms, the quartiles;
-        speedup, the median of the first model's time over this one's, with its 95% interval speedup_low, speedup_high
-        (bootstrap over rounds); others_cpu (see the module).
+        DataFrame with these columns, a row for each model and batch.
 
     Raises:
         ValueError: an argument is not as above, or the engine is not installed.
@@ -87,18 +95,28 @@ def roofline(model, batch=64, *, peak=None, bytes_per_second=None, repeats=5):
 
     A layer can't be faster than its MACs at the machine's peak, nor than its input, weights and output at the memory's
     pace. It is measured by itself, in Keras, on `batch` images, so nothing is fused with its neighbours, as an engine
-    would: a model's own time is less than the sum.
+    would: a model's own time is less than the sum. The columns:
+
+        layer, kind   its name and class
+        macs          of the whole batch
+        bytes         of the whole batch's input, weights and output
+        intensity     MACs a byte
+        predicted_ms  the least possible time
+        measured_ms   the median
+        bound         "arithmetic" or "memory", whichever sets the least possible time
 
     Args:
         model: built, with images of a fixed size.
         batch: images a call.
-        peak, bytes_per_second: of `gemm_peak`, in the dtype of the first layer that has MACs, and `bandwidth`; they are
-            measured where they are not given.
+        peak: MACs a second; default: `gemm_peak`, measured now in the dtype of the first layer that has MACs.
+        bytes_per_second: to and from memory; default: `bandwidth`, measured now.
         repeats: of each layer; the median counts.
 
     Returns:
-        DataFrame, a row for each call of a layer that has MACs: layer, kind, macs, bytes (both of the whole batch),
-        intensity (MACs a byte), predicted_ms, measured_ms, bound ("arithmetic" or "memory").
+        DataFrame with these columns, a row for each call of a layer that has MACs.
+
+    Raises:
+        ValueError: no layer has MACs, `cost.layer_costs` refuses the model, or a number is out of its range.
     """
     check_number("batch", batch, int, 1, 65536)
     check_number("repeats", repeats, int, 1, 1_000_000)

@@ -3,6 +3,8 @@
 S. Kirtaniya, "Implementation of factorized convolutional neural networks and analysis of the computation with
 different models", B.Tech thesis, Indian Institute of Technology Kharagpur.
 
+Networks are called "simple", "wider_factorized" and "wider_separable"; another name is a KeyError.
+
 Its layer tables name only classes, output shapes and parameter counts: kernel shapes and strides are inferred from
 those, and the order of 3×1 and 1×3 is not stated. Its test accuracies are whole numbers of 9,984 images (simple) and
 9,968 (the other two), not of 10,000.
@@ -122,8 +124,8 @@ def compare(name, costs):
         costs: `cost.layer_costs` of our model.
 
     Returns:
-        DataFrame: our layer, kind, output_shape and params, the thesis's three, and `equal`. A row that one side
-        lacks is there, and not equal.
+        DataFrame with our layer, kind, output_shape and params, the thesis's three (kind_thesis, …), and `equal`. A row
+        that one side lacks is there, and not equal.
     """
     ours = costs[~costs["kind"].isin(["", "InputLayer"])].reset_index(drop=True)
     both = ours[["layer", "kind", "output_shape", "params"]].join(layers(name), rsuffix="_thesis", how="outer")
@@ -148,6 +150,6 @@ def test(name):
 
 
 def summary():
-    """The thesis's summary table: DataFrame indexed by network."""
+    """Its summary table: DataFrame indexed by network, with seconds_per_epoch, ms_per_step, top1, top5 and loss."""
     columns = ["seconds_per_epoch", "ms_per_step", "top1", "top5", "loss"]
     return pd.DataFrame.from_dict(_SUMMARY, orient="index", columns=columns)

@@ -38,14 +38,31 @@ def train(
     """Train `model` on `dataset` by `recipe`, or read the record of the same run where there is one.
 
     Interrupted at any point and called again, it goes on after the last whole epoch: the order of the images, the
-    augmentation and the learning rate of an epoch depend on seed and epoch alone.
+    augmentation and the learning rate of an epoch depend on seed and epoch alone. The record has, beside what was
+    trained and where:
+
+        epochs     list of a dict for each epoch, with
+            epoch          its number, from 1
+            loss           as trained, on the augmented training images
+            cross_entropy  without label smoothing, on the same
+            top1, top5     shares, on the same
+            seconds        of the whole epoch
+            ms_per_step    the median without the first step
+            first_step_ms  of the first step
+            others_cpu     share of the processor that other programs took
+            validation     where the recipe trains on "train": as `test`, on all validation images
+        test       dict of `evaluate`, on all test images; None where the recipe trains on "train", unless the
+                   predictions are kept
+        params     number of weights
+        trainable  how many of them are trained
+        macs       multiply-adds for one image
 
     Args:
-        model: a name of `models.NETWORKS` or `OURS`, built here from `seed`; or a built keras.Model, which is trained
-            in place and recorded under its own name (and precision); or a function of the seed that makes such a
-            model, which is called only where there is no record.
+        model: a name that `models.build` knows, built here from `seed`; or a built keras.Model, which is trained in
+            place and recorded under its own name (and precision); or a function of the seed that makes such a model,
+            which is called only where there is no record.
         dataset: `data.Dataset`.
-        recipe: `Recipe`, or the name of one.
+        recipe: `recipes.Recipe`, or the name of one that `recipes` lists.
         seed: starts weights, order and augmentation; default: the recipe's.
         width: factor of the numbers of filters of a network that is given by its name (`models.build`).
         name: what the record calls the network; default: the model's own name, with the width where that is not 1
@@ -58,11 +75,7 @@ def train(
             not trained on them, after each of the recipe's cycles (see `predictions`); and test it in either case.
 
     Returns:
-        The record, a dict: `epochs` (one dict each: loss as trained, cross_entropy without smoothing, top1, top5 on
-        the augmented training images; seconds; ms_per_step, the median without the first step; first_step_ms;
-        others_cpu, the share of the processor that other programs took), `test` (cross-entropy, top1 and top5, and
-        the number correct by class, on all test images; where the recipe trains on "train" the epochs have the same
-        as `validation`, and `test` is None unless the predictions are kept), params, trainable, macs, and where it ran.
+        The record, a dict (see above and `records`).
 
     Raises:
         ValueError: bad arguments; a record of the same name but other settings; a file that cannot be written.
@@ -151,6 +164,12 @@ def fit_epoch(model, batches, steps, epoch=0):
     Step by step and not by `fit`: on TensorFlow 2.21 each `fit` or `predict` ends with a wait for the autotuner of
     tf.data, which wakes 10, 20, 40, … ms after the start, so that a call may take twice its time.
 
+    Args:
+        model: compiled (`compile_model`).
+        batches: iterable of (images, one-hot labels), as from `feed.batches`.
+        steps: how many of them.
+        epoch: number of the epoch, from 0.
+
     Raises:
         Diverged: the loss was not finite.
     """
@@ -205,7 +224,10 @@ def load_trained(model, dataset, recipe, seed=0):
     """The network that a run left with `save_model`, ready to predict; None where there is none.
 
     Args:
-        model, dataset, recipe: the names in the run's record.
+        model: name of the network, as in the run's record, "simple-width0.6".
+        dataset: name of the data set there.
+        recipe: name of the recipe there, "fast-epochs2".
+        seed: of the run.
     """
     for folder in records.folders():
         path = records.path_of(dataset, model, recipe, seed, folder).with_suffix(".keras")
@@ -230,7 +252,8 @@ def schedule(recipe, steps):
 
 
 def compile_model(model, recipe, steps):
-    """Compile `model` for `steps` steps an epoch of `recipe`."""
+    """Compile `model` in place: the optimizer of `recipe`, with its schedule for `steps` steps an epoch, cross-entropy,
+    top-1 and top-5."""
     options = {"global_clipnorm": recipe.clip_norm or None, "weight_decay": recipe.weight_decay or None}
     if recipe.optimizer == "sgd":
         options |= {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}

@@ -31,24 +31,34 @@ def step_parts(networks, split, recipe, scale, rounds=3):
     """Where the time of a training goes, for several networks in turn, each in the precision that it has.
 
     Five things are timed on the same images: the training as `training.train` does it; its steps on batches that lie
-    ready; the steps of the bare network (`bare`); the forward pass of that; and the preparation of the batches.
+    ready; the steps of the bare network (`bare`); the forward pass of that; and the preparation of the batches. The
+    columns, all times the shortest, in ms an image:
+
+        images_per_second  of the whole training
+        ms                 of the whole training, of which
+        input              images scaled, mirrored and moved
+        forward            the convolutions
+        backward           the convolutions, with the update of all weights
+        normalisation      batch normalisations and ReLUs, forward and backward
+        loop               the rest, everything around the steps (by noise it may come out below 0)
+        macs               of an image, forward
+        macs_per_second    in training, counted as three times those
+        others_cpu         see the module
+
+    The first layer passes no gradient on, and takes less than three times its MACs: it is counted as if it did.
 
     Args:
         networks: dict name -> built keras.Model. They are compiled and trained here.
         split: `data.Split`, some batches' worth of images.
-        recipe, scale: as for `feed.batches`.
+        recipe: `recipes.Recipe`, whose batches, augmentation and optimizer count.
+        scale: from `feed.channel_scale`.
         rounds: how often everything is measured; a round before these does not count.
 
     Returns:
-        DataFrame, a row a network: images_per_second, of the whole training; ms, its time for an image, the shortest;
-        of these ms, input: images scaled, mirrored and moved; forward, backward: the convolutions, backward with the
-        update of all weights; normalisation: batch normalisations and ReLUs, forward and backward; loop: the rest,
-        which is everything around the steps (it may come out below 0, by noise); macs, for an image forward;
-        macs_per_second, in training, which takes three times those (but for the first layer, which passes no gradient
-        on: it is counted as if it did); others_cpu.
+        DataFrame with these columns, indexed by network.
 
     Raises:
-        ValueError: fewer images than a batch.
+        ValueError: fewer images than a batch, or `rounds` is not from 1 to 1000.
     """
     check_number("rounds", rounds, int, 1, 1000)
     steps = len(split) // recipe.batch_size
@@ -106,13 +116,13 @@ def growth(points, recipe, rounds=3):
     """Time of a training step for an image, at points where one of batch, width and image size varies.
 
     Args:
-        points: list of (model, varied, value): a name of `models.NETWORKS` or `OURS`; "batch", "width" or "size"
+        points: list of (model, varied, value): a name that `models.build` knows; "batch", "width" or "size"
             (pixels of a side); and its value. The others stay: the recipe's batch, width 1, 32 pixels.
         recipe: its optimizer and precision count, and its batch size where another thing varies.
         rounds: how often each point is measured; a round before these does not count.
 
     Returns:
-        DataFrame, a row a point: model, varied, value, macs (an image, forward), ms (an image, the shortest),
+        DataFrame, a row a point, with model, varied, value, macs (an image, forward), ms (an image, the shortest) and
         others_cpu.
 
     Raises:

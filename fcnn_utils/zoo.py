@@ -1,7 +1,8 @@
 """Networks that the thesis cites, at CIFAR's size: wide residual networks, and one each in the style of Inception,
 of Xception, and of the layers of Wang et al.; and ResNet-18, which MedMNIST was published with.
 
-Each is a function of the images to features; `models.build` puts global average pooling and a dense layer with a
+Each is a function of images (N, H, W, C), and of a `Maker` of its layers, to features (N, h, w, filters);
+`models.build` puts global average pooling and a dense layer with a
 softmax behind them. The residual networks are as published; the others are too large for images of 32×32, so their
 blocks are the papers', and the numbers of them and of their filters are ours.
 """
@@ -23,33 +24,41 @@ class Maker:
     width: float = 1.0
 
     def filters(self, count):
+        """`count` times the width, rounded, at least 1."""
         return max(1, round(self.width * count))
 
     def conv(self, x, filters, size, name, strides=1):
-        """A convolution, `same`, without bias: a batch normalisation follows, or an addition."""
+        """A size×size convolution (`size` may be a pair), `same`, without bias: a batch normalisation follows, or an
+        addition."""
         options = {"use_bias": False, "kernel_initializer": self.kernel_initializer, "dtype": self.dtype}
         return layers.Conv2D(self.filters(filters), size, strides=strides, padding="same", name=name, **options)(x)
 
     def separable(self, x, filters, name):
+        """A separable 3×3 convolution, `same`, without bias."""
         starts = {"depthwise_initializer": self.kernel_initializer, "pointwise_initializer": self.kernel_initializer}
         options = {"padding": "same", "use_bias": False, "dtype": self.dtype}
         return layers.SeparableConv2D(self.filters(filters), 3, name=name, **starts, **options)(x)
 
     def norm(self, x, name, relu=True):
+        """A batch normalisation, NAME_bn, and a ReLU, NAME_relu, unless `relu` is False."""
         x = layers.BatchNormalization(name=f"{name}_bn", dtype=self.dtype)(x)
         return layers.Activation("relu", name=f"{name}_relu", dtype=self.dtype)(x) if relu else x
 
     def conv_norm(self, x, filters, size, name, strides=1):
+        """`conv`, and `norm` with its ReLU."""
         return self.norm(self.conv(x, filters, size, name, strides), name)
 
     def pool(self, x, name, strides=2, average=False):
+        """Pooling over 3×3, `same`: the maximum, or the mean."""
         kind = layers.AveragePooling2D if average else layers.MaxPooling2D
         return kind(3, strides, padding="same", name=name, dtype=self.dtype)(x)
 
     def add(self, x, y, name):
+        """The sum of two tensors of one shape."""
         return layers.Add(name=name, dtype=self.dtype)([x, y])
 
     def join(self, parts, name):
+        """The channels of all parts, one part after the other."""
         return layers.Concatenate(name=name, dtype=self.dtype)(parts)
 
 
@@ -176,12 +185,21 @@ EXAMPLES = ("wrn-16-4", *STYLES)
 
 
 def known(name):
-    """Whether `name` is a network of this module: one of `STYLES`, or "wrn-DEPTH-WIDTH", of depth 10, 16, 22, …"""
+    """Whether `name` is a network of this module.
+
+    These are "inception", "xception", "wang", "resnet18", and "wrn-DEPTH-WIDTH" ("wrn-16-4") of depth 10, 16, 22, …
+    """
     return isinstance(name, str) and (name in STYLES or _wide(name) is not None)
 
 
 def features(name, x, make):
-    """The features (N, h, w, filters) that the network `name` makes of images (N, H, W, C)."""
+    """The features (N, h, w, filters) that a network makes of images (N, H, W, C).
+
+    Args:
+        name: one that is `known`.
+        x: Keras tensor of the images.
+        make: `Maker`.
+    """
     return STYLES[name](x, make) if name in STYLES else wide_resnet(x, make, *_wide(name))
 
 

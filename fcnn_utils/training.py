@@ -34,6 +34,7 @@ def train(
     retrain=False,
     save_model=False,
     save_predictions=False,
+    quiet=False,
 ):
     """Train `model` on `dataset` by `recipe`, or read the record of the same run where there is one.
 
@@ -73,6 +74,7 @@ def train(
         save_model: also keep the trained network, as `seedN.keras` beside the record.
         save_predictions: also keep what the network says of all test images, and of the validation images where it is
             not trained on them, after each of the recipe's cycles (see `predictions`); and test it in either case.
+        quiet: do not say that a record was read.
 
     Returns:
         The record, a dict (see above and `records`).
@@ -92,7 +94,7 @@ def train(
         raise ValueError(f"width is for a network that is given, and recorded, by its own name; got {width!r}")
     name = name or (models.named(model, width) if isinstance(model, str) else model.name)
     if not retrain:
-        stored = _stored(name, dataset, recipe)
+        stored = _stored(name, dataset, recipe, quiet)
         if stored:
             if save_predictions and predictions.load(dataset.name, name, recipe.name, recipe.seed) is None:
                 raise ValueError(
@@ -361,7 +363,7 @@ def _wanted(name, dataset, recipe):
     }
 
 
-def _stored(name, dataset, recipe):
+def _stored(name, dataset, recipe, quiet):
     record, path = records.lookup(dataset.name, name, recipe.name, recipe.seed)
     if record is None:
         return None
@@ -375,5 +377,6 @@ def _stored(name, dataset, recipe):
         raise ValueError(
             f"{records.shown(path)} is a run with another {', '.join(differs)}; pass retrain=True to replace it"
         )
-    print(f"{result_line(record)}; read from {records.shown(path)}", flush=True)
+    if not quiet:
+        print(f"{result_line(record)}; read from {records.shown(path)}", flush=True)
     return record

@@ -536,6 +536,8 @@ def test_a_run_that_was_made_is_read(dataset, whole, done, monkeypatch, capsys):
     before = model.get_weights()
     assert training.train(model, dataset, RECIPE) == {"schema": records.SCHEMA} | whole[1]
     assert f"read from {done}" in capsys.readouterr().out
+    training.train(model, dataset, RECIPE, quiet=True)
+    assert not capsys.readouterr().out
     for weight, old in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(weight, old)
 

@@ -138,7 +138,7 @@ def test_what_came_out_is_what_the_tables_say():
     best, simple, dense = (row[name] for name in ("deeper, separable", "simple", "deeper, dense"))
     lead = float(best[5]) - float(simple[5])
     assert round(lead) == 3 and round(float(dense[5]) - float(simple[5])) == 2  # "three points"; two are the plan's
-    assert round(5 * float(best[2])) == 4  # "in four fifths of its time"
+    assert 0.85 < float(best[2]) < 0.9  # "in less than nine tenths of its time"
     compressed, text = row["CP, 4.5 times fewer MACs"], " ".join(README.split())
     faster = re.search(r"ms, (.*)×", compressed[3])[1]
     lost = float(row["dense"][2]) - float(compressed[2])

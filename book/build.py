@@ -153,6 +153,7 @@ def notation(notebooks):
     rows = by_text(notebooks, symbols)
     order = sorted(rows, key=lambda row: (_spelled(row[0]), row[0]))
     lines = [f"| {symbol} | {meaning} *({rows[symbol, meaning]})* |" for symbol, meaning in order]
+    lines = [re.sub(r"\]\((?=\d\d_)", "](notebooks/", line) for line in lines]  # as seen from the page
     return "\n".join(["# Notation\n", "| symbol | meaning |", "|---|---|", *lines, ""])
 
 

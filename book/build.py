@@ -24,6 +24,9 @@ HERE = Path(__file__).resolve().parent
 BUILD = records.ROOT / "build" / "book"
 SOURCE = BUILD / "source"
 MENTION = r"(?<!\*\*)Figure (\d\d\.\d+)"  # of a figure in the text; its caption is bold
+FORMULA = (
+    r"```.*?```|`[^`\n]*`|\$\$.*?\$\$|(\$[^$\n]+\$)([.,;:)]*)"  # in a line, and what follows it; the rest is skipped
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -234,9 +237,13 @@ def for_page(text):
     """
     text = re.sub(MENTION, lambda found: f"[{found[0]}](#{anchor(found[1])})", text)
     text = re.sub(r"\$\$(.+?)\$\$", _display, text, flags=re.S)
-    text = re.sub(r"((?<![$\\])\$[^$\n]+\$)(?=[.,;:)])", "\\1\N{WORD JOINER}", text)
+    text = re.sub(FORMULA, _unbroken, text, flags=re.S)
     before, heading, works = text.partition("## References")
     return before + heading + "\n".join(map(linked, works.split("\n")))
+
+
+def _unbroken(match):
+    return f'<span class="unbroken">{match[1]}{match[2]}</span>' if match[2] else match[0]
 
 
 def _display(match):

@@ -115,11 +115,11 @@ def references(notebook):
 
 def draw_map(notebooks, target):
     """The course as boxes, an arrow from each to those that want it to be known."""
-    columns = ((1, 2, 3, 9, None, 12), (None,) * 5 + (10,), (4, 5, 6, 7, 8, 11))
+    columns = ((1, 2, 3, 9, None, None, 12), (None,) * 5 + (10,), (4, 5, 6, 7, 8, 11))
     names = {int(name[:2]): title(notebook) for name, notebook in notebooks.items()}
     places = {number: (x, -y) for x, column in enumerate(columns) for y, number in enumerate(column) if number in names}
     before = {int(name[:2]): known_first(notebook) for name, notebook in notebooks.items()}
-    figure, ax = plt.subplots(figsize=(9, 6))
+    figure, ax = plt.subplots(figsize=(9, 6.5))
     boxes = {}
     for number, place in places.items():
         color = "#dbe9f6" if number < 9 else "#fdebd3"
@@ -134,7 +134,7 @@ def draw_map(notebooks, target):
             bend = {"connectionstyle": f"arc3,rad={-0.25 if place[0] > places[first][0] else 0}"}  # around 09
             style = {"arrowstyle": "-|>", "color": "0.4", "shrinkA": 2, "shrinkB": 2, **bend, **patches}
             ax.annotate("", place, places[first], arrowprops=style)
-    ax.set(xlim=(-0.6, 2.6), ylim=(-5.5, 0.5))
+    ax.set(xlim=(-0.6, 2.6), ylim=(-6.5, 0.5))
     ax.axis("off")
     figure.savefig(target, bbox_inches="tight", metadata={"Date": None})
 

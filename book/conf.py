@@ -1,5 +1,9 @@
 """Sphinx's settings for the teaching document; `build.py` lays out what is rendered."""
 
+import ast
+import itertools
+import textwrap
+
 project = "Factorized convolutional networks in Keras"
 author = "the authors of fcnn_utils"
 copyright = "the authors; MIT licence"
@@ -28,7 +32,16 @@ def _examples(app, what, name, obj, options, lines):
     """An indented block behind a blank line is code, a formula or a table, and stays as it is."""
     for number in range(len(lines) - 2, 0, -1):
         if lines[number - 1][:1].strip() and not lines[number] and lines[number + 1].startswith("    "):
-            lines[number:number] = ["", "::"]
+            rest = itertools.takewhile(lambda line: not line[:1].strip(), lines[number + 1 :])
+            lines[number:number] = ["", f".. code-block:: {_language(textwrap.dedent(chr(10).join(rest)))}"]
+
+
+def _language(block):
+    try:
+        ast.parse(block)
+    except SyntaxError:
+        return "text"
+    return "python"
 
 
 autodoc_member_order = "bysource"

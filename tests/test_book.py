@@ -66,6 +66,13 @@ def test_a_solution_is_folded_and_closed(notebook):
     assert text.count("<details><summary>") == text.count("</details>") >= 2
 
 
+def test_exercises_are_of_three_grades(notebook):
+    exercises = build.prose(notebook).split("## Exercises")[1].split("## References")[0]
+    grades = re.findall(r"^\*\*\d+\.\*\* \*\(([\w, ]+)\)\*", exercises, re.M)
+    assert len(grades) == len(re.findall(r"^\*\*\d+\.\*\*", exercises, re.M)) >= 3
+    assert {"paper", "code", "open"} <= set(re.findall(r"\w+", " ".join(grades))) and grades[-1] == "open", grades
+
+
 def test_numbers_in_between_are_wanted_too():
     cell = nbformat.v4.new_markdown_cell("**Know first:** a ([01](01_a.ipynb)), b ([04](04_b.ipynb)–[07](07_c.ipynb)).")
     assert build.known_first(nbformat.v4.new_notebook(cells=[cell])) == [1, 4, 5, 6, 7]

@@ -66,6 +66,19 @@ def test_a_solution_is_folded_and_closed(notebook):
     assert text.count("<details><summary>") == text.count("</details>") >= 2
 
 
+SECTION = r"\]\((\d\d_\w+)\.ipynb\),? (?:sections?|section) ((?:\d+(?:\.\d+)?(?:, | and | to )?)+)"
+
+
+def test_sections_of_other_notebooks_are_there(notebook):
+    for name, numbers in re.findall(SECTION, build.prose(notebook)):
+        sections = re.findall(r"^##+ (\d+(?:\.\d+)?)\.? ", build.prose(NOTEBOOKS[name]), re.M)
+        assert set(re.findall(r"\d+(?:\.\d+)?", numbers)) <= set(sections), (name, numbers)
+
+
+def test_references_to_sections_are_found():
+    assert sum(len(re.findall(SECTION, build.prose(notebook))) for notebook in NOTEBOOKS.values()) > 25
+
+
 def test_exercises_are_of_three_grades(notebook):
     exercises = build.prose(notebook).split("## Exercises")[1].split("## References")[0]
     grades = re.findall(r"^\*\*\d+\.\*\* \*\(([\w, ]+)\)\*", exercises, re.M)

@@ -60,12 +60,12 @@ def sphinx(builder):
 
 
 def print_pdf(page, target):
-    """Print the page that holds everything, with every solution unfolded."""
+    """Print the page that holds everything, with every solution and every hidden cell unfolded."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         print(f"no PDF: none of {', '.join(BROWSERS)} is installed")
         return
-    page.write_text(page.read_text().replace("<details>", "<details open>"))
+    page.write_text(page.read_text().replace("<details", "<details open"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=100000"]
     options += ["--no-pdf-header-footer", "--generate-pdf-document-outline"]
     command = [browser, *options, f"--print-to-pdf={target}", page.as_uri()]

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import nbformat
 
 import fcnn_utils
-from fcnn_utils import pipeline, records
+from fcnn_utils.course import records, runner
 
 HERE = Path(__file__).resolve().parent
 BUILD = records.ROOT / "build" / "book"
@@ -36,7 +36,7 @@ def main(formats=("html", "pdf")):
     shutil.copytree(HERE / "static", SOURCE / "static")
     for path in (HERE / "conf.py", HERE / "index.md"):
         shutil.copy(path, SOURCE)
-    notebooks = {path.stem: nbformat.read(path, 4) for path in pipeline.notebooks().values()}
+    notebooks = {path.stem: nbformat.read(path, 4) for path in runner.notebooks().values()}
     draw_map(notebooks, SOURCE / "map.svg")
     for page in (notation, figures, bibliography):
         (SOURCE / f"{page.__name__}.md").write_text(page(notebooks))

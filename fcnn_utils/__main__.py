@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from fcnn_utils import data, parameters, pipeline
+from fcnn_utils.course import data, parameters, runner
 
 _STOPPED = 130  # the shell's code for Ctrl-C
 
@@ -14,7 +14,7 @@ def main(arguments=None):
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
-    except pipeline.NotebookFailed as failure:
+    except runner.NotebookFailed as failure:
         print(failure, file=sys.stderr)
         return 2 if failure.bad_value else 1
     except ArithmeticError as diverged:
@@ -31,20 +31,20 @@ def main(arguments=None):
 
 def _run(options):
     settings = dict(_setting(text) for text in options.set)
-    pipeline.run(options.profile, options.only, options.start, options.dataset, settings, options.fresh)
+    runner.run(options.profile, options.only, options.start, options.dataset, settings, options.fresh)
 
 
 def _train(options):
-    with pipeline.stderr_to(os.devnull):  # Keras starts here: not before the arguments are read
-        from fcnn_utils import machine, models, training
+    with runner.stderr_to(os.devnull):  # Keras starts here: not before the arguments are read
+        from fcnn_utils.course import environment, networks, training
 
         if options.deterministic:
-            machine.deterministic()
-        machine.describe()
-    models.named(options.model, options.width)  # refuses what is none
-    recipe = training.recipe_named(options.recipe)
+            environment.deterministic()
+        environment.describe()
+    networks.run_name(options.model, options.width)  # refuses what is none
+    recipe = training.get_recipe(options.recipe)
     if options.epochs is not None:
-        recipe = recipe.but(epochs=options.epochs)
+        recipe = recipe.replace(epochs=options.epochs)
     dataset = data.load(options.dataset, options.train_images, options.test_images)
     print(dataset.describe(), flush=True)
     how = {key: getattr(options, key) for key in ("width", "retrain", "save_model", "save_predictions")}

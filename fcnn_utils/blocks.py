@@ -26,7 +26,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from fcnn_utils.parameters import check_choice, check_number, check_pair
+from fcnn_utils._checks import check_choice, check_number, check_pair
 
 # --- blocks that a kernel can be decomposed into -----------------------------------------------------------------
 

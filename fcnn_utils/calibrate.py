@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from fcnn_utils import decompose, graph
+from fcnn_utils import decompose, keras_graph
 from fcnn_utils import ranks as ranks_of
 
 _BATCH = 128
@@ -47,7 +47,7 @@ def sensitivity(model, method, images, places, fractions, **options):
         model: built, functional or sequential, of one input. It is not changed.
         method: of the decomposition, as in `decompose.decompose`.
         images: (N, H, W, C), of which the first 256 count.
-        places: of the Conv2D layers, each a `graph.Place`.
+        places: of the Conv2D layers, each a `keras_graph.LayerNode`.
         fractions: of a kernel's parameters, rising: the sizes to try; those below rank 1 are left out, and where that
             leaves none of them, rank 1 is tried.
         options: of the decomposition; a CP is content with 10 sweeps here unless told otherwise.
@@ -61,8 +61,8 @@ def sensitivity(model, method, images, places, fractions, **options):
     images = check_images(model, images)[:_FEW]
     if method in ("cp", "cp4"):
         options = {"n_iter": 10} | options
-    trial = graph.rebuilt(model, {})
-    copies = {place.path: place for place in graph.places(trial)}
+    trial = keras_graph.rebuild(model, {})
+    copies = {place.path: place for place in keras_graph.layer_nodes(trial)}
     before = _outputs(trial, images)
     curves = {}
     for place in places:
@@ -200,8 +200,8 @@ def correct(new, model, images):
         ValueError: the model does not take the images.
     """
     images = check_images(model, images)
-    ours = {place.path: place for place in graph.places(new)}
-    for place in graph.places(model):
+    ours = {place.path: place for place in keras_graph.layer_nodes(new)}
+    for place in keras_graph.layer_nodes(model):
         dense, chain = place.layer, ours.get(place.path)
         last = chain and chain.layer
         if (
@@ -220,7 +220,9 @@ def reestimate(model, images):
         ValueError: the model does not take the images.
     """
     images = check_images(model, images)
-    norms = [place.layer for place in graph.places(model) if isinstance(place.layer, layers.BatchNormalization)]
+    norms = [
+        place.layer for place in keras_graph.layer_nodes(model) if isinstance(place.layer, layers.BatchNormalization)
+    ]
     if not norms:
         return
     before = [(norm.momentum, norm.trainable) for norm in norms]
@@ -250,7 +252,7 @@ def _norms_behind(place, places):
     """The batch norms whose means take that of a convolution without a bias: they read it, and nothing else does."""
     norms = {id(other.layer): other.layer for other in places.values() if other.is_channel_norm}
     behind = [norms.get(id(after)) for after in place.after]
-    own = place.layer.use_bias or not graph.is_linear(place.layer)  # with an activation they read something else
+    own = place.layer.use_bias or not keras_graph.is_linear(place.layer)  # with an activation they read something else
     return [] if own or None in behind else behind
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 from keras import layers as keras_layers
 
-from fcnn_utils import blocks, calibrate, cost, decompose, graph
+from fcnn_utils import blocks, calibrate, cost, decompose, keras_graph
 from fcnn_utils import ranks as ranks_of
-from fcnn_utils.parameters import check_choice, check_number
+from fcnn_utils._checks import check_choice, check_number
 
 COLUMNS = [
     "layer",
@@ -110,7 +110,7 @@ def factorize(
         ValueError: a model that is not built or no graph of layers; nothing to convert; a layer that is not there or
             can't be converted; a budget below the smallest possible; images that the model does not take.
     """
-    graph.check(model)
+    keras_graph.check_graph(model)
     check_choice("method", method, ranks_of.METHODS)
     check_number("seed", seed, int, 0, 2**31 - 1)
     check_number("multiple", multiple, int, 1, 4096)
@@ -124,7 +124,9 @@ def factorize(
     if method in ("cp", "cp4"):
         options = {"max_norm": 1.0, "seed": seed} | options
 
-    sites = {place.path: _Site(place) for place in graph.places(model) if isinstance(place.layer, _CONVOLUTIONS)}
+    sites = {
+        place.path: _Site(place) for place in keras_graph.layer_nodes(model) if isinstance(place.layer, _CONVOLUTIONS)
+    }
     chosen = _chosen(sites, layers if ranks is None else ranks, model)
     if ranks is not None:
         plan = {path: ranks_of.check(method, chosen[path].shape, given) for path, given in ranks.items()}
@@ -133,7 +135,7 @@ def factorize(
     else:
         plan = _by_budget(model, chosen, method, macs, None if uniform else images, multiple, options)
 
-    chains, rows, taken = {}, [], {place.layer.name for place in graph.places(model)}
+    chains, rows, taken = {}, [], {place.layer.name for place in keras_graph.layer_nodes(model)}
     for path, site in sites.items():
         row = {"layer": path, "params_before": site.parameters, "params_after": site.parameters}
         row |= {"macs_before": site.macs, "macs_after": site.macs, "reason": site.reason}
@@ -144,7 +146,7 @@ def factorize(
         elif not site.reason:
             row["reason"] = "not chosen"
         rows.append(row)
-    new = graph.rebuilt(model, chains)
+    new = keras_graph.rebuild(model, chains)
     if images is not None:
         calibrate.correct(new, model, images)
     return new, pd.DataFrame(rows, columns=COLUMNS)
@@ -166,17 +168,17 @@ def fold_batch_norm(model, dtype=None):
         keras.Model, not compiled; it shares nothing with `model`.
 
     Raises:
-        ValueError: a model that is not built or no graph of layers; a layer that can't be copied (`graph.copied`).
+        ValueError: a model that is not built or no graph of layers; a layer that can't be copied (`keras_graph.copy_layer`).
     """
     if dtype is not None:
-        model = graph.rebuilt(model, {}, dtype=dtype)
-    chains, places = {}, {id(place.layer): place for place in graph.places(model)}
+        model = keras_graph.rebuild(model, {}, dtype=dtype)
+    chains, places = {}, {id(place.layer): place for place in keras_graph.layer_nodes(model)}
     for place in places.values():
         if place.is_channel_norm:
             before = places.get(id(place.before[0]))
             if _folds(place, before):
                 chains[id(before.layer)], chains[id(place.layer)] = [_scaled(before.layer, place.layer)], []
-    return graph.rebuilt(model, chains)
+    return keras_graph.rebuild(model, chains)
 
 
 # --- which layers, which ranks -----------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def fold_batch_norm(model, dtype=None):
 class _Site:
     """A convolution in a model: whether it can be converted, and what that costs."""
 
-    place: graph.Place
+    place: keras_graph.LayerNode
 
     @property
     def layer(self):
@@ -233,8 +235,8 @@ class _Site:
 
     def _joined(self):
         """Convolutions before and after it with nothing in between."""
-        before = [other for other in self.place.before if graph.is_linear(other)]
-        after = self.place.after if graph.is_linear(self.layer) else []
+        before = [other for other in self.place.before if keras_graph.is_linear(other)]
+        after = self.place.after if keras_graph.is_linear(self.layer) else []
         return [other for other in (*before, *after) if isinstance(other, _CONVOLUTIONS)]
 
     @property
@@ -254,7 +256,7 @@ class _Site:
     def macs(self):
         """Of all calls; NaN where they are not known."""
         try:
-            return cost.macs_of(self.place)
+            return cost.node_macs(self.place)
         except ValueError:
             return math.nan
 
@@ -285,7 +287,7 @@ class _Site:
             name += "_"
         taken.add(name)
         kept = ("activity_regularizer", "bias_constraint") if last else ()
-        copy = graph.copied(layer, name=name, **{key: getattr(self.layer, key) for key in kept})
+        copy = keras_graph.copy_layer(layer, name=name, **{key: getattr(self.layer, key) for key in kept})
         copy.build(layer.input.shape)
         copy.set_weights(layer.get_weights())
         return copy
@@ -344,9 +346,9 @@ def _by_budget(model, chosen, method, macs, images, multiple, options):
         count = site.macs_at(method, ranks)
         return (ranks, count) if count < site.macs else (None, site.macs)
 
-    if macs >= cost.totals(model)["macs"]:
+    if macs >= cost.total_costs(model)["macs"]:
         return {}
-    fixed = cost.totals(model)["macs"] - sum(site.macs for site in chosen.values())
+    fixed = cost.total_costs(model)["macs"] - sum(site.macs for site in chosen.values())
     smallest = fixed + sum(at(site, 1e-9)[1] for site in chosen.values())
     if macs < smallest:
         raise ValueError(
@@ -400,7 +402,7 @@ def _folds(place, before):
     return (
         before is not None
         and isinstance(before.layer, _FOLDABLE)
-        and graph.is_linear(before.layer)
+        and keras_graph.is_linear(before.layer)
         and getattr(before.layer, "data_format", "channels_last") == "channels_last"
         and not getattr(before.layer, "lora_enabled", False)
         and len(before.calls) == len(before.after) == 1
@@ -417,7 +419,7 @@ def _scaled(layer, norm):
     bias = kernels.pop() if layer.use_bias else 0.0
     last = np.asarray(kernels[-1], np.float64)
     kernels[-1] = last * scale.reshape(last.shape[2:] if isinstance(layer, keras_layers.DepthwiseConv2D) else -1)
-    copy = graph.copied(layer, use_bias=True)
+    copy = keras_graph.copy_layer(layer, use_bias=True)
     copy.build(layer.input.shape)
     copy.set_weights([*kernels, (np.asarray(bias, np.float64) - mean) * scale + np.asarray(beta, np.float64)])
     return copy

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from keras import layers
 
-from fcnn_utils import graph
+from fcnn_utils import keras_graph
 
 COLUMNS = ["layer", "kind", "output_shape", "params", "trainable", "macs", "other_ops", "activation_bytes"]
 
@@ -60,7 +60,7 @@ def layer_costs(model):
     """
     rows = [
         _row(place.layer, inputs, output, number)
-        for place in graph.places(model)
+        for place in keras_graph.layer_nodes(model)
         for number, (inputs, output) in enumerate(place.calls)
     ]
     table = pd.DataFrame(rows, columns=COLUMNS)
@@ -69,7 +69,7 @@ def layer_costs(model):
     return pd.concat([table, pd.DataFrame([total])], ignore_index=True)
 
 
-def totals(model):
+def total_costs(model):
     """Dict of the total row: params, trainable, macs, other_ops, activation_bytes. ValueError as `layer_costs`."""
     row = layer_costs(model).iloc[-1]
     return {key: int(row[key]) for key in ("params", "trainable", "macs", "other_ops", "activation_bytes")}
@@ -85,8 +85,8 @@ def convolution_macs(output_shape, kernel_shape):
     return math.prod(output_shape) * math.prod(kernel_shape)
 
 
-def macs_of(place):
-    """MACs of a layer (`graph.Place`) for one image, all its calls together; ValueError where that is not known."""
+def node_macs(place):
+    """MACs of a layer (`keras_graph.LayerNode`) for one image, all its calls together; ValueError where that is not known."""
     rows = [_row(place.layer, inputs, output, 0) for inputs, output in place.calls]
     return sum(row[COLUMNS.index("macs")] for row in rows)
 

@@ -21,7 +21,7 @@ from tensorly.decomposition import partial_tucker
 from tensorly.decomposition import tensor_train as tensorly_tensor_train
 
 from fcnn_utils import ranks as ranks_of
-from fcnn_utils.parameters import check_choice, check_number
+from fcnn_utils._checks import check_choice, check_number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ import math
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from fcnn_utils.parameters import check_choice, check_number, check_pair
+from fcnn_utils._checks import check_choice, check_number, check_pair
 
 METHODS = ("cp", "cp4", "tucker", "tt", "spatial", "separable")
 

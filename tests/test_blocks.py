@@ -231,7 +231,7 @@ def test_topological_subdivisioning_connects_neighbours_only():
     x = random(2, 5, 4, 6)
     expected = np.maximum((x * (1 + depthwise[0, 0, :, 0])) @ kernel + bias, 0)
     assert np.allclose(model(x), expected, atol=1e-5)
-    assert cost.totals(model)["macs"] == 5 * 4 * (6 + 4 * 6)
+    assert cost.total_costs(model)["macs"] == 5 * 4 * (6 + 4 * 6)
 
 
 @pytest.mark.parametrize("strides", [(2, 2), (1, 2)])
@@ -295,7 +295,7 @@ def test_saved_blocks_load_in_a_fresh_process_without_custom_objects(tmp_path):
 def test_every_block_is_counted_and_takes_a_training_step():
     keras.utils.set_random_seed(0)
     model, x = every_block(), random(4, 6, 6, 6)
-    assert cost.totals(model)["params"] == model.count_params()
+    assert cost.total_costs(model)["params"] == model.count_params()
     model.compile("sgd", "mse")
     before = model.get_weights()
     model.train_on_batch(x, random(*model(x).shape, seed=1))

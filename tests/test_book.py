@@ -8,14 +8,14 @@ from urllib.parse import unquote
 import nbformat
 import pytest
 
-from fcnn_utils import pipeline
+from fcnn_utils.course import runner
 
 pytest.importorskip("myst_nb", reason="MyST-NB is not installed (requirements-book.txt)")
-_SPEC = importlib.util.spec_from_file_location("build", pipeline.ROOT / "book" / "build.py")
+_SPEC = importlib.util.spec_from_file_location("build", runner.ROOT / "book" / "build.py")
 build = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(build)
 
-NOTEBOOKS = {path.stem: nbformat.read(path, 4) for path in pipeline.notebooks().values()}
+NOTEBOOKS = {path.stem: nbformat.read(path, 4) for path in runner.notebooks().values()}
 
 
 @pytest.fixture(params=NOTEBOOKS)

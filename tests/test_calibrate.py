@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from fcnn_utils import calibrate, convert, decompose, graph, ranks
+from fcnn_utils import calibrate, convert, decompose, keras_graph, ranks
 
 
 def network(activation="relu", use_bias=True, softmax=True):
@@ -154,7 +154,7 @@ def test_correction_makes_up_for_the_layers_before():
     best = features @ np.linalg.lstsq(features, target, rcond=None)[0]
     assert np.allclose(makes(corrected, "conv2", images).reshape(-1, 8), best, atol=1e-2 * target.std())
 
-    alone = graph.rebuilt(model, {})  # each layer by itself, for what the dense network hands on
+    alone = keras_graph.rebuild(model, {})  # each layer by itself, for what the dense network hands on
     for name, rank in given.items():
         kernel, bias = model.get_layer(name).get_weights()
         seen = calibrate.moment(model, model.get_layer(name), images)
@@ -171,7 +171,7 @@ def test_correction_makes_up_for_the_layers_before():
 def test_sensitivity_by_hand():
     """Each kernel alone replaced by what the module says, in a model of its own."""
     model, images = network(), pictures()
-    places = [place for place in graph.places(model) if isinstance(place.layer, layers.Conv2D)]
+    places = [place for place in keras_graph.layer_nodes(model) if isinstance(place.layer, layers.Conv2D)]
     before = model.get_weights()
     curves = calibrate.sensitivity(model, "spatial", images, places, [0.001, 0.3, 0.6])
     assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
@@ -197,7 +197,7 @@ def test_sensitivity_is_the_same_without_a_bias_before_a_batch_norm():
         other.set_weights([*layer.get_weights(), *([np.zeros(8)] if is_convolution else [])])
     both = []
     for model in (with_bias, without):
-        places = [place for place in graph.places(model) if isinstance(place.layer, layers.Conv2D)]
+        places = [place for place in keras_graph.layer_nodes(model) if isinstance(place.layer, layers.Conv2D)]
         before = model.get_weights()
         both.append(calibrate.sensitivity(model, "spatial", pictures(), places, [0.3, 0.6]))
         assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
@@ -209,7 +209,7 @@ def test_sensitivity_is_the_same_without_a_bias_before_a_batch_norm():
 def test_sensitivity_without_a_bias_or_a_norm_fits_the_output_itself():
     inputs = keras.Input((10, 9, 6))
     model = keras.Model(inputs, layers.Conv2D(8, 3, padding="same", use_bias=False, name="conv")(inputs))
-    (place,) = graph.places(model)
+    (place,) = keras_graph.layer_nodes(model)
     place.layer.set_weights([np.random.default_rng(0).standard_normal(place.layer.kernel.shape)])
     images = pictures(16) + 1  # whose mean counts; one batch, which `moment` takes whole
     ((_, taken, loss),) = calibrate.sensitivity(model, "spatial", images, [place], [0.3])["conv"]
@@ -222,7 +222,7 @@ def test_sensitivity_without_a_bias_or_a_norm_fits_the_output_itself():
 
 def test_where_all_fractions_are_too_small_rank_one_is_tried():
     model = network()
-    places = [place for place in graph.places(model) if isinstance(place.layer, layers.Conv2D)]
+    places = [place for place in keras_graph.layer_nodes(model) if isinstance(place.layer, layers.Conv2D)]
     curves = calibrate.sensitivity(model, "tt", pictures(8), places[:1], [1e-6, 1e-5])
     assert [taken for _, taken, _ in curves["conv1"]] == [(1, 1, 1)]
 

@@ -1,16 +1,17 @@
-"""The state of a training on disk: `fcnn_utils.checkpoint`. Whole runs that are stopped are in test_training.py."""
+"""The state of a training on disk: `fcnn_utils.course.checkpoints`. Whole runs that are stopped are in test_training.py."""
 
 import errno
 import io
 import json
+import os
 
 import keras
 import numpy as np
 import pytest
 from keras import layers
 
-from fcnn_utils import checkpoint, records, training
-from fcnn_utils.recipes import RECIPES
+from fcnn_utils.course import checkpoints, records, training
+from fcnn_utils.course.recipes import RECIPES
 
 RECIPE = RECIPES["fast"]
 
@@ -54,14 +55,14 @@ def record(**changes):
 
 def test_files_of_a_run_lie_beside_its_record(output):
     folder = output / "results" / "standin" / "tiny" / "fast"
-    assert checkpoint.file_of(record(), "checkpoint.npz") == folder / "seed3.checkpoint.npz"
-    assert checkpoint.file_of(record(), "keras").parent == records.write(record()).parent
+    assert checkpoints.file_of(record(), "checkpoint.npz") == folder / "seed3.checkpoint.npz"
+    assert checkpoints.file_of(record(), "keras").parent == records.write(record()).parent
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_on_from():
     model = network(0)
     before = state(model)
-    assert checkpoint.resume(model, record(epochs=[])) == []
+    assert checkpoints.resume(model, record(epochs=[])) == []
     assert all(same(model, before))
 
 
@@ -72,9 +73,9 @@ def test_a_checkpoint_restores_the_whole_state(output, capsys):
     model, fresh = network(0), network(1)
     saved = state(model)
     assert len(saved) > 12 and not any(same(fresh, saved))
-    checkpoint.save(model, record())
+    checkpoints.save(model, record())
     assert [path.name for path in output.rglob("*") if path.is_file()] == ["seed3.checkpoint.npz"]
-    assert checkpoint.resume(fresh, record(epochs=[])) == record()["epochs"]
+    assert checkpoints.resume(fresh, record(epochs=[])) == record()["epochs"]
     assert all(same(fresh, saved))
     assert capsys.readouterr().out == "tiny · fast · going on after epoch 2\n"
 
@@ -82,8 +83,8 @@ def test_a_checkpoint_restores_the_whole_state(output, capsys):
 def test_a_network_that_was_never_trained_can_go_on():
     model, fresh = network(0), network(1)
     training.compile_model(fresh, RECIPE, 10)  # a new optimizer, which has not seen the weights
-    checkpoint.save(model, record())
-    checkpoint.resume(fresh, record(epochs=[]))
+    checkpoints.save(model, record())
+    checkpoints.resume(fresh, record(epochs=[]))
     assert all(same(fresh, state(model)))
 
 
@@ -97,20 +98,20 @@ def test_a_network_that_was_never_trained_can_go_on():
     ],
 )
 def test_a_checkpoint_of_other_settings_is_left(capsys, key, value):
-    checkpoint.save(network(0), record())
+    checkpoints.save(network(0), record())
     model = network(1)
     before = state(model)
-    assert checkpoint.resume(model, record(epochs=[], **{key: value})) == []
+    assert checkpoints.resume(model, record(epochs=[], **{key: value})) == []
     assert all(same(model, before))
-    path = checkpoint.file_of(record(), "checkpoint.npz")
+    path = checkpoints.file_of(record(), "checkpoint.npz")
     assert capsys.readouterr().out == f"{path} belongs to other settings: starting anew\n"
 
 
 def test_a_checkpoint_of_another_network_with_as_many_weights_is_left(capsys):
-    checkpoint.save(network(0, filters=3), record())
+    checkpoints.save(network(0, filters=3), record())
     model = network(1)
     before = state(model)
-    assert checkpoint.resume(model, record(epochs=[])) == []
+    assert checkpoints.resume(model, record(epochs=[])) == []
     assert all(same(model, before))
     assert "belongs to other settings: starting anew" in capsys.readouterr().out
 
@@ -124,8 +125,8 @@ def archive(**arrays):
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "no record", "no JSON", "an array short"])
 def test_a_damaged_checkpoint_is_named_and_nothing_of_it_taken(capsys, damage):
     saved = network(0)
-    checkpoint.save(saved, record())
-    path = checkpoint.file_of(record(), "checkpoint.npz")
+    checkpoints.save(saved, record())
+    path = checkpoints.file_of(record(), "checkpoint.npz")
     content = path.read_bytes()
     with np.load(path) as file:
         arrays = dict(file)
@@ -141,7 +142,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_of_it_taken(capsys, damage):
     )
     model = network(1)
     before = state(model)
-    assert checkpoint.resume(model, record(epochs=[])) == []
+    assert checkpoints.resume(model, record(epochs=[])) == []
     assert all(same(model, before))
     printed = capsys.readouterr().out
     assert printed.startswith(f"{path} is damaged (") and printed.endswith("): starting anew\n")
@@ -149,18 +150,18 @@ def test_a_damaged_checkpoint_is_named_and_nothing_of_it_taken(capsys, damage):
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(monkeypatch):
     model = network(0)
-    checkpoint.save(model, record())
+    checkpoints.save(model, record())
     saved = state(model)
 
     def full(*args):
         raise OSError(errno.ENOSPC, "full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(records.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(ValueError, match="checkpoint.npz: the disk is full"):
-            checkpoint.save(network(1), record(epochs=[]))
+            checkpoints.save(network(1), record(epochs=[]))
     fresh = network(2)
-    assert checkpoint.resume(fresh, record()) == record()["epochs"]
+    assert checkpoints.resume(fresh, record()) == record()["epochs"]
     assert all(same(fresh, saved))
 
 
@@ -174,9 +175,9 @@ def test_a_network_is_kept_without_its_optimizer(kind):
         model = keras.Model(model.inputs[0], model.outputs[0], name="tiny")
         training.compile_model(model, RECIPE, 10)
     folder = records.write(record()).parent
-    checkpoint.keep(model, record())
+    checkpoints.keep(model, record())
     assert sorted(path.name for path in folder.iterdir()) == ["seed3.keras", "seed3.partial.json"]
-    kept = keras.saving.load_model(checkpoint.file_of(record(), "keras"))
+    kept = keras.saving.load_model(checkpoints.file_of(record(), "keras"))
     assert type(kept) is type(model) and not kept.compiled and model.compiled
     images = np.random.default_rng(5).normal(size=(3, 4, 4, 1))
     np.testing.assert_array_equal(kept.predict(images, verbose=0), model.predict(images, verbose=0))
@@ -184,22 +185,22 @@ def test_a_network_is_kept_without_its_optimizer(kind):
 
 def test_a_network_that_cannot_be_kept_leaves_the_earlier_one(monkeypatch):
     folder = records.write(record()).parent
-    checkpoint.keep(network(0), record())
-    path = checkpoint.file_of(record(), "keras")
+    checkpoints.keep(network(0), record())
+    path = checkpoints.file_of(record(), "keras")
     content = path.read_bytes()
 
     def read_only(*args):
         raise OSError(errno.EROFS, "read-only")
 
     with monkeypatch.context() as patch:
-        patch.setattr(records.os, "replace", read_only)
+        patch.setattr(os, "replace", read_only)
         with pytest.raises(ValueError, match="seed3.keras: the folder is read-only; set FCNN_OUTPUT"):
-            checkpoint.keep(network(1), record())
+            checkpoints.keep(network(1), record())
     assert sorted(path.name for path in folder.iterdir()) == ["seed3.keras", "seed3.partial.json"]
     assert path.read_bytes() == content
 
 
 def test_a_record_in_a_checkpoint_is_read_back_as_it_was():
-    checkpoint.save(network(0), record())
-    with np.load(checkpoint.file_of(record(), "checkpoint.npz")) as file:
+    checkpoints.save(network(0), record())
+    with np.load(checkpoints.file_of(record(), "checkpoint.npz")) as file:
         assert json.loads(str(file["record"])) == record()

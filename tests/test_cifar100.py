@@ -1,4 +1,4 @@
-"""CIFAR-100's files: `fcnn_utils.cifar100`, and `fcnn_utils.data` where it needs them.
+"""CIFAR-100's files: `fcnn_utils.course.data.cifar100`, and `fcnn_utils.course.data` where it needs them.
 
 Batches are made here with 2 or 20 images a class, not CIFAR-100's 500: enough for every rule, and quick to write.
 """
@@ -11,9 +11,10 @@ import sys
 import numpy as np
 import pytest
 
-from fcnn_utils import cifar100, data
-from fcnn_utils import download as downloads
-from fcnn_utils.download import Unavailable
+from fcnn_utils.course import data
+from fcnn_utils.course.data import cifar100
+from fcnn_utils.course.data import download as downloads
+from fcnn_utils.course.data.download import Unavailable
 
 # --- files like the official ones --------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from keras import layers
 
-from fcnn_utils import convert, cost, decompose, graph, models, ranks
+from fcnn_utils import convert, cost, decompose, keras_graph, ranks
+from fcnn_utils.course import networks
 
 METHODS = ["cp", "cp4", "tucker", "tt", "spatial", "separable"]
 
@@ -19,7 +20,7 @@ METHODS = ["cp", "cp4", "tucker", "tt", "spatial", "separable"]
 def random_weights(model, seed=0):
     """Weights of the size that a trained network has, moving variances above zero."""
     rng = np.random.default_rng(seed)
-    for place in graph.places(model):
+    for place in keras_graph.layer_nodes(model):
         for weight in place.layer.weights:
             if "kernel" in weight.path:
                 weight.assign(rng.normal(0, (2 / np.prod(weight.shape[:-1])) ** 0.5, weight.shape))
@@ -70,7 +71,7 @@ def distance(one, other, x):
 
 
 def full_ranks(model, method):
-    found = {place.path: place.layer for place in graph.places(model) if type(place.layer) is layers.Conv2D}
+    found = {place.path: place.layer for place in keras_graph.layer_nodes(model) if type(place.layer) is layers.Conv2D}
     return {
         path: ranks.maximum(method, tuple(layer.kernel.shape))
         for path, layer in found.items()
@@ -130,7 +131,7 @@ def test_a_budget_below_the_smallest_says_what_that_is():
         convert.factorize(model, macs=1000)
     smallest = int(str(error.value).split("at least ")[1].split(", with")[0].replace(",", ""))
     new, _ = convert.factorize(model, macs=smallest)
-    assert cost.totals(new)["macs"] == smallest
+    assert cost.total_costs(new)["macs"] == smallest
     with pytest.raises(ValueError, match="macs must be at least"):
         convert.factorize(model, macs=smallest - 1)
 
@@ -148,7 +149,9 @@ def test_every_convolution_is_reported():
     model = zoo()
     new, report = convert.factorize(model, "cp", ratio=0.5)
     report = report.set_index("layer")
-    assert list(report.index) == [p.path for p in graph.places(model) if "conv" in type(p.layer).__name__.lower()]
+    assert list(report.index) == [
+        p.path for p in keras_graph.layer_nodes(model) if "conv" in type(p.layer).__name__.lower()
+    ]
     converted = report[report["reason"] == ""]
     assert set(converted.index) == {"inner/conv", "shared", "last", "stack/conv"}
     assert (converted["params_after"] < converted["params_before"]).all() and (converted["method"] == "cp").all()
@@ -157,8 +160,10 @@ def test_every_convolution_is_reported():
     assert reasons["first"] == "reads 3 channels: little to save, much to lose"
     assert reasons["point"].startswith("1×1") and (reasons["grouped"], reasons["depthwise"]) == ("grouped", "depthwise")
     for column, of in (("before", model), ("after", new)):
-        rest = cost.totals(of)
-        others = [p for p in graph.places(of) if not isinstance(p.layer, (layers.Conv2D, layers.DepthwiseConv2D))]
+        rest = cost.total_costs(of)
+        others = [
+            p for p in keras_graph.layer_nodes(of) if not isinstance(p.layer, (layers.Conv2D, layers.DepthwiseConv2D))
+        ]
         assert report[f"macs_{column}"].sum() == rest["macs"]
         assert report[f"params_{column}"].sum() == rest["params"] - sum(p.layer.count_params() for p in others)
 
@@ -178,7 +183,7 @@ def test_at_full_rank_the_network_is_the_same(method):
 def test_truncated_the_network_is_that_of_the_rebuilt_kernels(method):
     model, x = zoo(), images(zoo())
     new, report = convert.factorize(model, method, ratio=0.6)
-    for place in graph.places(model):
+    for place in keras_graph.layer_nodes(model):
         row = report[(report["layer"] == place.path) & (report["reason"] == "")]
         if len(row):
             kernel, *bias = place.layer.get_weights()
@@ -262,8 +267,8 @@ def test_networks_that_are_sequential_stay_so():
 def test_a_budget_is_kept_and_used():
     model = zoo()
     for share in (0.9, 0.6, 0.4):
-        budget = share * cost.totals(model)["macs"]
-        macs = cost.totals(convert.factorize(model, "spatial", macs=budget)[0])["macs"]
+        budget = share * cost.total_costs(model)["macs"]
+        macs = cost.total_costs(convert.factorize(model, "spatial", macs=budget)[0])["macs"]
         assert 0.85 * budget < macs <= budget  # a rank more is some percent of so small a network
     untouched, report = convert.factorize(model, "cp", macs=1e12)
     assert distance(model, untouched, images(model)) == 0 and (report["reason"] != "").all()
@@ -280,17 +285,17 @@ def test_a_budget_that_leaves_no_choice_is_kept_with_images_too(share):
         convert.factorize(model, "cp", macs=1)
     smallest = int(str(refusal.value).split("at least ")[1].split(", with")[0].replace(",", ""))
     new, _ = convert.factorize(model, "cp", macs=np.int64(share * smallest), images=images(model, 20))
-    assert cost.totals(new)["macs"] <= share * smallest
+    assert cost.total_costs(new)["macs"] <= share * smallest
 
 
 def test_with_images_the_outputs_are_nearer():
     """Chosen ranks and refitted factors, on images of their own, against one ratio and the weights alone."""
     model = zoo()
     x, unseen = images(model, 100, 1), images(model, 200, 2)
-    budget = 0.4 * cost.totals(model)["macs"]
+    budget = 0.4 * cost.total_costs(model)["macs"]
     plain, _ = convert.factorize(model, "cp", macs=budget)
     aware, _ = convert.factorize(model, "cp", macs=budget, images=x)
-    assert cost.totals(aware)["macs"] <= budget
+    assert cost.total_costs(aware)["macs"] <= budget
     expected, *others = (keras.ops.convert_to_numpy(one(unseen)) for one in (model, plain, aware))
     errors = [np.mean((output - expected) ** 2) for output in others]
     assert errors[1] < 0.2 * errors[0]
@@ -309,7 +314,7 @@ def test_layer_by_layer_is_as_all_at_once():
 
 def test_ranks_in_steps_of_what_engines_compute_at_once():
     model = zoo()
-    for arguments in ({"ratio": 0.6}, {"macs": 0.6 * cost.totals(model)["macs"]}):
+    for arguments in ({"ratio": 0.6}, {"macs": 0.6 * cost.total_costs(model)["macs"]}):
         _, report = convert.factorize(model, "cp", multiple=4, **arguments)
         assert {rank % 4 for (rank,) in report["ranks"].dropna()} == {0}
     with pytest.raises(ValueError, match="with cp at rank 4 in all layers"):
@@ -320,7 +325,7 @@ def test_ranks_in_steps_of_what_engines_compute_at_once():
 
 def test_one_ratio_for_all_although_there_are_images():
     model = zoo()
-    budget, x = 0.5 * cost.totals(model)["macs"], images(model, 20)
+    budget, x = 0.5 * cost.total_costs(model)["macs"], images(model, 20)
     without, with_images, chosen = (
         convert.factorize(model, "cp", macs=budget, **options)[1]["ranks"].tolist()
         for options in ({}, {"images": x, "uniform": True}, {"images": x})
@@ -385,7 +390,7 @@ def test_folding_reaches_factorized_and_inner_layers():
     model, x = zoo(), images(zoo())
     new, _ = convert.factorize(model, "cp", ranks={"first": 20})
     folded = convert.fold_batch_norm(new)
-    assert not [p for p in graph.places(folded) if isinstance(p.layer, layers.BatchNormalization)]
+    assert not [p for p in keras_graph.layer_nodes(folded) if isinstance(p.layer, layers.BatchNormalization)]
     assert distance(new, folded, x) < 1e-4
 
 
@@ -399,7 +404,7 @@ def test_a_norm_that_is_told_to_use_its_batch_stays():
 
 
 def test_folding_into_another_precision():
-    model = graph.rebuilt(normalised(), {}, dtype="mixed_bfloat16")
+    model = keras_graph.rebuild(normalised(), {}, dtype="mixed_bfloat16")
     folded = convert.fold_batch_norm(model, dtype="float32")
     assert {layer.dtype_policy.name for layer in folded.layers} == {"float32"}
     assert distance(normalised(), folded, images(model)) < 1e-4
@@ -408,7 +413,7 @@ def test_folding_into_another_precision():
 @pytest.mark.timed
 def test_the_simple_network_in_half_a_minute():
     """Decomposed and swapped in, all six layers."""
-    dense = models.build("simple")
+    dense = networks.build("simple")
     start = time.perf_counter()
-    convert.factorize(dense, "cp", macs=cost.totals(dense)["macs"] / 4.5)
+    convert.factorize(dense, "cp", macs=cost.total_costs(dense)["macs"] / 4.5)
     assert time.perf_counter() - start < 30

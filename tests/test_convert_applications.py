@@ -8,7 +8,7 @@ import pytest
 from keras import layers
 from test_convert import full_ranks, outputs, outputs_in_a_fresh_process, peak_memory
 
-from fcnn_utils import convert, graph
+from fcnn_utils import convert, keras_graph
 
 NETWORKS = {"ResNet50": 17, "VGG16": 13, "MobileNetV2": 1, "DenseNet121": 59, "EfficientNetB0": 1}
 
@@ -51,5 +51,7 @@ def test_networks_of_others_at_a_quarter(network, tmp_path):
     folded = convert.fold_batch_norm(new)
     y, z = outputs(new, x), outputs(folded, x)
     assert np.abs(y - z).max() < 1e-4 * np.abs(y).max() + 1e-6
-    norms = [sum(isinstance(p.layer, layers.BatchNormalization) for p in graph.places(m)) for m in (new, folded)]
+    norms = [
+        sum(isinstance(p.layer, layers.BatchNormalization) for p in keras_graph.layer_nodes(m)) for m in (new, folded)
+    ]
     assert norms[1] < norms[0] or not norms[0]

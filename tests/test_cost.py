@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from keras import layers
 
-from fcnn_utils import cost, models
+from fcnn_utils import cost
+from fcnn_utils.course import networks
 
 SUMMED = ["params", "trainable", "macs", "other_ops", "activation_bytes"]
 
@@ -67,8 +68,8 @@ def test_the_columns_and_the_total():
     assert table["output_shape"].tolist() == [(4, 5, 5), (4, 5, 5), (100,), (3,), (3,)]
     for column in SUMMED:
         assert table[column].iloc[-1] == table[column].iloc[:-1].sum() > 0
-    assert cost.totals(model) == {column: table[column].iloc[-1] for column in SUMMED}
-    assert all(type(value) is int for value in cost.totals(model).values())
+    assert cost.total_costs(model) == {column: table[column].iloc[-1] for column in SUMMED}
+    assert all(type(value) is int for value in cost.total_costs(model).values())
 
 
 def test_weights_are_counted_as_keras_counts_them():
@@ -130,7 +131,7 @@ def test_a_pooling_called_twice_reads_what_it_is_given():
 
 def test_a_network_in_a_network_called_twice_counts_twice():
     inputs, inner = keras.Input((6, 7, 4)), network(layers.Conv2D(4, 3, padding="same"))
-    totals, once = cost.totals(keras.Model(inputs, inner(inner(inputs)))), cost.totals(inner)
+    totals, once = cost.total_costs(keras.Model(inputs, inner(inner(inputs)))), cost.total_costs(inner)
     assert (totals["macs"], totals["params"]) == (2 * once["macs"], once["params"]) and once["macs"] > 0
 
 
@@ -288,9 +289,9 @@ def test_activations_take_the_bytes_of_the_precision(dtype, size):
     assert table["activation_bytes"].tolist() == [4 * 5 * 5 * size, 4 * 5 * 5 * size, 5 * 4, 2 * 4 * 5 * 5 * size + 20]
 
 
-@pytest.mark.parametrize("name", models.NETWORKS)
+@pytest.mark.parametrize("name", networks.THESIS_PLANS)
 def test_precision_changes_the_bytes_and_nothing_else(name):
-    tables = [cost.layer_costs(models.build(name, dtype=dtype)) for dtype in ("float32", "mixed_bfloat16")]
+    tables = [cost.layer_costs(networks.build(name, dtype=dtype)) for dtype in ("float32", "mixed_bfloat16")]
     same = ["layer", "kind", "output_shape", "params", "trainable", "macs", "other_ops"]
     assert tables[0][same].equals(tables[1][same])
     ratio = (tables[0]["activation_bytes"] / tables[1]["activation_bytes"]).to_numpy()
@@ -312,7 +313,7 @@ def test_a_network_in_a_network_counts_as_its_layers(kind):
     plain = network(layers.Conv2D(5, 3), layers.BatchNormalization(), layers.Conv2D(3, 1))
     table = cost.layer_costs(nested)
     assert table.loc[table["kind"] != "InputLayer", "layer"].tolist() == ["first", "second", "third", "total"]
-    assert cost.totals(nested) == cost.totals(plain)  # the images are counted once
+    assert cost.total_costs(nested) == cost.total_costs(plain)  # the images are counted once
 
 
 @pytest.mark.parametrize("way", ["in a list", "by add", "loaded"])
@@ -327,8 +328,8 @@ def test_a_network_costs_the_same_however_it_was_made(tmp_path, way):
     elif way == "loaded":
         expected.save(tmp_path / "network.keras")
         model = keras.saving.load_model(tmp_path / "network.keras")
-    assert cost.totals(model) == cost.totals(expected)
-    assert cost.totals(model)["macs"] == 4 * 5 * 5 * 9 * 4 + 100 * 2
+    assert cost.total_costs(model) == cost.total_costs(expected)
+    assert cost.total_costs(model)["macs"] == 4 * 5 * 5 * 9 * 4 + 100 * 2
 
 
 def profiled_macs(model):
@@ -350,14 +351,14 @@ def profiled_macs(model):
     return sum(operations.get(kind, 0) for kind in kinds) / 2
 
 
-@pytest.mark.parametrize("name", models.NETWORKS)
+@pytest.mark.parametrize("name", networks.THESIS_PLANS)
 def test_the_networks_cost_what_tensorflow_counts(name):
-    model = models.build(name)
-    assert cost.totals(model)["macs"] == profiled_macs(model)
+    model = networks.build(name)
+    assert cost.total_costs(model)["macs"] == profiled_macs(model)
 
 
 @pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50"])
 def test_networks_of_others_cost_what_tensorflow_counts(name):
     model = getattr(keras.applications, name)(weights=None, input_shape=(64, 64, 3))  # small, to be built quickly
-    assert cost.totals(model)["macs"] == profiled_macs(model)
-    assert cost.totals(model)["params"] == model.count_params()
+    assert cost.total_costs(model)["macs"] == profiled_macs(model)
+    assert cost.total_costs(model)["params"] == model.count_params()

@@ -1,10 +1,11 @@
-"""Images: `fcnn_utils.data`."""
+"""Images: `fcnn_utils.course.data`."""
 
 import numpy as np
 import pytest
 
-from fcnn_utils import cifar100, data, standin
-from fcnn_utils.download import Unavailable
+from fcnn_utils.course import data
+from fcnn_utils.course.data import cifar100, standin
+from fcnn_utils.course.data.download import Unavailable
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import pytest
 import tensorly
 from tensorly.decomposition import parafac
 
-from fcnn_utils import decompose, ranks, records
+from fcnn_utils import decompose, ranks
+from fcnn_utils.course import records
 
 RANKS = {"cp": 6, "cp4": 6, "tucker": (4, 3), "tt": (4, 6, 3), "spatial": 5, "separable": 2}
 CHECKPOINT = records.ROOT / "results" / "cifar100" / "simple" / "fast" / "seed0.keras"

@@ -1,10 +1,10 @@
-"""Networks that answer together: `fcnn_utils.ensembles`."""
+"""Networks that answer together: `fcnn_utils.course.ensembles`."""
 
 import numpy as np
 import pytest
 from scipy import special
 
-from fcnn_utils import ensembles, metrics
+from fcnn_utils.course import ensembles, metrics
 
 
 def drawn(signals=(1.5, 1.5, 1.5), count=4000, classes=5, seed=0):

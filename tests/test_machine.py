@@ -1,4 +1,4 @@
-"""Where a number comes from: `fcnn_utils.machine`."""
+"""Where a number comes from: `fcnn_utils.course.environment`."""
 
 import datetime
 import random
@@ -9,7 +9,8 @@ import keras
 import numpy as np
 import pytest
 
-from fcnn_utils import machine
+from fcnn_utils import benchmark
+from fcnn_utils.course import environment
 
 
 @pytest.fixture
@@ -17,19 +18,19 @@ def cpu(monkeypatch):
     """A machine without a GPU whose processor is described by the text that is given."""
 
     def use(text):
-        monkeypatch.setattr(machine, "_cpuinfo", lambda: text)
+        monkeypatch.setattr(environment, "_cpuinfo", lambda: text)
 
-    monkeypatch.setattr(machine, "gpu", lambda: None)
-    machine.processor.cache_clear()
+    monkeypatch.setattr(environment, "gpu", lambda: None)
+    environment.processor.cache_clear()
     yield use
-    machine.processor.cache_clear()
+    environment.processor.cache_clear()
 
 
 # --- basic -------------------------------------------------------------------------------------------------------
 
 
 def test_a_description_has_all_that_a_record_needs():
-    here = machine.describe()
+    here = environment.describe()
     assert here.keys() == {"device", "cores", "backend", "versions", "python", "deterministic", "date", "commit"}
     assert re.match("(CPU|GPU)", here["device"]) and here["cores"] >= 1
     assert here["backend"] == keras.config.backend()
@@ -40,15 +41,15 @@ def test_a_description_has_all_that_a_record_needs():
 
 @pytest.mark.parametrize("wanted", ["float32", "mixed_bfloat16"])
 def test_a_precision_that_is_named_is_taken(wanted):
-    assert machine.precision(wanted) == wanted
+    assert environment.precision(wanted) == wanted
 
 
 def test_deterministic_is_refused_once_something_was_computed():
     keras.ops.convert_to_numpy(keras.ops.ones(2) + 1)
     if keras.config.backend() == "tensorflow":
         with pytest.raises(ValueError, match="before anything is computed; start Python anew"):
-            machine.deterministic()
-        assert machine.describe()["deterministic"] is False
+            environment.deterministic()
+        assert environment.describe()["deterministic"] is False
 
 
 # --- correct -----------------------------------------------------------------------------------------------------
@@ -62,19 +63,21 @@ def test_the_line_tells_device_cores_and_backend():
         "versions": {"keras": "3.15.1"},
         "date": "2025-01-02T03:04",
     }
-    assert machine.line(here) == "CPU X · 2 cores · Keras 3.15.1 on jax"
-    assert machine.line(here | {"cores": 1}) == "CPU X · 1 core · Keras 3.15.1 on jax"
-    assert machine.line(here | {"epochs": []}) == "CPU X · 2 cores · Keras 3.15.1 on jax · 2025-01-02"  # a record
+    assert environment.summary(here) == "CPU X · 2 cores · Keras 3.15.1 on jax"
+    assert environment.summary(here | {"cores": 1}) == "CPU X · 1 core · Keras 3.15.1 on jax"
+    assert (
+        environment.summary(here | {"epochs": []}) == "CPU X · 2 cores · Keras 3.15.1 on jax · 2025-01-02"
+    )  # a record
 
 
 def test_setup_seeds_every_generator_and_prints_the_line(capsys):
     drawn = []
     for seed in (7, 7, 8):
-        machine.setup(seed)
+        environment.setup(seed)
         drawn.append((random.random(), np.random.rand(), float(keras.random.uniform(()))))
     assert drawn[0] == drawn[1]
     assert all(a != b for a, b in zip(drawn[0], drawn[2], strict=True))
-    assert capsys.readouterr().out.splitlines() == [machine.line(machine.describe())] * 3
+    assert capsys.readouterr().out.splitlines() == [environment.summary(environment.describe())] * 3
 
 
 @pytest.mark.parametrize(
@@ -86,9 +89,9 @@ def test_setup_seeds_every_generator_and_prints_the_line(capsys):
 )
 def test_the_processors_name(cpu, monkeypatch, text, name):
     cpu(text)
-    monkeypatch.setattr(machine.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(machine.platform, "processor", lambda: "")
-    assert machine.processor() == name
+    monkeypatch.setattr(environment.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(environment.platform, "processor", lambda: "")
+    assert environment.processor() == name
 
 
 @pytest.mark.parametrize(
@@ -107,8 +110,8 @@ def test_bfloat16_is_chosen_where_the_processor_computes_in_it(cpu, monkeypatch,
     cpu(f"flags\t: {flags}\n")
     monkeypatch.setattr(keras.config, "backend", lambda: backend)
     expected = fast and backend == "tensorflow"  # JAX emulates it on a CPU
-    assert machine.has_bfloat16() == expected
-    assert machine.precision("auto") == ("mixed_bfloat16" if expected else "float32")
+    assert environment.has_bfloat16() == expected
+    assert environment.precision("auto") == ("mixed_bfloat16" if expected else "float32")
 
 
 @pytest.fixture
@@ -119,11 +122,11 @@ def checkout(tmp_path, monkeypatch):
         identity = ["-c", "user.name=n", "-c", "user.email=e@x", "-c", "commit.gpgsign=false"]
         return subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
 
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    machine.commit.cache_clear()
+    environment.commit.cache_clear()
     yield git
-    machine.commit.cache_clear()
+    environment.commit.cache_clear()
 
 
 def test_the_commit_with_a_mark_where_the_package_was_changed(checkout, tmp_path):
@@ -137,29 +140,29 @@ def test_the_commit_with_a_mark_where_the_package_was_changed(checkout, tmp_path
     short = checkout("rev-parse", "--short=10", "HEAD").stdout.strip()
     for path, expected in ((other, short), (module, f"{short}+")):  # only the package decides what a run does
         path.write_text("2")
-        machine.commit.cache_clear()
-        assert machine.commit() == expected
+        environment.commit.cache_clear()
+        assert environment.commit() == expected
 
 
 def test_outside_a_checkout_the_commit_is_unknown(checkout):
-    assert machine.commit() == "unknown"
+    assert environment.commit() == "unknown"
 
 
 def test_without_git_the_commit_is_unknown(checkout, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.commit() == "unknown"
+    assert environment.commit() == "unknown"
 
 
 def test_throughputs_are_measured_in_turn_after_a_warm_up(monkeypatch):
     clock, calls = [0.0], []
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(environment.time, "perf_counter", lambda: clock[0])
 
     def work(name, images):
         calls.append(name)
         clock[0] += len(calls)  # the n-th call takes n seconds
         return images
 
-    table = machine.alternate({"a": lambda: work("a", 60), "b": lambda: work("b", 120)}, 2)
+    table = benchmark.alternate({"a": lambda: work("a", 60), "b": lambda: work("b", 120)}, 2)
     assert calls == ["a", "b"] * 3
     assert table.columns.tolist() == ["a", "b"]
     np.testing.assert_allclose(table, [[60 / 3, 120 / 4], [60 / 5, 120 / 6]])  # without the first round
@@ -171,10 +174,10 @@ def test_throughputs_are_measured_in_turn_after_a_warm_up(monkeypatch):
 @pytest.mark.parametrize("wall, busy, own, share", [(10, 30, 10, 0.5), (10, 10, 10, 0), (10, 9, 10, 0), (10, 50, 0, 1)])
 def test_the_share_of_other_programs(monkeypatch, wall, busy, own, share):
     """Of 4 cores: seconds passed, seconds worked in all, seconds of ours."""
-    monkeypatch.setattr(machine.psutil, "cpu_count", lambda: 4)
+    monkeypatch.setattr(environment.psutil, "cpu_count", lambda: 4)
     moments = iter([(100.0, 7.0, 3.0), (100.0 + wall, 7.0 + busy, 3.0 + own)])
-    monkeypatch.setattr(machine.Load, "_now", staticmethod(lambda: next(moments)))
-    assert machine.Load().others() == share
+    monkeypatch.setattr(benchmark.BackgroundLoad, "_now", staticmethod(lambda: next(moments)))
+    assert benchmark.BackgroundLoad().others() == share
 
 
 def test_a_result_is_waited_for(monkeypatch):
@@ -184,13 +187,13 @@ def test_a_result_is_waited_for(monkeypatch):
         def block_until_ready(self):
             waited.append("jax")
 
-    machine.wait_for(Later())
+    benchmark.wait_for(Later())
     assert waited == ["jax"]
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 
         monkeypatch.setattr(tf.test.experimental, "sync_devices", lambda: waited.append("tensorflow"))
         for device in (None, "GPU"):
-            monkeypatch.setattr(machine, "gpu", lambda device=device: device)
-            machine.wait_for(keras.ops.ones(3))
+            monkeypatch.setattr(environment, "gpu", lambda device=device: device)
+            benchmark.wait_for(keras.ops.ones(3))
         assert waited == ["jax", "tensorflow"]  # a CPU's result is there when the call returns

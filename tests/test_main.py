@@ -8,11 +8,11 @@ import tomllib
 import nbformat
 import pytest
 
-from fcnn_utils import data, models, pipeline, records, training
 from fcnn_utils.__main__ import main
-from fcnn_utils.download import Unavailable
-from fcnn_utils.parameters import PARAMETERS
-from fcnn_utils.recipes import RECIPES
+from fcnn_utils.course import data, networks, records, runner, training
+from fcnn_utils.course.data.download import Unavailable
+from fcnn_utils.course.parameters import PARAMETERS
+from fcnn_utils.course.recipes import RECIPES
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def course(tmp_path, monkeypatch):
     for name, source in (("01_one", "EPOCHS = 1\nSEED = 0"), ("02_two", "DATASET = 'auto'\nEPOCHS = 1")):
         cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / f"{name}.ipynb")
-    monkeypatch.setattr(pipeline, "NOTEBOOKS", folder)
-    monkeypatch.setattr(pipeline, "_run_one", lambda *args, **kwargs: pytest.fail("a notebook was run"))
+    monkeypatch.setattr(runner, "NOTEBOOKS", folder)
+    monkeypatch.setattr(runner, "_run_one", lambda *args, **kwargs: pytest.fail("a notebook was run"))
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_run_refuses(course, capsys, arguments, message):
     [
         (
             ["nope"],
-            f"model must be one of {', '.join(models.NAMES)}; got 'nope'",
+            f"model must be one of {', '.join(networks.NAMES)}; got 'nope'",
         ),
         (["simple", "--width", "0"], "width must be a number between 0.001 and 1000.0; got 0.0"),
         (["simple", "--recipe", "nope"], "recipe must be one of thesis, fast, faster, long, medical, tune; got 'nope'"),
@@ -156,7 +156,7 @@ def test_train_hands_everything_on(trained, capsys):
     options = ["--dataset", "standin", "--train-images", "500", "--test-images", "100", "--epochs", "2", "--seed", "3"]
     options += ["--width", "0.5", "--retrain", "--save-model", "--save-predictions"]
     assert main(["train", "wider_separable", "--recipe", "thesis", *options]) == 0
-    recipe = training.recipe_named("thesis").but(epochs=2)
+    recipe = training.get_recipe("thesis").replace(epochs=2)
     assert trained["load"] == [("standin", 500, 100)]
     kept = {"save_model": True, "save_predictions": True}
     assert trained["train"] == [
@@ -169,13 +169,13 @@ def test_train_without_options_is_the_faster_recipe_on_all_images(trained):
     assert main(["train", "simple"]) == 0
     assert trained["load"] == [("auto", 0, 0)]
     arguments, options = trained["train"][0]
-    assert arguments == ("simple", trained["dataset"], training.recipe_named("faster"), None)
+    assert arguments == ("simple", trained["dataset"], training.get_recipe("faster"), None)
     assert options == {"width": 1.0, "retrain": False, "save_model": False, "save_predictions": False}
 
 
 def test_run_hands_everything_on(monkeypatch):
     calls = []
-    monkeypatch.setattr(pipeline, "run", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(runner, "run", lambda *arguments: calls.append(arguments))
     assert main(["run"]) == 0
     words = "run --profile smoke --only 07 08 --dataset standin --set EPOCHS=2 --set RETRAIN=true --fresh --from 07"
     assert main(words.split()) == 0
@@ -225,17 +225,17 @@ def test_what_stops_a_training_is_one_line_and_a_code(trained, monkeypatch, caps
 @pytest.mark.parametrize("bad_value, code", [(True, 2), (False, 1)])
 def test_a_notebook_that_failed_is_reported(monkeypatch, capsys, bad_value, code):
     def fail(*args):
-        raise pipeline.NotebookFailed("07 stopped at code cell 3", bad_value)
+        raise runner.NotebookFailed("07 stopped at code cell 3", bad_value)
 
-    monkeypatch.setattr(pipeline, "run", fail)
+    monkeypatch.setattr(runner, "run", fail)
     assert main(["run"]) == code
     assert capsys.readouterr().err == "07 stopped at code cell 3\n"
 
 
 def test_help_names_what_there_is_to_choose(capsys):
-    profiles = set(tomllib.loads((pipeline.NOTEBOOKS / "profiles.toml").read_text())) - {"reads"}
+    profiles = set(tomllib.loads((runner.NOTEBOOKS / "profiles.toml").read_text())) - {"reads"}
     for command, names in (
-        ("train", {*models.NAMES, *RECIPES, *data.NAMES}),
+        ("train", {*networks.NAMES, *RECIPES, *data.NAMES}),
         ("run", {*profiles, *PARAMETERS["DATASET"]}),
     ):
         with pytest.raises(SystemExit) as stop:

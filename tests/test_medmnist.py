@@ -1,12 +1,13 @@
-"""MedMNIST's files: `fcnn_utils.medmnist`, and what `fcnn_utils.data` makes of them."""
+"""MedMNIST's files: `fcnn_utils.course.data.medmnist`, and what `fcnn_utils.course.data` makes of them."""
 
 import hashlib
 
 import numpy as np
 import pytest
 
-from fcnn_utils import data, medmnist
-from fcnn_utils.download import Unavailable
+from fcnn_utils.course import data
+from fcnn_utils.course.data import medmnist
+from fcnn_utils.course.data.download import Unavailable
 
 TINY = medmnist.MedMNIST("0" * 32, 1, (20, 10, 10), ("well", "ill"))
 

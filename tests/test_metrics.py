@@ -1,9 +1,9 @@
-"""AUC, calibration and intervals: `fcnn_utils.metrics`."""
+"""AUC, calibration and intervals: `fcnn_utils.course.metrics`."""
 
 import numpy as np
 import pytest
 
-from fcnn_utils import metrics
+from fcnn_utils.course import metrics
 
 
 def two(scores):
@@ -39,7 +39,7 @@ def test_one_class_alone_has_no_auc(labels):
 @pytest.mark.parametrize("setting", [{"level": 1.0}, {"level": 0}, {"rounds": 5}, {"rounds": 10.5}])
 def test_an_interval_wants_a_level_and_rounds(setting):
     with pytest.raises(ValueError, match="must be a"):
-        metrics.interval(np.mean, np.arange(5), **setting)
+        metrics.bootstrap_interval(np.mean, np.arange(5), **setting)
 
 
 # --- correct -----------------------------------------------------------------------------------------------------
@@ -69,25 +69,29 @@ def test_auc_of_more_classes_is_the_mean_of_each_against_the_rest():
 
 def test_an_interval_is_as_wide_as_the_error_of_a_mean():
     values = np.random.default_rng(0).normal(size=400)
-    low, high = metrics.interval(np.mean, values)
+    low, high = metrics.bootstrap_interval(np.mean, values)
     assert low < values.mean() < high
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.1)
-    assert metrics.interval(np.mean, values) == (low, high) != metrics.interval(np.mean, values, seed=1)
-    narrow = metrics.interval(np.mean, values, level=0.5)
+    assert (
+        metrics.bootstrap_interval(np.mean, values)
+        == (low, high)
+        != metrics.bootstrap_interval(np.mean, values, seed=1)
+    )
+    narrow = metrics.bootstrap_interval(np.mean, values, level=0.5)
     assert low < narrow[0] < narrow[1] < high
 
 
 def test_arrays_are_drawn_together():
     probabilities, labels = drawn()
-    low, high = metrics.interval(metrics.accuracy, probabilities, labels, rounds=200)
+    low, high = metrics.bootstrap_interval(metrics.accuracy, probabilities, labels, rounds=200)
     assert low < metrics.accuracy(probabilities, labels) < high and low > 0.4
 
 
 def test_draws_without_a_class_are_drawn_again_but_not_for_ever():
     rare = np.array([0] * 20 + [1])
-    assert metrics.interval(metrics.auc, two(np.linspace(0, 1, 21)), rare, rounds=100) == (1.0, 1.0)
+    assert metrics.bootstrap_interval(metrics.auc, two(np.linspace(0, 1, 21)), rare, rounds=100) == (1.0, 1.0)
     with pytest.raises(ValueError, match="the AUC needs"):
-        metrics.interval(metrics.auc, two(np.linspace(0, 1, 21)), np.zeros(21, int), rounds=100)
+        metrics.bootstrap_interval(metrics.auc, two(np.linspace(0, 1, 21)), np.zeros(21, int), rounds=100)
 
 
 def test_reliability_by_hand():
@@ -108,11 +112,15 @@ def test_certainty_has_a_bin():
 
 def test_temperature_undoes_what_made_a_network_too_sure():
     probabilities, labels = drawn(4000)
-    own = metrics.temperature(probabilities, labels)
-    assert metrics.temperature(metrics.heated(probabilities, 1 / 3), labels) == pytest.approx(3 * own, rel=1e-3)
-    cool = metrics.heated(probabilities, 1 / 3)
-    assert metrics.calibration_error(metrics.heated(cool, 3 * own), labels) < metrics.calibration_error(cool, labels)
-    np.testing.assert_allclose(metrics.heated(probabilities, 1.0), probabilities, rtol=1e-9)
+    own = metrics.fit_temperature(probabilities, labels)
+    assert metrics.fit_temperature(metrics.apply_temperature(probabilities, 1 / 3), labels) == pytest.approx(
+        3 * own, rel=1e-3
+    )
+    cool = metrics.apply_temperature(probabilities, 1 / 3)
+    assert metrics.calibration_error(metrics.apply_temperature(cool, 3 * own), labels) < metrics.calibration_error(
+        cool, labels
+    )
+    np.testing.assert_allclose(metrics.apply_temperature(probabilities, 1.0), probabilities, rtol=1e-9)
 
 
 def test_cross_entropy_of_a_guess_is_its_logarithm():

@@ -7,9 +7,9 @@ import sys
 import nbformat
 import pytest
 
-from fcnn_utils import models, parameters, pipeline
+from fcnn_utils.course import networks, parameters, runner
 
-PATHS = list(pipeline.notebooks().values())
+PATHS = list(runner.notebooks().values())
 NAMES = [path.stem for path in PATHS]
 
 
@@ -53,7 +53,7 @@ def test_cells_are_short_and_explained(notebook):
 def test_links_lead_somewhere(notebook):
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     for target in re.findall(r"\]\(([^)#:\s]+)\)", prose):
-        assert (pipeline.NOTEBOOKS / target).exists(), target
+        assert (runner.NOTEBOOKS / target).exists(), target
 
 
 _COLAB = """
@@ -63,9 +63,9 @@ from IPython.core.interactiveshell import InteractiveShell
 sys.modules["google.colab"] = types.ModuleType("google.colab")
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in str(finder)]  # the course is not here
 InteractiveShell.instance().run_cell(sys.argv[1]).raise_error()
-import fcnn_utils.records
+import fcnn_utils.course.records
 
-print(fcnn_utils.records.ROOT)
+print(fcnn_utils.course.records.ROOT)
 """
 
 
@@ -81,12 +81,12 @@ def test_the_cell_for_colab_is_the_same_everywhere(notebook):
 
 
 def test_on_colab_the_course_is_fetched(tmp_path):
-    if not (pipeline.ROOT / ".git").exists():
+    if not (runner.ROOT / ".git").exists():
         pytest.skip("this is no repository to fetch the course from")
     (cell,) = tagged(nbformat.read(PATHS[0], 4), "colab")
     blank = re.sub(r'COURSE = ".*?"', 'COURSE = ""', cell.source)
     assert "COURSE must be the address of the course's repository" in colab(blank, tmp_path)
-    given = blank.replace('COURSE = ""', f'COURSE = "{pipeline.ROOT.as_uri()}"')
+    given = blank.replace('COURSE = ""', f'COURSE = "{runner.ROOT.as_uri()}"')
     assert colab(given, tmp_path) == str(tmp_path / "course")
     assert colab(given, tmp_path) == str(tmp_path / "course")  # where it is already
 
@@ -96,7 +96,7 @@ def test_on_colab_the_course_is_fetched(tmp_path):
 
 def test_outputs_belong_to_the_code(notebook):
     """Fails when a notebook's code was changed and the notebook not run again: `make full` runs and signs it."""
-    assert notebook.metadata.get("executed_source_sha256") == pipeline.source_hash(notebook)
+    assert notebook.metadata.get("executed_source_sha256") == runner.source_hash(notebook)
 
 
 def test_outputs_are_those_of_one_clean_run(notebook):
@@ -109,16 +109,16 @@ def test_outputs_are_those_of_one_clean_run(notebook):
 def test_figures_are_there_and_shown_by_the_cell_that_saves_them(notebook):
     for cell in code_of(notebook):
         for slug in re.findall(r'plots\.save\(.*?"(\d\d_\w+)"', cell.source):
-            assert (pipeline.ROOT / "figures" / f"{slug}.png").exists(), slug
+            assert (runner.ROOT / "figures" / f"{slug}.png").exists(), slug
             assert any("image/png" in output.get("data", {}) for output in cell.outputs), slug
 
 
 def test_changed_code_is_noticed(notebook):
-    before = pipeline.source_hash(notebook)
+    before = runner.source_hash(notebook)
     notebook.cells[0].source += "prose"
-    assert pipeline.source_hash(notebook) == before
+    assert runner.source_hash(notebook) == before
     code_of(notebook)[-1].source += "\n1"
-    assert pipeline.source_hash(notebook) != before
+    assert runner.source_hash(notebook) != before
 
 
 # --- the smoke series --------------------------------------------------------------------------------------------
@@ -137,15 +137,15 @@ def series(tmp_path_factory):
     folder = tmp_path_factory.mktemp("course")
     source = folder / "notebooks"
     source.mkdir()
-    (source / "profiles.toml").write_text((pipeline.NOTEBOOKS / "profiles.toml").read_text())
+    (source / "profiles.toml").write_text((runner.NOTEBOOKS / "profiles.toml").read_text())
     for path in PATHS:
         notebook = nbformat.read(path, 4)
         notebook.cells += [nbformat.v4.new_code_cell(code) for code in solutions(notebook)]
         nbformat.write(notebook, source / path.name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "NOTEBOOKS", source)
-        patch.setattr(pipeline, "BUILD", folder / "build")
-        yield pipeline.run("smoke")
+        patch.setattr(runner, "NOTEBOOKS", source)
+        patch.setattr(runner, "BUILD", folder / "build")
+        yield runner.run("smoke")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,7 +159,7 @@ def test_smoke_series_runs_and_says_that_its_data_are_a_stand_in(series, name):
 
 def test_smoke_series_leaves_records_and_figures(series):
     trained = {path.parts[-3] for path in series.glob("results/standin-100/*/faster-batchsize32-epochs1/seed1.json")}
-    assert trained == {*models.NETWORKS, *models.OURS}
+    assert trained == {*networks.THESIS_PLANS, *networks.OUR_PLANS}
     assert (series / "results" / "standin-100" / "simple-narrow" / "fast-batchsize32-epochs1" / "seed0.json").exists()
     assert (series / "results" / "standin-100" / "simple-narrow-cp-4.5x" / "tune-batchsize32" / "seed0.json").exists()
     assert len(list(series.glob("results/standin-100/deeper_*/faster-*trainontrain/seed*.predictions.npz"))) >= 7

@@ -1,8 +1,8 @@
-"""Settings and their checks: `fcnn_utils.parameters`."""
+"""Settings and their checks: `fcnn_utils.course.parameters`."""
 
 import pytest
 
-from fcnn_utils import parameters
+from fcnn_utils.course import parameters
 
 # --- basic: good values ------------------------------------------------------------------------------------------
 

@@ -12,8 +12,9 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from fcnn_utils import parameters, pipeline, recipes, records
+from fcnn_utils import _files
 from fcnn_utils.__main__ import main
+from fcnn_utils.course import parameters, recipes, records, runner
 
 PROFILES = '[smoke]\nDATASET = "standin"\nEPOCHS = 1\n[full]\n[reads]\n03_third = ["*/*/*/seed*.json"]\n'
 
@@ -36,8 +37,8 @@ def course(tmp_path, monkeypatch):
     write_notebook(folder, "01_first", "print('epochs', EPOCHS)")
     write_notebook(folder, "02_second", "x = 1", "result = x / int(open('divisor').read())", "print('after', result)")
     write_notebook(folder, "03_third", "print('third')")
-    monkeypatch.setattr(pipeline, "NOTEBOOKS", folder)
-    monkeypatch.setattr(pipeline, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(runner, "NOTEBOOKS", folder)
+    monkeypatch.setattr(runner, "BUILD", tmp_path / "build")
     return folder
 
 
@@ -50,7 +51,7 @@ def printed(path):
 
 
 def test_runs_in_order_with_the_profiles_parameters(course, capsys):
-    folder = pipeline.run("smoke")
+    folder = runner.run("smoke")
     assert sorted(path.name for path in folder.glob("*.ipynb")) == [
         "01_first.ipynb",
         "02_second.ipynb",
@@ -62,14 +63,14 @@ def test_runs_in_order_with_the_profiles_parameters(course, capsys):
 
 
 def test_only_from_and_set(course):
-    folder = pipeline.run("smoke", only=["01"], settings={"EPOCHS": 7})
+    folder = runner.run("smoke", only=["01"], settings={"EPOCHS": 7})
     assert printed(folder / "01_first.ipynb") == "epochs 7\n" and not (folder / "02_second.ipynb").exists()
-    pipeline.run("smoke", start="03")
+    runner.run("smoke", start="03")
     assert (folder / "03_third.ipynb").exists() and not (folder / "02_second.ipynb").exists()
 
 
 def test_stand_in_is_announced_at_the_start_and_at_the_end(course, capsys):
-    pipeline.run("smoke", only=["01"])
+    runner.run("smoke", only=["01"])
     lines = capsys.readouterr().out.splitlines()
     assert "STAND-IN" in lines[0] and "STAND-IN" in lines[-1]
 
@@ -87,7 +88,7 @@ def test_stand_in_is_announced_at_the_start_and_at_the_end(course, capsys):
     ],
 )
 def test_only_what_changed_runs_again(course, capsys, monkeypatch, change, expected):
-    folder = pipeline.run("smoke")
+    folder = runner.run("smoke")
     settings, fresh = None, change == "fresh"
     if change in ("code", "prose"):
         notebook = nbformat.read(course / "02_second.ipynb", 4)
@@ -97,12 +98,12 @@ def test_only_what_changed_runs_again(course, capsys, monkeypatch, change, expec
         settings = {"EPOCHS": 2}
     elif change == "record":
         path = folder / "results" / "d" / "m" / "r" / "seed0.json"
-        records.write_atomic(path, json.dumps({"any": "thing"}))
+        _files.write_atomic(path, json.dumps({"any": "thing"}))
     elif change == "lost output":
         (folder / "01_first.ipynb").unlink()
     monkeypatch.setenv("FCNN_OUTPUT", str(folder))  # where the record was written
     capsys.readouterr()
-    pipeline.run("smoke", settings=settings, fresh=fresh)
+    runner.run("smoke", settings=settings, fresh=fresh)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("running")] == expected
 
 
@@ -115,15 +116,15 @@ def test_failure_names_notebook_cell_and_error_and_the_next_run_resumes_there(co
     report = capsys.readouterr().err
     assert "02_second" in report and "x / int(" in report and "ZeroDivisionError: division by zero" in report
     assert len(report.splitlines()) <= 40
-    partial = nbformat.read(pipeline.BUILD / "smoke" / "02_second.ipynb", 4)
+    partial = nbformat.read(runner.BUILD / "smoke" / "02_second.ipynb", 4)
     assert any(cell.source == "x = 1" and cell.execution_count for cell in partial.cells if cell.cell_type == "code")
-    assert not (pipeline.BUILD / "smoke" / "03_third.ipynb").exists()
+    assert not (runner.BUILD / "smoke" / "03_third.ipynb").exists()
 
     (course / "divisor").write_text("2")
     assert main(["run", "--profile", "smoke"]) == 0
     lines = capsys.readouterr().out
     assert "01_first" in lines and "unchanged" in lines.split("02_second")[0]
-    assert printed(pipeline.BUILD / "smoke" / "02_second.ipynb") == "after 0.5\n"
+    assert printed(runner.BUILD / "smoke" / "02_second.ipynb") == "after 0.5\n"
 
 
 def test_value_refused_by_a_notebook_is_one_sentence_and_exit_code_2(course, capsys):
@@ -153,21 +154,21 @@ def test_the_notebook_on_medical_images_gets_those_that_can_be_had(course, monke
         assert or_stand_in or name in ("cifar100", "standin")
         return "somewhere" if name == "cifar100" or here and name == "pneumoniamnist" else None
 
-    monkeypatch.setattr(pipeline.data, "locate", locate)
+    monkeypatch.setattr(runner.data, "locate", locate)
     notebook = nbformat.read(course / "01_first.ipynb", 4)
     notebook.cells[1].source += "\nMEDICAL_DATASET = 'pneumoniamnist'"
     notebook.cells[-1].source = "print(MEDICAL_DATASET)"
     nbformat.write(notebook, course / "01_first.ipynb")
-    folder = pipeline.run("smoke", **options)
+    folder = runner.run("smoke", **options)
     assert printed(folder / "01_first.ipynb") == f"{expected}\n"
     assert "MEDICAL_DATASET" not in json.dumps(nbformat.read(folder / "02_second.ipynb", 4))
 
 
 def test_full_profile_takes_no_settings(course):
     with pytest.raises(ValueError, match="full profile"):
-        pipeline.run("full", settings={"EPOCHS": 2})
+        runner.run("full", settings={"EPOCHS": 2})
     with pytest.raises(ValueError, match="full profile"):
-        pipeline.run("full", dataset="standin")
+        runner.run("full", dataset="standin")
 
 
 def test_recipes_that_notebooks_may_name_are_those_that_exist():
@@ -185,8 +186,8 @@ SLOW = (
 def start(course, tmp_path):
     code = (
         "import pathlib, sys; from fcnn_utils import pipeline, __main__;"
-        f"pipeline.NOTEBOOKS = pathlib.Path({str(course)!r});"
-        f"pipeline.BUILD = pathlib.Path({str(tmp_path / 'build')!r});"
+        f"runner.NOTEBOOKS = pathlib.Path({str(course)!r});"
+        f"runner.BUILD = pathlib.Path({str(tmp_path / 'build')!r});"
         "sys.exit(__main__.main(['run', '--profile', 'smoke']))"
     )
     environment = os.environ | {"PYTHONPATH": str(records.ROOT)}
@@ -221,7 +222,7 @@ def test_stopped_run_leaves_nothing_half_written_and_goes_on(course, tmp_path, c
         nbformat.validate(nbformat.read(path, 4))
 
     write_notebook(course, "02_second", SLOW.replace("SECONDS", "0"))
-    folder = pipeline.run("smoke")
+    folder = runner.run("smoke")
     assert "01_first                     unchanged" in capsys.readouterr().out
     assert printed(folder / "03_third.ipynb") == "third\n"
 

@@ -1,4 +1,4 @@
-"""Figures: `fcnn_utils.plots`. What is drawn is read back from the axes."""
+"""Figures: `fcnn_utils.course.plots`. What is drawn is read back from the axes."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ from matplotlib import colors
 from matplotlib.animation import FuncAnimation
 from PIL import Image
 
-from fcnn_utils import plots
+from fcnn_utils.course import plots
 
 NAMES = ["simple", "wider_factorized", "wider_separable", "deeper_dense", "deeper_tucker", "deeper_separable"]
 

@@ -1,9 +1,9 @@
-"""What networks said, kept beside their records: `fcnn_utils.predictions`."""
+"""What networks said, kept beside their records: `fcnn_utils.course.predictions`."""
 
 import numpy as np
 import pytest
 
-from fcnn_utils import metrics, predictions, records
+from fcnn_utils.course import metrics, predictions, records
 
 RECORD = {"dataset": "standin", "model": "tiny", "recipe": {"name": "fast"}, "seed": 3}
 

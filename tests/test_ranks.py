@@ -70,7 +70,7 @@ def test_costs_are_those_of_the_block(method, strides):
     """Counted layer by layer in the built chain, on an image that the strides divide; where the chain has a padding
     layer of its own, but for what the layers behind that see of the border."""
     block = blocks.BLOCKS[method]((80, 120, 8), 6, (3, 5), SOME[method], strides=strides, use_bias=False)
-    total = cost.totals(block)
+    total = cost.total_costs(block)
     height, width = block.output_shape[1:3]
     padded = any(layer.name.endswith("_pad") for layer in block.layers)
     assert padded == (

@@ -7,24 +7,26 @@ import pandas as pd
 import pytest
 
 import fcnn_utils
-from fcnn_utils import cifar100, cost, data, ensembles, medmnist, metrics, models, predictions, records, thesis
+from fcnn_utils import cost
+from fcnn_utils.course import data, ensembles, metrics, networks, predictions, records, thesis
+from fcnn_utils.course.data import cifar100, medmnist
 
 README = (records.ROOT / "README.md").read_text()
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("|")]
 
 
-@pytest.mark.parametrize("name", models.TITLES)
+@pytest.mark.parametrize("name", networks.TITLES)
 def test_results_table(name, monkeypatch, tmp_path):
     """Counts, time, and accuracies of the thesis and of the committed records, to the digits shown."""
     monkeypatch.setenv("FCNN_OUTPUT", str(tmp_path))
-    (row,) = [row for row in ROWS if row[0] == models.TITLES[name]]
+    (row,) = [row for row in ROWS if row[0] == networks.TITLES[name]]
     runs = list(records.find(dataset="cifar100", model=name, recipe="faster")["record"])
     assert all(run["test"]["images"] == 10_000 and len(run["epochs"]) == 5 and not run["stand_in"] for run in runs)
     milliseconds = {network: parts["ms"] for network, parts in records.load("speed")[0]["parts"].items()}
     expected = [f"{runs[0]['params']:,}", f"{runs[0]['macs'] / 1e6:.1f}"]
     expected += [f"{milliseconds[name] / milliseconds['simple']:.2f}", str(len(runs))]
     for share in ("top1", "top5"):
-        expected += [f"{100 * thesis.test(name)[share]:.1f}" if name in models.NETWORKS else ""]
+        expected += [f"{100 * thesis.test(name)[share]:.1f}" if name in networks.THESIS_PLANS else ""]
         expected += [f"{100 * np.mean([run['test'][share] for run in runs]):.1f}"]
     assert row[1:] == expected
 
@@ -119,7 +121,7 @@ def test_medical_table(monkeypatch, tmp_path):
     said = [predictions.load("pneumoniamnist", name, "medical", run["seed"])["test"][-1] for run in runs]
     ours = [f"{runs[0]['macs'] / 1e6:.1f}", f"{np.mean([metrics.auc(each, labels) for each in said]):.3f}"]
     ours += [f"{100 * np.mean([run['test']['top1'] for run in runs]):.1f}"]
-    resnet = f"{cost.totals(models.build('resnet18', (28, 28, 1), 2))['macs'] / 1e6:.1f}"
+    resnet = f"{cost.total_costs(networks.build('resnet18', (28, 28, 1), 2))['macs'] / 1e6:.1f}"
     rows = {row[0]: row[1:] for row in ROWS}
     assert len(runs) == 3 and rows["deeper, separable, half as wide"] == ours
     assert rows["ResNet-18, published"] == [resnet, "0.944", "85.4"]

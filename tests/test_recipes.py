@@ -1,11 +1,11 @@
-"""How a network is trained, as data: `fcnn_utils.recipes`."""
+"""How a network is trained, as data: `fcnn_utils.course.recipes`."""
 
 import dataclasses
 import json
 
 import pytest
 
-from fcnn_utils.recipes import RECIPES, Recipe, recipe_named
+from fcnn_utils.course.recipes import RECIPES, Recipe, get_recipe
 
 FAST = RECIPES["fast"]
 
@@ -42,24 +42,24 @@ FAST = RECIPES["fast"]
 )
 def test_a_setting_out_of_range_is_refused(name, value, allowed):
     with pytest.raises(ValueError, match=f"^{name} must be.*{allowed}") as error:
-        FAST.but(**{name: value})
+        FAST.replace(**{name: value})
     assert str(error.value).endswith(f"; got {value!r}")
 
 
 @pytest.mark.parametrize("changes", [{"cycles": 2}, {"cycles": 5, "schedule": "constant"}])
 def test_cycles_that_do_not_fit_are_refused(changes):
     with pytest.raises(ValueError, match="^cycles are of the one_cycle schedule, and divide the epochs; got"):
-        FAST.but(**changes)
+        FAST.replace(**changes)
 
 
 def test_an_unknown_setting_is_refused():
     with pytest.raises(ValueError, match="no setting 'decay' to change; it has epochs, batch_size"):
-        FAST.but(epochs=2, decay=0.1)
+        FAST.replace(epochs=2, decay=0.1)
 
 
 def test_the_name_is_not_a_setting_to_change():
     with pytest.raises(ValueError, match="name"):
-        FAST.but(name="mine")
+        FAST.replace(name="mine")
 
 
 @pytest.mark.parametrize("name", ["slow", "", None])
@@ -67,7 +67,7 @@ def test_an_unknown_recipe_is_refused(name):
     with pytest.raises(
         ValueError, match=f"recipe must be one of thesis, fast, faster, long, medical, tune; got {name!r}"
     ):
-        recipe_named(name)
+        get_recipe(name)
 
 
 def test_a_recipe_is_frozen():
@@ -103,21 +103,21 @@ def test_the_recipes_are_those_of_the_course():
     ],
 )
 def test_a_changed_recipe_is_named_after_its_changes(changes, suffix):
-    changed = FAST.but(**changes)
+    changed = FAST.replace(**changes)
     assert changed.name == f"fast{suffix}"
     assert dataclasses.asdict(changed) == dataclasses.asdict(FAST) | changes | {"name": f"fast{suffix}"}
 
 
 def test_changes_of_a_named_recipe_that_are_0_count_as_none():
-    assert recipe_named("thesis") == RECIPES["thesis"]
-    assert recipe_named("fast", epochs=0, batch_size=0) == FAST
-    assert recipe_named("fast", epochs=2, batch_size=0) == FAST.but(epochs=2)
+    assert get_recipe("thesis") == RECIPES["thesis"]
+    assert get_recipe("fast", epochs=0, batch_size=0) == FAST
+    assert get_recipe("fast", epochs=2, batch_size=0) == FAST.replace(epochs=2)
     with pytest.raises(ValueError, match="no setting 'decay'"):
-        recipe_named("fast", decay=1)
+        get_recipe("fast", decay=1)
 
 
 def test_a_recipe_survives_json():
-    for recipe in [*RECIPES.values(), FAST.but(epochs=2, flip=False)]:
+    for recipe in [*RECIPES.values(), FAST.replace(epochs=2, flip=False)]:
         settings = json.loads(json.dumps(recipe.as_dict()))
         assert settings == recipe.as_dict()
         assert Recipe(**settings | {"assumed": tuple(settings["assumed"])}) == recipe

@@ -1,11 +1,13 @@
-"""Records and files: `fcnn_utils.records`."""
+"""Records and files: `fcnn_utils.course.records`."""
 
 import errno
 import json
+import os
 
 import pytest
 
-from fcnn_utils import records
+from fcnn_utils import _files
+from fcnn_utils.course import records
 
 
 def record(dataset="cifar100", model="simple", recipe="fast", seed=0, status="complete", top1=0.5):
@@ -59,13 +61,13 @@ def test_a_path_inside_the_project_is_shown_relative(project, tmp_path):
 @pytest.mark.parametrize("content", [b"\x00bytes\n", "text · äöü\n"])
 def test_write_atomic_writes_bytes_and_text_into_new_folders(tmp_path, content):
     path = tmp_path / "new" / "folder" / "file"
-    records.write_atomic(path, content)
+    _files.write_atomic(path, content)
     assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode("utf-8"))
     assert files(tmp_path) == ["new/folder/file"]
 
 
 def test_check_writable_leaves_nothing(tmp_path):
-    records.check_writable(tmp_path / "new")
+    _files.check_writable(tmp_path / "new")
     assert (tmp_path / "new").is_dir() and files(tmp_path) == []
 
 
@@ -117,7 +119,7 @@ def test_what_is_no_number_in_json_is_not_written(output):
 
 
 def test_saved_measurements_are_loaded_from_the_nearest_folder(output, project):
-    records.write_atomic(project / "results" / "speed.json", '{"of": "project"}')
+    _files.write_atomic(project / "results" / "speed.json", '{"of": "project"}')
     assert records.load("speed") == ({"of": "project"}, project / "results" / "speed.json")
     path = records.save("speed", {"images_per_second": [1.5, 2]})
     assert path == output / "results" / "speed.json"
@@ -241,9 +243,9 @@ def test_a_damaged_record_is_named_and_skipped(project, output, capsys, content)
 
 def test_damaged_measurements_are_named_and_skipped(project, output, capsys):
     far = project / "results" / "speed.json"
-    records.write_atomic(far, '{"of": "project"}')
+    _files.write_atomic(far, '{"of": "project"}')
     near = output / "results" / "speed.json"
-    records.write_atomic(near, '{"of": "out')
+    _files.write_atomic(near, '{"of": "out')
     assert records.load("speed") == ({"of": "project"}, far)
     assert str(near) in capsys.readouterr().out
 
@@ -278,9 +280,9 @@ def test_a_file_that_cannot_be_written_is_left_as_it_was(tmp_path, monkeypatch, 
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with monkeypatch.context() as patch:
-        patch.setattr(records.os, call, failing(OSError(number, "Input/output error")))
+        patch.setattr(os, call, failing(OSError(number, "Input/output error")))
         with pytest.raises(ValueError, match=CURES[number]) as error:
-            records.write_atomic(path, b"new")
+            _files.write_atomic(path, b"new")
     assert f"cannot write {path}: " in str(error.value)
     assert path.read_bytes() == b"old"
     assert files(tmp_path) == ["file"]
@@ -291,9 +293,9 @@ def test_a_write_that_is_interrupted_leaves_the_file_as_it_was(tmp_path, monkeyp
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with monkeypatch.context() as patch:
-        patch.setattr(records.os, call, failing(KeyboardInterrupt()))
+        patch.setattr(os, call, failing(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            records.write_atomic(path, b"new")
+            _files.write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert files(tmp_path) == ["file"]
 
@@ -301,15 +303,15 @@ def test_a_write_that_is_interrupted_leaves_the_file_as_it_was(tmp_path, monkeyp
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_bytes(b"in the way")
     with pytest.raises(ValueError, match="cannot write .*file/below"):
-        records.write_atomic(tmp_path / "file" / "below", b"x")
+        _files.write_atomic(tmp_path / "file" / "below", b"x")
     with pytest.raises(ValueError, match="cannot write .*file/folder"):
-        records.check_writable(tmp_path / "file" / "folder")
+        _files.check_writable(tmp_path / "file" / "folder")
 
 
 def test_a_failing_write_keeps_the_complete_record(output, project, monkeypatch):
     path = records.write(record(top1=0.25))
     with monkeypatch.context() as patch:
-        patch.setattr(records.os, "fsync", failing(OSError(errno.ENOSPC, "full")))
+        patch.setattr(os, "fsync", failing(OSError(errno.ENOSPC, "full")))
         with pytest.raises(ValueError, match="disk is full"):
             records.write(record(top1=0.75))
     assert records.read(path)["test"]["top1"] == 0.25
@@ -322,11 +324,11 @@ def test_what_was_computed_once_is_remembered():
         calls.append(1)
         return {"pair": (len(calls), 2), "by": {3: "three"}}
 
-    assert records.remembered("some/where", compute) == {"pair": [1, 2], "by": {"3": "three"}, "settings": {}}
-    assert records.remembered("some/where", compute)["pair"] == [1, 2] and len(calls) == 1
-    assert records.remembered("some/where", compute, anew=True)["pair"] == [2, 2]
+    assert records.cached("some/where", compute) == {"pair": [1, 2], "by": {"3": "three"}, "settings": {}}
+    assert records.cached("some/where", compute)["pair"] == [1, 2] and len(calls) == 1
+    assert records.cached("some/where", compute, recompute=True)["pair"] == [2, 2]
     assert records.load("some/where")[0]["pair"] == [2, 2]
     with pytest.raises(ValueError, match="where.json was computed with another IMAGES; compute it anew"):
-        records.remembered("some/where", compute, {"IMAGES": 5})
-    assert records.remembered("some/where", compute, {"IMAGES": 5}, anew=True)["settings"] == {"IMAGES": 5}
-    assert records.remembered("some/where", compute, {"IMAGES": 5})["pair"] == [3, 2]
+        records.cached("some/where", compute, {"IMAGES": 5})
+    assert records.cached("some/where", compute, {"IMAGES": 5}, recompute=True)["settings"] == {"IMAGES": 5}
+    assert records.cached("some/where", compute, {"IMAGES": 5})["pair"] == [3, 2]

@@ -1,4 +1,4 @@
-"""Latencies and the roofline: `fcnn_utils.speed`. Sizes are small: what a machine does in CI is not its speed."""
+"""Latencies and the roofline: `fcnn_utils.benchmark`. Sizes are small: what a machine does in CI is not its speed."""
 
 import time
 
@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from keras import layers
 
-from fcnn_utils import cost, engines, machine, models, speed
+from fcnn_utils import benchmark, cost, deploy
+from fcnn_utils.course import networks
 
 
 def small(width=0.05):
-    return models.build("simple", (8, 8, 3), 5, width=width)
+    return networks.build("simple", (8, 8, 3), 5, width=width)
 
 
 class Clock:
@@ -20,7 +21,7 @@ class Clock:
     def __init__(self, monkeypatch, milliseconds, growth=0.0):
         self.now, self.calls, self.growth = 0.0, [], growth
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(engines, "load", lambda model, *_, **__: self.runner(model, milliseconds[model.name]))
+        monkeypatch.setattr(deploy, "load", lambda model, *_, **__: self.runner(model, milliseconds[model.name]))
 
     def runner(self, model, milliseconds):
         def run(images):
@@ -40,30 +41,30 @@ def test_bad_arguments_are_refused():
         ({"engine": "tensorrt"}, "engine must be one of keras"),
     ):
         with pytest.raises(ValueError, match=said):
-            speed.latency(small(), **arguments)
+            benchmark.latency(small(), **arguments)
     with pytest.raises(ValueError, match="give at least one model to time"):
-        speed.latency({})
+        benchmark.latency({})
     with pytest.raises(ValueError, match="models must be built keras.Models; 'a' is a str"):
-        speed.latency({"a": "simple"})
+        benchmark.latency({"a": "simple"})
     with pytest.raises(ValueError, match=r"one fixed size; got \(16, 16, 3\), \(8, 8, 3\)"):
-        speed.latency({"a": small(), "b": models.build("simple", (16, 16, 3), 5, width=0.05)})
+        benchmark.latency({"a": small(), "b": networks.build("simple", (16, 16, 3), 5, width=0.05)})
     inputs = keras.Input((None, None, 3))
     with pytest.raises(ValueError, match="one fixed size"):
-        speed.latency(keras.Model(inputs, layers.Conv2D(2, 3)(inputs)))
+        benchmark.latency(keras.Model(inputs, layers.Conv2D(2, 3)(inputs)))
     with pytest.raises(ValueError, match="give at least one size of batch"):
-        speed.latency(small(), [])
+        benchmark.latency(small(), [])
     with pytest.raises(ValueError, match="batch must be a whole number"):
-        speed.roofline(small(), 0)
+        benchmark.roofline(small(), 0)
     with pytest.raises(ValueError, match="repeats must be a whole number between 1 and"):
-        speed.roofline(small(), repeats=0)
+        benchmark.roofline(small(), repeats=0)
     with pytest.raises(ValueError, match="model 'idle' has no layer with MACs"):
-        speed.roofline(keras.Model(inputs := keras.Input((8, 8, 3)), layers.ReLU()(inputs), name="idle"))
+        benchmark.roofline(keras.Model(inputs := keras.Input((8, 8, 3)), layers.ReLU()(inputs), name="idle"))
     with pytest.raises(ValueError, match="peak must be a number between 1 and"):
-        speed.roofline(small(), peak=0)
+        benchmark.roofline(small(), peak=0)
 
 
 def test_a_model_alone():
-    table = speed.latency(small(), 2, rounds=3)
+    table = benchmark.latency(small(), 2, rounds=3)
     assert table["model"].tolist() == ["simple"] and (table["speedup"] == 1).all()
     assert table["low_ms"][0] <= table["median_ms"][0] <= table["high_ms"][0] and table["low_ms"][0] > 0
 
@@ -74,7 +75,7 @@ def test_a_model_alone():
 def test_times_and_speedups_of_a_known_clock(monkeypatch):
     clock = Clock(monkeypatch, {"dense": 8.0, "half": 4.0})
     pair = {name: keras.Model.from_config(small().get_config() | {"name": name}) for name in ("dense", "half")}
-    table = speed.latency(pair, 16, rounds=5).set_index("model")
+    table = benchmark.latency(pair, 16, rounds=5).set_index("model")
     assert table.loc["dense", ["median_ms", "low_ms", "high_ms"]].tolist() == pytest.approx([128.0] * 3)
     assert table.loc["half", ["speedup", "speedup_low", "speedup_high"]].tolist() == pytest.approx([2.0] * 3)
     assert clock.calls == ["dense"] * 3 + ["half"] * 3 + ["dense", "half"] * 6  # in turn, a round not counted
@@ -84,7 +85,7 @@ def test_a_machine_that_slows_down_meets_all_alike(monkeypatch):
     """Tenfold slower at the end: the median times say little, the ratio is kept."""
     Clock(monkeypatch, {"dense": 8.0, "half": 4.0}, growth=0.1)
     pair = {name: keras.Model.from_config(small().get_config() | {"name": name}) for name in ("dense", "half")}
-    table = speed.latency(pair, rounds=40).set_index("model")
+    table = benchmark.latency(pair, rounds=40).set_index("model")
     moments = 8 * (1 + 0.1 * np.arange(9, 89, 2))  # of the counted calls of the first, after 3 + 3 and a round
     quartiles = table.loc["dense", ["low_ms", "median_ms", "high_ms"]].astype(float)
     assert quartiles.tolist() == pytest.approx(np.percentile(moments, [25, 50, 75]))
@@ -95,33 +96,33 @@ def test_a_machine_that_slows_down_meets_all_alike(monkeypatch):
 
 
 @pytest.mark.timed
-@pytest.mark.parametrize("engine", engines.ENGINES)
+@pytest.mark.parametrize("engine", deploy.ENGINES)
 def test_every_engine_that_is_there_is_timed(engine):
-    if engine not in engines.available() or (engine != "keras" and keras.config.backend() != "tensorflow"):
+    if engine not in deploy.available() or (engine != "keras" and keras.config.backend() != "tensorflow"):
         pytest.skip(f"{engine} is not installed, or not exported to from this backend")
-    table = speed.latency({"wide": small(1.0), "narrow": small(0.1)}, 8, engine, rounds=3)
+    table = benchmark.latency({"wide": small(1.0), "narrow": small(0.1)}, 8, engine, rounds=3)
     assert table["engine"].unique().tolist() == [engine] and (table["median_ms"] > 0).all()
-    assert table["speedup"][1] > 1 and 0 <= table["others_cpu"][0] <= 1
+    assert table["speedup"][1] > 1 and 0 <= table["background_load"][0] <= 1
 
 
 def test_a_process_of_its_own_has_the_environment():
     """Its clock is real, its environment the one asked for: a backend that it can't start on is told."""
     pair = {"wide": small(0.1), "01": small()}
-    table = speed.latency(pair, [1, 2], rounds=2, environment={"TF_NUM_INTRAOP_THREADS": "1"})
+    table = benchmark.latency(pair, [1, 2], rounds=2, environment={"TF_NUM_INTRAOP_THREADS": "1"})
     assert table["model"].tolist() == ["wide", "01"] * 2 and table["batch"].tolist() == [1, 1, 2, 2]
-    assert table.columns.tolist() == [*speed.COLUMNS, "others_cpu"] and (table["median_ms"] > 0).all()
+    assert table.columns.tolist() == [*benchmark.COLUMNS, "background_load"] and (table["median_ms"] > 0).all()
     with pytest.raises(RuntimeError, match="measuring under .*KERAS_BACKEND.* failed: .*nonesuch"):
-        speed.latency(pair, rounds=2, environment={"KERAS_BACKEND": "nonesuch"})
+        benchmark.latency(pair, rounds=2, environment={"KERAS_BACKEND": "nonesuch"})
     with pytest.raises(ValueError, match="environment must be a dict of strings"):
-        speed.latency(pair, rounds=2, environment={"TF_NUM_INTRAOP_THREADS": 0})
+        benchmark.latency(pair, rounds=2, environment={"TF_NUM_INTRAOP_THREADS": 0})
 
 
 def test_the_machines_peaks_by_a_known_clock(monkeypatch):
     """Two milliseconds for whatever is computed: once the first two calls, which may compile, have passed."""
     moments = iter(np.cumsum(([0.0, 9.0] + [0.0, 9.0] + [1.0, 2e-3, 1.0, 5e-3]) * 2))
     monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
-    assert speed.gemm_peak(256, 2) == pytest.approx(256**3 / 2e-3)
-    assert speed.bandwidth(8, 2) == pytest.approx(3 * 8 * 2**20 / 2e-3)
+    assert benchmark.gemm_peak(256, 2) == pytest.approx(256**3 / 2e-3)
+    assert benchmark.memory_bandwidth(8, 2) == pytest.approx(3 * 8 * 2**20 / 2e-3)
 
 
 def test_the_roofline_by_hand():
@@ -129,7 +130,7 @@ def test_the_roofline_by_hand():
     x = layers.Conv2D(16, 3, padding="same", name="conv")(inputs)
     x = layers.ReLU()(layers.DepthwiseConv2D(3, padding="same", name="depthwise")(x))
     model = keras.Model(inputs, x)
-    table = speed.roofline(model, 10, peak=1e6, bytes_per_second=4e5, repeats=2).set_index("layer")
+    table = benchmark.roofline(model, 10, peak=1e6, bytes_per_second=4e5, repeats=2).set_index("layer")
     assert table["macs"].to_dict() == {"conv": 10 * 24 * 9 * 8 * 16, "depthwise": 10 * 24 * 9 * 16}
     assert table["bytes"].to_dict() == {
         "conv": 4 * (10 * 24 * (8 + 16) + 9 * 8 * 16 + 16),
@@ -143,12 +144,12 @@ def test_the_roofline_by_hand():
 
 def test_the_roof_is_that_of_the_models_precision(monkeypatch):
     asked = []
-    monkeypatch.setattr(speed, "gemm_peak", lambda **options: asked.append(options["dtype"]) or 1e9)
+    monkeypatch.setattr(benchmark, "gemm_peak", lambda **options: asked.append(options["dtype"]) or 1e9)
     for dtype in ("float32", "mixed_bfloat16"):
         inputs = keras.Input((8, 8, 3))
         x = layers.Rescaling(2.0, dtype="float32")(inputs)  # no MACs: it does not count
         model = keras.Model(inputs, layers.Conv2D(2, 3, dtype=dtype)(x))
-        speed.roofline(model, 1, bytes_per_second=1e9, repeats=1)
+        benchmark.roofline(model, 1, bytes_per_second=1e9, repeats=1)
     assert asked == ["float32", "bfloat16"]
 
 
@@ -156,10 +157,10 @@ def test_the_roofline_has_a_row_for_each_call():
     layer = layers.Conv2D(3, 3, padding="same", name="shared")
     inputs = keras.Input((8, 8, 3))
     model = keras.Model(inputs, layer(layer(inputs)))
-    table = speed.roofline(model, 2, peak=1e9, bytes_per_second=1e9, repeats=1)
-    assert table["layer"].tolist() == ["shared"] * 2 and table["macs"].sum() == 2 * cost.totals(model)["macs"]
+    table = benchmark.roofline(model, 2, peak=1e9, bytes_per_second=1e9, repeats=1)
+    assert table["layer"].tolist() == ["shared"] * 2 and table["macs"].sum() == 2 * cost.total_costs(model)["macs"]
 
 
 def test_the_load_is_told(monkeypatch):
-    monkeypatch.setattr(machine.Load, "others", lambda self: 0.25)
-    assert speed.latency(small(), rounds=2)["others_cpu"].tolist() == [0.25]
+    monkeypatch.setattr(benchmark.BackgroundLoad, "others", lambda self: 0.25)
+    assert benchmark.latency(small(), rounds=2)["background_load"].tolist() == [0.25]

@@ -8,11 +8,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from fcnn_utils import pipeline
+from fcnn_utils.course import runner
 
-NOTEBOOKS = {path.stem: nbformat.read(path, 4) for path in pipeline.notebooks().values()}
-PAGES = [*pipeline.ROOT.glob("*.md"), *pipeline.ROOT.glob("book/*.md")]
-PROGRAMS = [path for folder in ("fcnn_utils", "book", "tests") for path in pipeline.ROOT.glob(f"{folder}/*.py")]
+NOTEBOOKS = {path.stem: nbformat.read(path, 4) for path in runner.notebooks().values()}
+PAGES = [*runner.ROOT.glob("*.md"), *runner.ROOT.glob("book/*.md")]
+PROGRAMS = [path for folder in ("fcnn_utils", "book", "tests") for path in runner.ROOT.glob(f"{folder}/*.py")]
 PROGRAMS.remove(Path(__file__))  # it makes slips
 
 AMERICAN = "|".join(
@@ -26,7 +26,7 @@ AMERICAN = "|".join(
 def prose(name):
     if name in NOTEBOOKS:
         return "\n\n".join(cell.source for cell in NOTEBOOKS[name].cells if cell.cell_type == "markdown")
-    return (pipeline.ROOT / name).read_text()
+    return (runner.ROOT / name).read_text()
 
 
 def american(text):
@@ -44,7 +44,7 @@ def test_words_that_codespell_knows(tmp_path):
         (tmp_path / f"{name}.txt").write_text("\n\n".join(cell.source for cell in notebook.cells))
     (tmp_path / "slip.txt").write_text("It has to recieve this.")
     command = [sys.executable, "-m", "codespell_lib", tmp_path, *PAGES, *PROGRAMS]
-    found = subprocess.run(command, cwd=pipeline.ROOT, capture_output=True, text=True)
+    found = subprocess.run(command, cwd=runner.ROOT, capture_output=True, text=True)
     assert [line.split(": ", 1)[1] for line in found.stdout.splitlines()] == ["recieve ==> receive"], found.stdout
 
 
@@ -53,6 +53,6 @@ def test_american_words_are_found():
     assert american(text) == ["color", "centers", "behavior", "analyzes"]
 
 
-@pytest.mark.parametrize("name", [*NOTEBOOKS, *(str(path.relative_to(pipeline.ROOT)) for path in PAGES)])
+@pytest.mark.parametrize("name", [*NOTEBOOKS, *(str(path.relative_to(runner.ROOT)) for path in PAGES)])
 def test_prose_is_british(name):
     assert not american(prose(name))

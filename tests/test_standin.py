@@ -1,12 +1,13 @@
-"""The generated images: `fcnn_utils.standin`. That they can be learnt, and the better the better the network."""
+"""The generated images: `fcnn_utils.course.data.standin`. That they can be learnt, and the better the better the network."""
 
 import keras
 import numpy as np
 import pytest
 from keras import layers
 
-from fcnn_utils import data, standin, training
-from fcnn_utils.recipes import RECIPES
+from fcnn_utils.course import data, training
+from fcnn_utils.course.data import standin
+from fcnn_utils.course.recipes import RECIPES
 
 # --- basic -------------------------------------------------------------------------------------------------------
 
@@ -84,11 +85,11 @@ def test_networks_rank_as_they_should():
     backends; 500 test images leave an uncertainty of about 2 points.
     """
     dataset = data.load("standin", 2000, 500)
-    recipe = RECIPES["fast"].but(epochs=5, batch_size=50, precision="float32")
+    recipe = RECIPES["fast"].replace(epochs=5, batch_size=50, precision="float32")
     top1 = {}
     for name, rate in (("linear", 0.01), ("small", 0.2), ("bigger", 0.2)):
         keras.utils.set_random_seed(0)
-        record = training.train(network(name), dataset, recipe.but(learning_rate=rate), seed=0)
+        record = training.train(network(name), dataset, recipe.replace(learning_rate=rate), seed=0)
         top1[name] = 100 * record["test"]["top1"]
     assert top1["linear"] > 3
     assert top1["small"] > top1["linear"] + 10
@@ -112,7 +113,7 @@ def test_a_grey_pixel_alone_tells_nothing():
 
 def test_grey_networks_rank_as_they_should():
     """Always the commoner class: 75%. Six epochs: two small layers 75.0%, three larger ones 90.5% (seed 0)."""
-    recipe, top1 = RECIPES["fast"].but(epochs=6, batch_size=32, precision="float32", learning_rate=0.05), {}
+    recipe, top1 = RECIPES["fast"].replace(epochs=6, batch_size=32, precision="float32", learning_rate=0.05), {}
     for filters in ((4, 8), (16, 32, 64)):
         keras.utils.set_random_seed(0)
         body = [layer for count in filters for layer in convolution(count)]

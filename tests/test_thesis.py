@@ -1,10 +1,10 @@
-"""The thesis's tables: `fcnn_utils.thesis`. They agree with each other, and a comparison finds what differs."""
+"""The thesis's tables: `fcnn_utils.course.thesis`. They agree with each other, and a comparison finds what differs."""
 
 import math
 
 import pytest
 
-from fcnn_utils import thesis
+from fcnn_utils.course import thesis
 
 NETWORKS = ["simple", "wider_factorized", "wider_separable"]
 

@@ -1,4 +1,4 @@
-"""Training: `fcnn_utils.training`.
+"""Training: `fcnn_utils.course.training`.
 
 Networks of a thousand weights on 200 generated images: what is tested here is how a run is kept, stopped, resumed
 and measured, and none of that depends on what is learnt.
@@ -13,10 +13,21 @@ import numpy as np
 import pytest
 from keras import layers
 
-from fcnn_utils import checkpoint, cost, data, feed, machine, models, predictions, records, thesis, training
-from fcnn_utils.recipes import RECIPES
+from fcnn_utils import cost
+from fcnn_utils.course import (
+    augmentation,
+    checkpoints,
+    data,
+    environment,
+    networks,
+    predictions,
+    records,
+    thesis,
+    training,
+)
+from fcnn_utils.course.recipes import RECIPES
 
-RECIPE = RECIPES["fast"].but(epochs=3, batch_size=50, precision="float32", learning_rate=0.05)
+RECIPE = RECIPES["fast"].replace(epochs=3, batch_size=50, precision="float32", learning_rate=0.05)
 FIGURES = ("loss", "cross_entropy", "top1", "top5")
 
 
@@ -159,14 +170,14 @@ def test_a_record_has_all_that_is_documented(whole, dataset):
             "precision": "float32",
             "params": model.count_params(),
             "trainable": model.count_params() - 16,
-            "macs": cost.totals(model)["macs"],
+            "macs": cost.total_costs(model)["macs"],
         }.items()
     )
-    assert record.keys() >= machine.describe().keys()
+    assert record.keys() >= environment.describe().keys()
     assert [row["epoch"] for row in record["epochs"]] == [1, 2, 3]
     for row in record["epochs"]:
-        assert row.keys() == {*FIGURES, "epoch", "seconds", "ms_per_step", "first_step_ms", "others_cpu"}
-        assert 0 <= row["top1"] <= row["top5"] <= 1 and 0 <= row["others_cpu"] <= 1
+        assert row.keys() == {*FIGURES, "epoch", "seconds", "ms_per_step", "first_step_ms", "background_load"}
+        assert 0 <= row["top1"] <= row["top5"] <= 1 and 0 <= row["background_load"] <= 1
         assert row["ms_per_step"] > 0 and 0 < row["first_step_ms"] <= 1e3 * row["seconds"]
     test = record["test"]
     assert test.keys() == {"images", "loss", "top1", "top5", "correct_by_class", "top1_by_superclass"}
@@ -183,12 +194,12 @@ def test_what_is_printed_tells_the_run(whole, dataset):
     assert line.startswith(
         f"tiny · {RECIPE.name} · seed 0: top-1 1.2%, top-5 20.0% on 10,000 test images of standin-200"
     )
-    assert "one seed" in line and machine.line(record) in line and "float32" in line
+    assert "one seed" in line and environment.summary(record) in line and "float32" in line
 
 
 @pytest.mark.parametrize("train_on, images", [("all", 200), ("train", 180)])
 def test_a_batch_larger_than_the_data_is_refused(dataset, train_on, images):
-    recipe = RECIPE.but(batch_size=201, train_on=train_on)
+    recipe = RECIPE.replace(batch_size=201, train_on=train_on)
     with pytest.raises(ValueError, match=f"batch_size must be at most {images}, the training images; got 201"):
         training.train(network(), dataset, recipe)
 
@@ -217,14 +228,14 @@ def test_an_output_that_cannot_be_written_is_found_before_training(dataset, outp
 # --- correct: a step ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", models.NETWORKS)
+@pytest.mark.parametrize("name", networks.THESIS_PLANS)
 def test_a_step_changes_every_layer(dataset, name):
     keras.utils.set_random_seed(0)
-    model = models.build(name)
-    recipe = RECIPE.but(batch_size=4, schedule="constant")  # a handful of images: one step is what is looked at
+    model = networks.build(name)
+    recipe = RECIPE.replace(batch_size=4, schedule="constant")  # a handful of images: one step is what is looked at
     training.compile_model(model, recipe, 1)
     before = model.get_weights()
-    batches = feed.batches(dataset.test, recipe, 0, feed.channel_scale(dataset), 100)
+    batches = augmentation.batches(dataset.test, recipe, 0, augmentation.channel_statistics(dataset), 100)
     row = training.fit_epoch(model, batches, 1)
     assert row["epoch"] == 1 and 3 < row["cross_entropy"] < 7  # ln 100 = 4.6 for a network that knows nothing
     for weight, old, new in zip(model.weights, before, model.get_weights(), strict=True):
@@ -240,7 +251,7 @@ def test_steps_are_those_of_gradient_descent(dataset, momentum, smoothing):
     changes = {"learning_rate": rate, "momentum": momentum, "label_smoothing": smoothing}
     recipe = dataclasses.replace(RECIPE, schedule="constant", **changes)
     training.compile_model(model, recipe, 3)
-    batches = list(feed.batches(dataset.train, recipe, 0, feed.channel_scale(dataset), 100))
+    batches = list(augmentation.batches(dataset.train, recipe, 0, augmentation.channel_statistics(dataset), 100))
     start = weights = [weight.astype("float64") for weight in model.get_weights()]
     velocities = [0.0, 0.0]
     for images, labels in batches:
@@ -265,7 +276,7 @@ def test_a_long_gradient_is_shortened_to_the_norm_of_the_recipe(dataset):
         model = linear()
         before = model.get_weights()
         training.compile_model(
-            model, RECIPE.but(learning_rate=1.0, momentum=0.0, schedule="constant", clip_norm=clip), 1
+            model, RECIPE.replace(learning_rate=1.0, momentum=0.0, schedule="constant", clip_norm=clip), 1
         )
         model.train_on_batch(images, labels)
         moved[clip] = [new - old for new, old in zip(model.get_weights(), before, strict=True)]
@@ -277,11 +288,11 @@ def test_a_long_gradient_is_shortened_to_the_norm_of_the_recipe(dataset):
 
 def test_a_teacher_has_its_share_of_the_target(dataset):
     """One step on the mixed target, against the target mixed by hand."""
-    recipe = RECIPE.but(epochs=1, batch_size=200, distillation=0.3)
+    recipe = RECIPE.replace(epochs=1, batch_size=200, distillation=0.3)
     model, teacher = linear(1), linear(2)
     with pytest.raises(ValueError, match="has a share of distillation, 0.3: give a teacher"):
         training.train(model, dataset, recipe)
-    (batch,) = feed.batches(dataset.everything, recipe, 0, feed.channel_scale(dataset), 100)
+    (batch,) = augmentation.batches(dataset.everything, recipe, 0, augmentation.channel_statistics(dataset), 100)
     expected = linear(1)
     training.compile_model(expected, recipe, 1)
     expected.train_on_batch(batch[0], 0.7 * batch[1] + 0.3 * by_hand(teacher, batch[0]).astype("float32"))
@@ -308,7 +319,7 @@ def test_a_record_from_before_a_setting_was_there_is_the_default_of_that_setting
 )
 def test_the_optimizer_is_the_recipes(optimizer, kind):
     model = linear()
-    training.compile_model(model, RECIPE.but(optimizer=optimizer, schedule="constant"), 1)
+    training.compile_model(model, RECIPE.replace(optimizer=optimizer, schedule="constant"), 1)
     assert type(model.optimizer) is kind
     np.testing.assert_allclose(float(model.optimizer.learning_rate), 0.05, rtol=1e-6)
 
@@ -322,7 +333,7 @@ def test_weight_decay_takes_its_share_of_the_kernels_and_of_nothing_else(optimiz
     model = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Flatten()(x)))
     for weight in model.weights:
         weight.assign(keras.ops.ones(weight.shape))
-    recipe = RECIPE.but(optimizer=optimizer, schedule="constant", learning_rate=0.5, weight_decay=0.2, momentum=0.0)
+    recipe = RECIPE.replace(optimizer=optimizer, schedule="constant", learning_rate=0.5, weight_decay=0.2, momentum=0.0)
     training.compile_model(model, recipe, 1)
     model.optimizer.build(model.trainable_variables)
     zeros = [keras.ops.zeros(weight.shape) for weight in model.trainable_variables]
@@ -334,10 +345,14 @@ def test_weight_decay_takes_its_share_of_the_kernels_and_of_nothing_else(optimiz
 
 def test_figures_of_an_epoch_are_means_over_its_images(dataset):
     """With rate 0 the network stays as it is, and an epoch's figures can be computed afterwards."""
-    recipe = RECIPE.but(learning_rate=0, label_smoothing=0.2, epochs=1, batch_size=60)
+    recipe = RECIPE.replace(learning_rate=0, label_smoothing=0.2, epochs=1, batch_size=60)
     model = linear()
     record = training.train(model, dataset, recipe, seed=5)
-    batches = list(feed.batches(dataset.everything, recipe.but(seed=5), 0, feed.channel_scale(dataset), 100))
+    batches = list(
+        augmentation.batches(
+            dataset.everything, recipe.replace(seed=5), 0, augmentation.channel_statistics(dataset), 100
+        )
+    )
     assert len(batches) == 3
     images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
     logs = np.log(by_hand(model, images))
@@ -375,18 +390,18 @@ def test_one_cycle_goes_up_a_line_and_down_half_a_cosine(warmup):
 
 
 def test_cycles_go_through_it_again_and_again():
-    once, thrice = (RECIPES["fast"].but(epochs=2 * cycles, cycles=cycles) for cycles in (1, 3))
+    once, thrice = (RECIPES["fast"].replace(epochs=2 * cycles, cycles=cycles) for cycles in (1, 3))
     one_after_another = np.tile(rates(once, 10)[:-1], 3)  # the last is that of a step that is not made
     np.testing.assert_allclose(rates(thrice, 10)[:-1], one_after_another, rtol=1e-6)
 
 
 def test_a_constant_rate_is_constant():
-    np.testing.assert_allclose(rates(RECIPE.but(schedule="constant", epochs=2), 3), [0.05] * 7, rtol=1e-6)
+    np.testing.assert_allclose(rates(RECIPE.replace(schedule="constant", epochs=2), 3), [0.05] * 7, rtol=1e-6)
 
 
 def test_an_inverse_time_rate_falls_as_its_formula_says():
     """0.5 / (1 + 0.5 / 2 × step): half of it after 4 steps, a third after 8."""
-    found = rates(RECIPE.but(schedule="inverse_time", epochs=2, learning_rate=0.5), 4)
+    found = rates(RECIPE.replace(schedule="inverse_time", epochs=2, learning_rate=0.5), 4)
     np.testing.assert_allclose(np.array(found)[[0, 4, 8]], [0.5, 0.25, 0.5 / 3], rtol=1e-6)
 
 
@@ -395,7 +410,7 @@ def test_an_inverse_time_rate_falls_as_its_formula_says():
 
 def test_evaluation_is_what_is_computed_by_hand(dataset):
     """On labels of which half are what the network thinks likeliest: it is right often, and wrong often."""
-    model, scale, rng = linear(seed=3), feed.channel_scale(dataset), np.random.default_rng(0)
+    model, scale, rng = linear(seed=3), augmentation.channel_statistics(dataset), np.random.default_rng(0)
     images = dataset.train.images
     probabilities = by_hand(model, (images.astype("float64") - scale[0]) / scale[1])
     fine = np.where(rng.random(len(images)) < 0.5, probabilities.argmax(axis=1), rng.integers(0, 100, len(images)))
@@ -417,7 +432,7 @@ def test_a_network_that_cannot_choose_is_right_by_chance(dataset):
     """All classes equally likely, as when every ReLU is dead: one of a hundred is right, not each."""
     model = linear()
     model.set_weights([np.zeros_like(weight) for weight in model.get_weights()])
-    found = training.evaluate(model, dataset.test, feed.channel_scale(dataset), dataset.coarse_names)
+    found = training.evaluate(model, dataset.test, augmentation.channel_statistics(dataset), dataset.coarse_names)
     np.testing.assert_allclose(found["loss"], np.log(100), rtol=1e-6)
     assert (found["top1"], found["top5"], sum(found["correct_by_class"])) == (0.01, 0.05, 1)
 
@@ -425,15 +440,15 @@ def test_a_network_that_cannot_choose_is_right_by_chance(dataset):
 def test_a_network_of_no_numbers_is_never_right(dataset):
     model = linear()
     model.set_weights([np.full_like(weight, np.nan) for weight in model.get_weights()])
-    found = training.evaluate(model, dataset.test, feed.channel_scale(dataset), dataset.coarse_names)
+    found = training.evaluate(model, dataset.test, augmentation.channel_statistics(dataset), dataset.coarse_names)
     assert (found["top1"], found["top5"], sum(found["correct_by_class"])) == (0, 0, 0)
 
 
 def test_a_recipe_that_chooses_settings_is_validated_and_never_tested(dataset):
-    model, recipe = network(), RECIPE.but(train_on="train", epochs=1)
+    model, recipe = network(), RECIPE.replace(train_on="train", epochs=1)
     record = training.train(model, dataset, recipe)
     assert record["train_images"] == 180
-    scale = feed.channel_scale(dataset)
+    scale = augmentation.channel_statistics(dataset)
     assert record["epochs"][0]["validation"] == training.evaluate(
         model, dataset.validation, scale, dataset.coarse_names
     )
@@ -441,13 +456,13 @@ def test_a_recipe_that_chooses_settings_is_validated_and_never_tested(dataset):
 
 
 def test_predictions_are_kept_after_every_cycle_and_are_what_the_network_says(dataset, output):
-    recipe = RECIPE.but(epochs=4, cycles=2, train_on="train")
+    recipe = RECIPE.replace(epochs=4, cycles=2, train_on="train")
     model = network()
     record = training.train(model, dataset, recipe, save_predictions=True)
     said = predictions.load(dataset.name, "tiny", recipe.name)
     assert said["validation"].shape == (2, 20, 100) and said["test"].shape == (2, 100, 100)
     for split in said:  # the last are those of the network as it is left
-        exact = training.predict(model, getattr(dataset, split), feed.channel_scale(dataset))
+        exact = training.predict(model, getattr(dataset, split), augmentation.channel_statistics(dataset))
         np.testing.assert_allclose(said[split][-1], predictions.decoded(predictions.coded(exact)), rtol=1e-6)
         assert not np.allclose(said[split][0], said[split][-1], rtol=0.1)
     right = said["test"][-1].argmax(axis=1) == dataset.test.fine
@@ -466,11 +481,11 @@ def test_a_run_without_the_predictions_that_are_asked_for_is_an_error(dataset, d
 
 
 def test_an_interrupted_run_has_the_predictions_of_one_that_was_not(dataset, output, monkeypatch):
-    recipe = RECIPE.but(epochs=4, cycles=2)
+    recipe = RECIPE.replace(epochs=4, cycles=2)
     training.train(network(), dataset, recipe, save_predictions=True)
     whole = predictions.load(dataset.name, "tiny", recipe.name)["test"]
     shutil.rmtree(output)
-    stop_at(monkeypatch, checkpoint, "save", 4)  # what the last cycle says is kept already
+    stop_at(monkeypatch, checkpoints, "save", 4)  # what the last cycle says is kept already
     with pytest.raises(KeyboardInterrupt):
         training.train(network(), dataset, recipe, save_predictions=True)
     training.train(network(), dataset, recipe, save_predictions=True)
@@ -481,13 +496,13 @@ def test_an_interrupted_run_has_the_predictions_of_one_that_was_not(dataset, out
 
 def test_a_network_by_name_starts_as_its_recipe_says(dataset):
     """At rate 0 it stays as it starts, and its scores are three times what they are with a scale of 1."""
-    still = RECIPE.but(epochs=1, learning_rate=0, initialization="he")
+    still = RECIPE.replace(epochs=1, learning_rate=0, initialization="he")
     for scale in (1.0, 3.0):
-        training.train("wider_separable", dataset, still.but(head_scale=scale), save_model=True)
-    names = [still.name, still.but(head_scale=3.0).name]
+        training.train("wider_separable", dataset, still.replace(head_scale=scale), save_model=True)
+    names = [still.name, still.replace(head_scale=3.0).name]
     one, three = (training.load_trained("wider_separable", dataset.name, name) for name in names)
     keras.utils.set_random_seed(RECIPE.seed)
-    fresh = models.build("wider_separable", initialization="he", head_scale=3.0)
+    fresh = networks.build("wider_separable", initialization="he", head_scale=3.0)
     for weights, expected in ((three, fresh), (one, three)):
         for ours, theirs in zip(weights.weights, expected.weights, strict=True):
             if "moving" not in ours.name and (weights is three or "bn6/gamma" not in ours.path):
@@ -496,10 +511,10 @@ def test_a_network_by_name_starts_as_its_recipe_says(dataset):
 
 
 def test_a_network_of_another_width_is_another_run(dataset):
-    recipe = RECIPE.but(epochs=1)
+    recipe = RECIPE.replace(epochs=1)
     runs = [training.train("wider_separable", dataset.subset(100, 50), recipe, width=width) for width in (0.05, 0.06)]
     assert [run["model"] for run in runs] == ["wider_separable-width0.05", "wider_separable-width0.06"]
-    built = [cost.totals(models.build("wider_separable", width=width)) for width in (0.05, 0.06)]
+    built = [cost.total_costs(networks.build("wider_separable", width=width)) for width in (0.05, 0.06)]
     assert [run["params"] for run in runs] == [totals["params"] for totals in built]
     for model, name in ((network(), None), ("wider_separable", "mine")):
         with pytest.raises(ValueError, match="width is for a network that is given, and recorded, by its own name"):
@@ -516,9 +531,9 @@ def test_a_function_makes_the_network_only_where_there_is_no_record(dataset):
         made.append(seed)
         return network(seed)
 
-    first = training.train(make, dataset, RECIPE.but(epochs=1), 3, name="made")
-    second = training.train(make, dataset, RECIPE.but(epochs=1), 3, name="made")
-    direct = training.train(network(3), dataset, RECIPE.but(epochs=1), 3)
+    first = training.train(make, dataset, RECIPE.replace(epochs=1), 3, name="made")
+    second = training.train(make, dataset, RECIPE.replace(epochs=1), 3, name="made")
+    direct = training.train(network(3), dataset, RECIPE.replace(epochs=1), 3)
     assert made == [3] and first["model"] == "made" and second["test"] == first["test"] == direct["test"]
     for model, name in ((make, None), (3, "three"), (None, None)):
         with pytest.raises(
@@ -561,7 +576,7 @@ def test_retraining_replaces_the_record(dataset, whole, done):
 
 def test_another_seed_is_another_run(dataset, whole, done, monkeypatch):
     epochs = watched(monkeypatch)
-    record = training.train(network(), dataset, RECIPE.but(epochs=1), seed=1)
+    record = training.train(network(), dataset, RECIPE.replace(epochs=1), seed=1)
     assert epochs == [0] and record["seed"] == record["recipe"]["seed"] == 1
     assert record["epochs"][0]["loss"] != whole[1]["epochs"][0]["loss"]
 
@@ -588,7 +603,7 @@ def test_other_data_under_the_same_name_are_an_error(dataset, done, monkeypatch)
     [
         (training, "fit_epoch", 1, [0, 1, 2]),
         (training, "fit_epoch", 2, [1, 2]),
-        (checkpoint, "save", 2, [1, 2]),
+        (checkpoints, "save", 2, [1, 2]),
         (records, "write", 2, [2]),
         (training, "evaluate", 1, []),
     ],
@@ -663,7 +678,7 @@ def test_a_network_of_no_numbers_stops_at_once(dataset, output):
 
 
 def test_a_run_that_diverges_later_keeps_its_epochs(dataset, whole, monkeypatch):
-    original = feed.batches
+    original = augmentation.batches
 
     def batches(split, recipe, epoch, scale, classes):
         for step, (images, labels) in enumerate(original(split, recipe, epoch, scale, classes)):
@@ -705,19 +720,19 @@ def test_a_network_that_the_last_step_ruined_is_no_complete_run(dataset, monkeyp
 
 def test_a_network_by_name_is_built_from_the_seed_and_kept(dataset):
     small = dataset.subset(20, 20)  # the real network on few images, as its steps are slow
-    recipe = RECIPE.but(epochs=1, batch_size=10, precision="mixed_bfloat16")
+    recipe = RECIPE.replace(epochs=1, batch_size=10, precision="mixed_bfloat16")
     record = training.train("wider_separable", small, recipe, seed=2, save_model=True)
     assert (record["model"], record["seed"], record["precision"]) == ("wider_separable", 2, "mixed_bfloat16")
     assert (record["params"], record["trainable"]) == thesis.PARAMS["wider_separable"][:2]
     kept = training.load_trained("wider_separable", "standin-20", recipe.name, 2)
     assert not kept.compiled
-    found = training.evaluate(kept, small.test, feed.channel_scale(small), small.coarse_names)
+    found = training.evaluate(kept, small.test, augmentation.channel_statistics(small), small.coarse_names)
     np.testing.assert_allclose(found["loss"], record["test"]["loss"], rtol=1e-5)
     assert found["correct_by_class"] == record["test"]["correct_by_class"]
     folder = records.path_of("standin-20", "wider_separable", recipe.name, 2).parent
     assert files(folder) == ["seed2.json", "seed2.keras"]
     keras.utils.set_random_seed(2)
-    fresh, rate = models.build("wider_separable"), RECIPE.learning_rate
+    fresh, rate = networks.build("wider_separable"), RECIPE.learning_rate
     for weight, start, end in zip(kept.weights, fresh.get_weights(), kept.get_weights(), strict=True):
         if weight.path.endswith("kernel"):  # two steps from the weights of the seed, and not from others
             assert 0 < np.abs(end - start).max() < rate
@@ -725,8 +740,8 @@ def test_a_network_by_name_is_built_from_the_seed_and_kept(dataset):
 
 def test_any_network_can_be_kept(dataset):
     model = network()
-    training.train(model, dataset, RECIPE.but(epochs=1), save_model=True)
-    kept = training.load_trained("tiny", "standin-200", RECIPE.but(epochs=1).name)
+    training.train(model, dataset, RECIPE.replace(epochs=1), save_model=True)
+    kept = training.load_trained("tiny", "standin-200", RECIPE.replace(epochs=1).name)
     for weight, other in zip(kept.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_array_equal(weight, other)
 

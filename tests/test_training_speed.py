@@ -1,14 +1,14 @@
-"""What training costs on the clock: `fcnn_utils.training_speed`. The clock is replaced: CI's is nobody's machine."""
+"""What training costs on the clock: `fcnn_utils.course.profiling`. The clock is replaced: CI's is nobody's machine."""
 
 import keras
 import numpy as np
 import pandas as pd
 import pytest
 
-from fcnn_utils import data, feed, machine, models, training_speed
-from fcnn_utils.recipes import RECIPES
+from fcnn_utils.course import augmentation, data, environment, networks, profiling
+from fcnn_utils.course.recipes import RECIPES
 
-RECIPE = RECIPES["fast"].but(batch_size=8, precision="float32")
+RECIPE = RECIPES["fast"].replace(batch_size=8, precision="float32")
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def split():
 
 
 def small(name="wider_separable"):
-    return models.build(name, (32, 32, 3), 100, width=0.05)
+    return networks.build(name, (32, 32, 3), 100, width=0.05)
 
 
 def fixed(monkeypatch, ms):
@@ -30,7 +30,7 @@ def fixed(monkeypatch, ms):
             calls.append((key, work()))
         return pd.DataFrame([{key: 1e3 / ms(key) / longer for key in works} for longer in range(rounds, 0, -1)])
 
-    monkeypatch.setattr(machine, "alternate", alternate)
+    monkeypatch.setattr(environment, "alternate", alternate)
     return calls
 
 
@@ -40,19 +40,19 @@ def fixed(monkeypatch, ms):
 def test_bad_arguments_are_refused(split):
     scale = np.zeros(3, "float32"), np.ones(3, "float32")
     with pytest.raises(ValueError, match="batch_size must be at most 7, the images; got 8"):
-        training_speed.step_parts({"a": small()}, split.first(7), RECIPE, scale)
+        profiling.step_parts({"a": small()}, split.first(7), RECIPE, scale)
     with pytest.raises(ValueError, match="rounds must be a whole number between 1"):
-        training_speed.step_parts({"a": small()}, split, RECIPE, scale, rounds=0)
+        profiling.step_parts({"a": small()}, split, RECIPE, scale, rounds=0)
     with pytest.raises(ValueError, match="what varies must be one of batch, width, size; got 'depth'"):
-        training_speed.growth([("simple", "depth", 2)], RECIPE)
+        profiling.growth([("simple", "depth", 2)], RECIPE)
     with pytest.raises(ValueError, match="each point must be there once; simple, width 0.05 is there twice"):
-        training_speed.growth([("simple", "width", 0.05)] * 2, RECIPE)
+        profiling.growth([("simple", "width", 0.05)] * 2, RECIPE)
 
 
-@pytest.mark.parametrize("name", [*models.NETWORKS, *models.OURS])
+@pytest.mark.parametrize("name", [*networks.THESIS_PLANS, *networks.OUR_PLANS])
 def test_the_bare_network_has_the_convolutions_and_nothing_else(name):
-    model = models.build(name, width=0.05)
-    stripped = training_speed.bare(model)
+    model = networks.build(name, width=0.05)
+    stripped = profiling.bare(model)
     kinds = {type(layer).__name__ for layer in stripped.layers}
     assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in stripped.layers)
     assert kinds <= {"InputLayer", "Conv2D", "SeparableConv2D", "MaxPooling2D", "Add", "GlobalAveragePooling2D"} | {
@@ -69,13 +69,13 @@ def test_the_bare_network_has_the_convolutions_and_nothing_else(name):
 def test_a_step_is_the_sum_of_its_parts(split, monkeypatch):
     times = {"input": 0.5, "whole": 10.0, "step": 9.0, "bare": 6.0, "forward": 2.0}
     calls = fixed(monkeypatch, lambda key: times[key[0]])
-    scale = feed.channel_scale(data.load("standin", 40, 10))
-    table = training_speed.step_parts({"a": small(), "b": small("simple")}, split.first(39), RECIPE, scale, rounds=2)
+    scale = augmentation.channel_statistics(data.load("standin", 40, 10))
+    table = profiling.step_parts({"a": small(), "b": small("simple")}, split.first(39), RECIPE, scale, rounds=2)
     assert list(table.index) == ["a", "b"] and all(images == 32 for _, images in calls), "four whole batches"
     row = table.loc["a"]
     expected = {"input": 0.5, "forward": 2.0, "backward": 4.0, "normalisation": 3.0, "loop": 0.5}
     np.testing.assert_allclose(row[list(expected)].astype(float), list(expected.values()), rtol=1e-12)
-    np.testing.assert_allclose(row[training_speed.PARTS].sum(), row["ms"], rtol=1e-12)
+    np.testing.assert_allclose(row[profiling.PARTS].sum(), row["ms"], rtol=1e-12)
     np.testing.assert_allclose(row["images_per_second"], 100.0)
     np.testing.assert_allclose(row["macs_per_second"], 3 * row["macs"] * 100.0)
 
@@ -88,11 +88,11 @@ def test_growth_finds_the_power_that_is_there(monkeypatch):
     calls = fixed(monkeypatch, ms)
     values = {"batch": (1, 4), "width": (0.05, 0.1), "size": (8, 16)}
     points = [("simple", varied, value) for varied in values for value in values[varied]]
-    table = training_speed.growth(points, RECIPE, rounds=3)
-    assert list(table.columns) == ["model", "varied", "value", "macs", "ms", "others_cpu"] and len(table) == 6
+    table = profiling.growth(points, RECIPE, rounds=3)
+    assert list(table.columns) == ["model", "varied", "value", "macs", "ms", "background_load"] and len(table) == 6
     assert {images for _, images in calls} == {16}, "each work is of 16 images, whatever the batch"
     np.testing.assert_allclose(table["ms"], [ms(point) for point in points], rtol=1e-12)
-    found = training_speed.exponents(table)
+    found = profiling.exponents(table)
     np.testing.assert_allclose(found["time"], [-0.25, 1.5, 2.0], rtol=1e-9)
     np.testing.assert_allclose(found["macs"], [0.0, found["macs"].iloc[1], 2.0], atol=1e-9)
     assert 1.4 < found["macs"].iloc[1] < 2.0, "the first layer grows with the width, the others with its square"
@@ -100,5 +100,5 @@ def test_growth_finds_the_power_that_is_there(monkeypatch):
 
 def test_a_measured_time_is_a_time(split):
     scale = np.zeros(3, "float32"), np.full(3, 64, "float32")
-    table = training_speed.step_parts({"a": small()}, split.first(8), RECIPE, scale, rounds=1)
+    table = profiling.step_parts({"a": small()}, split.first(8), RECIPE, scale, rounds=1)
     assert (table[["ms", "input", "forward"]].astype(float) > 0).all(axis=None)

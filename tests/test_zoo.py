@@ -1,34 +1,36 @@
-"""Networks that the thesis cites: `fcnn_utils.zoo`, built by `fcnn_utils.models`."""
+"""Networks that the thesis cites: `fcnn_utils.course.networks.cited`, built by `fcnn_utils.course.networks`."""
 
 import keras
 import numpy as np
 import pytest
 
-from fcnn_utils import cost, models, zoo
+from fcnn_utils import cost
+from fcnn_utils.course import networks
+from fcnn_utils.course.networks import cited
 
-NAMES = ["wrn-10-1", *zoo.STYLES, "simple_cp"]
+NAMES = ["wrn-10-1", *cited.STYLES, "simple_cp"]
 
 
 # --- basic -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["wrn-16-4", "wrn-10-1", "wrn-100-12", *zoo.STYLES])
+@pytest.mark.parametrize("name", ["wrn-16-4", "wrn-10-1", "wrn-100-12", *cited.STYLES])
 def test_a_network_is_known_by_its_name(name):
-    assert zoo.known(name) and models.named(name) == name
+    assert cited.known(name) and networks.run_name(name) == name
 
 
 @pytest.mark.parametrize("name", ["wrn", "wrn-4-1", "wrn-17-4", "wrn-16-0", "wrn-16", "wrn-16-4 ", "WRN-16-4", None, 5])
 def test_a_name_that_is_none_is_refused_with_the_choices(name):
-    assert not zoo.known(name)
+    assert not cited.known(name)
     with pytest.raises(
         ValueError, match="model must be one of simple, .*, wrn-16-4, inception, xception, wang, resnet18; got"
     ):
-        models.build(name)
+        networks.build(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_takes_images_of_another_shape_and_ends_in_probabilities(name):
-    model = models.build(name, (28, 28, 1), 2, width=0.25, dtype="mixed_bfloat16", initialization="he")
+    model = networks.build(name, (28, 28, 1), 2, width=0.25, dtype="mixed_bfloat16", initialization="he")
     probabilities = model.predict(np.random.default_rng(0).normal(size=(3, 28, 28, 1)).astype("float32"), verbose=0)
     assert probabilities.shape == (3, 2) and probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
@@ -44,13 +46,13 @@ def test_it_takes_images_of_another_shape_and_ends_in_probabilities(name):
 )
 def test_wide_residual_networks_have_the_published_number_of_parameters(name, millions):
     """Table 4 of Zagoruyko & Komodakis, for 10 classes, in millions."""
-    count = cost.totals(models.build(name, classes=10))["trainable"]
+    count = cost.total_costs(networks.build(name, classes=10))["trainable"]
     assert f"{count / 1e6:.1f}" == millions
 
 
 def test_resnet18_has_the_parameters_it_is_known_for():
     """11,173,962 for images of three channels and 10 classes, as its PyTorch original for CIFAR-10 counts them."""
-    assert cost.totals(models.build("resnet18", classes=10))["trainable"] == 11_173_962
+    assert cost.total_costs(networks.build("resnet18", classes=10))["trainable"] == 11_173_962
 
 
 def test_the_macs_of_resnet18_by_hand():
@@ -61,7 +63,7 @@ def test_the_macs_of_resnet18_by_hand():
             9 * channels * filters + 3 * 9 * filters * filters + (channels < filters) * channels * filters
         )
         channels = filters
-    assert cost.totals(models.build("resnet18", (28, 28, 1), 2))["macs"] == macs
+    assert cost.total_costs(networks.build("resnet18", (28, 28, 1), 2))["macs"] == macs
 
 
 def test_the_parameters_of_a_wide_residual_network_by_hand():
@@ -70,7 +72,7 @@ def test_the_parameters_of_a_wide_residual_network_by_hand():
     kernels = 9 * 3 * 16 + 2 * 9 * 16 * 16  # first convolution, first group
     kernels += 16 * 32 + 9 * 16 * 32 + 9 * 32 * 32 + 32 * 64 + 9 * 32 * 64 + 9 * 64 * 64
     norms = 4 * (16 + 16 + 16 + 32 + 32 + 64 + 64)
-    assert models.build("wrn-10-1").count_params() == kernels + norms + 64 * 100 + 100
+    assert networks.build("wrn-10-1").count_params() == kernels + norms + 64 * 100 + 100
 
 
 def test_the_macs_of_a_wide_residual_network_by_hand():
@@ -79,7 +81,7 @@ def test_the_macs_of_a_wide_residual_network_by_hand():
     for side, filters in ((32, 64), (16, 128), (8, 256)):
         macs += side**2 * (channels * filters + 9 * channels * filters + 3 * 9 * filters * filters)
         channels = filters
-    assert cost.totals(models.build("wrn-16-4"))["macs"] == macs
+    assert cost.total_costs(networks.build("wrn-16-4"))["macs"] == macs
 
 
 @pytest.mark.parametrize(
@@ -88,13 +90,13 @@ def test_the_macs_of_a_wide_residual_network_by_hand():
 )
 def test_counts_of_our_sizes(name, params, macs):
     """What the course says of them: a change of a plan is meant, or it is a mistake."""
-    totals = cost.totals(models.build(name))
+    totals = cost.total_costs(networks.build(name))
     assert (totals["params"], totals["macs"]) == (params, macs)
 
 
 def test_the_simple_network_by_cp_has_its_layers_cheaper():
     """Each 3×3 layer but the first, of S inputs and T outputs, costs S T + 9 T + T T instead of 9 S T."""
-    simple, chains = (models.build(name) for name in ("simple", "simple_cp"))
+    simple, chains = (networks.build(name) for name in ("simple", "simple_cp"))
     for number in range(2, 8):
         inputs, outputs = simple.get_layer(f"conv{number}").kernel.shape[-2:]
         parts = [chains.get_layer(f"conv{number}_{part}") for part in ("in", "depthwise", "out")]
@@ -106,7 +108,7 @@ def test_the_simple_network_by_cp_has_its_layers_cheaper():
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains_a_step_is_saved_and_loads_without_custom_objects(name, tmp_path):
     keras.utils.set_random_seed(0)
-    model = models.build(name, (16, 16, 3), 5, width=0.25)
+    model = networks.build(name, (16, 16, 3), 5, width=0.25)
     before = [weight.copy() for weight in model.get_weights()]
     images = np.random.default_rng(0).normal(size=(8, 16, 16, 3)).astype("float32")
     model.compile(keras.optimizers.SGD(0.1), "categorical_crossentropy")
@@ -123,5 +125,5 @@ def test_it_trains_a_step_is_saved_and_loads_without_custom_objects(name, tmp_pa
 
 def test_a_width_makes_it_thinner():
     for name in NAMES:
-        whole, half = (models.build(name, width=width).count_params() for width in (1, 0.5))
+        whole, half = (networks.build(name, width=width).count_params() for width in (1, 0.5))
         assert 0.2 < half / whole < 0.6

@@ -2,7 +2,7 @@
 of Xception, and of the layers of Wang et al.; and ResNet-18, which MedMNIST was published with.
 
 Each is a function of images (N, H, W, C), and of a `Maker` of its layers, to features (N, h, w, filters);
-`models.build` puts global average pooling and a dense layer with a
+`networks.build` puts global average pooling and a dense layer with a
 softmax behind them. The residual networks are as published; the others are too large for images of 32×32, so their
 blocks are the papers', and the numbers of them and of their filters are ours.
 """

@@ -1,12 +1,13 @@
 """A network where its users run it: Keras, ONNX Runtime, OpenVINO, LiteRT.
 
-    run = engines.load(convert.fold_batch_norm(model), "onnxruntime")
+    run = deploy.load(convert.fold_batch_norm(model), "onnxruntime")
     probabilities = run(images)
 
 The engines beside Keras are optional (`requirements-export.txt`), and so is Keras's way there, `model.export`.
 """
 
 import importlib.util
+import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -14,8 +15,9 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from fcnn_utils import graph, machine, records
-from fcnn_utils.parameters import check_choice, check_number
+from fcnn_utils import keras_graph
+from fcnn_utils._checks import check_choice, check_number
+from fcnn_utils._files import write_atomic
 
 ENGINES = ("keras", "onnxruntime", "openvino", "litert")
 TITLES = {"keras": "Keras", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "litert": "LiteRT"}
@@ -58,7 +60,7 @@ def export(model, path):
             warnings.simplefilter("ignore", FutureWarning)  # the exporters' own, of NumPy names to come
             model.export(str(made), format=_FORMATS[engine], verbose=False)
         for file in sorted(made.parent.iterdir()):  # the .bin before the .xml that reads it
-            records.write_atomic(path.with_name(file.name), file.read_bytes())
+            write_atomic(path.with_name(file.name), file.read_bytes())
     return path
 
 
@@ -80,7 +82,7 @@ def load(model, engine="keras", *, precision="float32", threads=None):
     """
     check_choice("engine", engine, ENGINES)
     check_choice("precision", precision, ("float32", "bfloat16") if engine == "openvino" else ("float32",))
-    threads = check_number("threads", machine.cores() if threads is None else threads, int, 1, 4096)
+    threads = check_number("threads", available_cores() if threads is None else threads, int, 1, 4096)
     is_file = isinstance(model, (str, Path))
     if is_file and not Path(model).exists():
         raise ValueError(f"there is no file {model} to load")
@@ -92,6 +94,11 @@ def load(model, engine="keras", *, precision="float32", threads=None):
         return start(str(model), threads, precision)
     with tempfile.TemporaryDirectory() as folder:
         return start(str(export(model, Path(folder) / f"model{_ENDINGS[engine]}")), threads, precision)
+
+
+def available_cores():
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 # --- one engine each ---------------------------------------------------------------------------------------------
@@ -145,7 +152,7 @@ def _litert(path, threads, precision):
 
 
 def _checked(model):
-    if len(graph.check(model).inputs) != 1 or len(model.outputs) != 1:
+    if len(keras_graph.check_graph(model).inputs) != 1 or len(model.outputs) != 1:
         raise ValueError(
             f"model {model.name!r} must have one input and one output; it has {len(model.inputs)} and "
             f"{len(model.outputs)}"
@@ -155,9 +162,9 @@ def _checked(model):
 
 def _single_precision(model):
     """The model, or a copy of it that computes in float32 where it does not."""
-    if all(place.layer.compute_dtype == "float32" for place in graph.places(model)):
+    if all(place.layer.compute_dtype == "float32" for place in keras_graph.layer_nodes(model)):
         return model
-    return graph.rebuilt(model, {}, dtype="float32")
+    return keras_graph.rebuild(model, {}, dtype="float32")
 
 
 def _missing(engine):

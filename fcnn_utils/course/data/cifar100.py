@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fcnn_utils.download import Unavailable, fetch
+from fcnn_utils.course.data.download import Unavailable, fetch
 
 _WAY_OUT = "to go on without it, choose the stand-in (--dataset standin)"
 

@@ -11,11 +11,12 @@ import seaborn as sns
 from IPython.display import HTML
 from PIL import Image
 
-from fcnn_utils import machine, models, records
+from fcnn_utils import _files
+from fcnn_utils.course import environment, networks, records
 
 PALETTE = sns.color_palette("colorblind")
-COLORS = dict(zip(models.TITLES, [*PALETTE[:5], PALETTE[9]], strict=True))
-MARKERS = dict(zip(models.TITLES, "os^pDP", strict=True))
+COLORS = dict(zip(networks.TITLES, [*PALETTE[:5], PALETTE[9]], strict=True))
+MARKERS = dict(zip(networks.TITLES, "os^pDP", strict=True))
 _GREY = "0.45"
 _ICONS = {"minus": "−", "fast-backward": "«", "step-backward": "‹", "play": "▶", "pause": "❚❚"}
 _ICONS |= {"step-forward": "›", "fast-forward": "»", "plus": "+"}
@@ -27,7 +28,7 @@ def setup(seed):
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
     plt.rcParams.update({"figure.figsize": (7, 4), "figure.dpi": 80, "savefig.dpi": 150, "axes.titlelocation": "left"})
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True})
-    machine.setup(seed)
+    environment.setup(seed)
 
 
 def save(figure, slug, stand_in):
@@ -45,7 +46,7 @@ def save(figure, slug, stand_in):
         figure.supxlabel("computed on STAND-IN data: generated images", color="firebrick", fontsize="small")
     content = io.BytesIO()
     figure.savefig(content, format="png")
-    records.write_atomic(records.output() / "figures" / f"{slug}.png", content.getvalue())
+    _files.write_atomic(records.output() / "figures" / f"{slug}.png", content.getvalue())
 
 
 def player(animation, description):
@@ -145,7 +146,7 @@ def learning_curves(runs, column, scale=1.0, label="", ax=None):
     ax = ax or plt.subplots()[1]
     for name, (ours, theirs) in runs.items():
         style = {"color": COLORS[name], "marker": MARKERS[name]}
-        ax.plot(ours["epoch"], scale * ours[column], **style, label=models.TITLES[name])
+        ax.plot(ours["epoch"], scale * ours[column], **style, label=networks.TITLES[name])
         ax.plot(theirs["epoch"], scale * theirs[column], **style, linestyle="--", alpha=0.8, markerfacecolor="white")
     ax.plot([], [], color=_GREY, linestyle="--", label="thesis")
     ax.set(xlabel="epoch", ylabel=label)
@@ -173,7 +174,7 @@ def trade_off(table, column, label, ax=None):
         ax.scatter(row[column], 100 * row["top1"], color=COLORS[name], marker=MARKERS[name], s=90, zorder=3)
         place = _RIGHT if name in ("simple", "wider_separable") else _LEFT  # where there is room
         position = (row[column], 100 * row["top1"])
-        ax.annotate(models.TITLES[name], position, textcoords="offset points", fontsize=9, **place)
+        ax.annotate(networks.TITLES[name], position, textcoords="offset points", fontsize=9, **place)
     ax.set(xlabel=label, ylabel="top-1 on test images (%)")
     ax.margins(0.4, 0.25)
     ax.set_xlim(left=0)
@@ -193,7 +194,7 @@ def dots(table, xlabel="", ax=None):
     ax.hlines(position, table.min(axis=1), table.max(axis=1), color="0.8", linewidth=3, zorder=1)
     for name in table.columns:
         ax.scatter(
-            table[name], position, color=COLORS[name], marker=MARKERS[name], s=45, label=models.TITLES[name], zorder=2
+            table[name], position, color=COLORS[name], marker=MARKERS[name], s=45, label=networks.TITLES[name], zorder=2
         )
     ax.set_yticks(position, table.index)
     ax.invert_yaxis()
@@ -208,9 +209,9 @@ def roofline(tables, peak, bytes_per_second, ax=None):
     The size of a point grows with the layer's time, on one scale for all tables.
 
     Args:
-        tables: dict label -> table of `speed.roofline`.
-        peak: MACs a second of this machine, from `speed.gemm_peak`.
-        bytes_per_second: of its memory, from `speed.bandwidth`.
+        tables: dict label -> table of `benchmark.roofline`.
+        peak: MACs a second of this machine, from `benchmark.gemm_peak`.
+        bytes_per_second: of its memory, from `benchmark.memory_bandwidth`.
         ax: to draw into; default: that of a new figure.
 
     Returns:

@@ -14,11 +14,12 @@ normalisation, as its counts demand, though the normalisation cancels them.
 import keras
 from keras import layers
 
-from fcnn_utils import blocks, zoo
-from fcnn_utils.parameters import check_choice, check_number
+from fcnn_utils import blocks
+from fcnn_utils._checks import check_choice, check_number
+from fcnn_utils.course.networks import cited
 
 # (kind, filters, kernel size, stride); filters None: one a class.
-NETWORKS = {  # the thesis's
+THESIS_PLANS = {  # the thesis's
     "simple": [
         ("conv", 96, 3, 1),
         ("conv", 96, 3, 1),
@@ -57,7 +58,7 @@ def _ours(middle, end):
     return start + middle + [("pool", None, 2, 2)] + end + [("conv", None, 1, 1)]
 
 
-OURS = {
+OUR_PLANS = {
     "deeper_dense": _ours([], [("conv+", 192, 3, 1)] * 3),
     "deeper_tucker": _ours([("tucker+", 192, 3, 1)], [("tucker+", 192, 3, 1)] * 6),
     "deeper_separable": _ours(
@@ -68,11 +69,11 @@ OURS = {
 OTHERS = {  # the simple network, its 3×3 layers but the first as CP chains, each of a rank of as many as its filters
     "simple_cp": [
         ("cp" if number and size == 3 else kind, filters, size, stride)
-        for number, (kind, filters, size, stride) in enumerate(NETWORKS["simple"])
+        for number, (kind, filters, size, stride) in enumerate(THESIS_PLANS["simple"])
     ]
 }
 
-NAMES = (*NETWORKS, *OURS, *OTHERS, *zoo.EXAMPLES)
+NAMES = (*THESIS_PLANS, *OUR_PLANS, *OTHERS, *cited.EXAMPLES)
 
 # Widths at which the networks cost, within 12%, what the simple network with 0.6 of its filters costs: as many
 # parameters, as many MACs, or as much time (a training step on 2 cores of an AMD EPYC in bfloat16).
@@ -115,7 +116,7 @@ def build(
     Raises:
         ValueError: an argument is not as above.
     """
-    named(name, width)  # refuses what is none
+    run_name(name, width)  # refuses what is none
     if not (
         isinstance(input_shape, (tuple, list)) and len(input_shape) == 3 and all(_is_count(n) for n in input_shape)
     ):
@@ -128,12 +129,12 @@ def build(
     check_choice("initialization", initialization, ("glorot", "he"))
     check_number("head_scale", head_scale, float, 1e-3, 1e3)
     x = inputs = keras.Input(tuple(input_shape), name="image")
-    if zoo.known(name):
-        x = zoo.features(name, x, zoo.Maker(dtype, _starts(initialization, 2.0), width))
+    if cited.known(name):
+        x = cited.features(name, x, cited.Maker(dtype, _starts(initialization, 2.0), width))
         x = layers.GlobalAveragePooling2D(name="pool", dtype="float32")(x)
         x = layers.Dense(classes, name="scores", dtype="float32")(x)
         return keras.Model(inputs, layers.Activation("softmax", name="softmax", dtype="float32")(x), name=name)
-    plan = (NETWORKS | OURS | OTHERS)[name]
+    plan = (THESIS_PLANS | OUR_PLANS | OTHERS)[name]
     number, last = 0, sum(kind != "pool" for kind, *_ in plan)
     for kind, filters, size, strides in plan:
         if kind == "pool":
@@ -152,7 +153,7 @@ def build(
     return keras.Model(inputs, x, name=name)
 
 
-def named(name, width=1.0):
+def run_name(name, width=1.0):
     """What a record calls the network `build(name, width=width)`: its name, with a width that is not 1 behind it.
 
         "simple", "simple-width0.6"
@@ -160,7 +161,7 @@ def named(name, width=1.0):
     Raises:
         ValueError: no such network, or no such width.
     """
-    if not zoo.known(name):
+    if not cited.known(name):
         check_choice("model", name, NAMES)
     check_number("width", width, float, 1e-3, 1e3)
     return name if width == 1 else f"{name}-width{width:.10g}"

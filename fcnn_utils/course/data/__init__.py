@@ -14,9 +14,9 @@ import hashlib
 
 import numpy as np
 
-from fcnn_utils import cifar100, medmnist, standin
-from fcnn_utils.download import Unavailable
-from fcnn_utils.parameters import check_choice, check_number
+from fcnn_utils.course.data import cifar100, medmnist, standin
+from fcnn_utils.course.data.download import Unavailable
+from fcnn_utils._checks import check_choice, check_number
 
 STAND_INS = {"standin": "CIFAR-100", "greystandin": "PneumoniaMNIST"}  # and what they stand in for
 NAMES = ("cifar100", *medmnist.SETS, *STAND_INS, "auto")

@@ -7,15 +7,15 @@ of the project, whose records stand behind the published numbers. Nothing here k
 Every file is written whole: to a temporary name in the same folder first, then renamed.
 """
 
-import contextlib
-import errno
 import json
 import os
 from pathlib import Path
 
 import pandas as pd
 
-ROOT = Path(__file__).resolve().parent.parent
+from fcnn_utils._files import write_atomic
+
+ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = 1
 _NEEDED = ("schema", "dataset", "model", "recipe", "seed", "status", "epochs")
 
@@ -29,35 +29,6 @@ def shown(path):
     """`path` as a person reads it: relative to the project where it lies inside."""
     path = Path(path).resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
-def write_atomic(path, content):
-    """Write `content` (bytes or str) to `path`: afterwards the file is there whole, or as it was before.
-
-    Raises:
-        ValueError: the file cannot be written (disk full, folder read-only); says why and what to do.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(cannot_write(path, error)) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def check_writable(folder):
-    """Raise ValueError now, not after an hour of training, if nothing can be written below `folder`."""
-    probe = Path(folder) / f".writable.{os.getpid()}"
-    write_atomic(probe, b"1")
-    probe.unlink()
 
 
 def path_of(dataset, model, recipe, seed, folder=None):
@@ -132,14 +103,14 @@ def load(name):
     return None, None
 
 
-def remembered(name, compute, settings=None, anew=False):
+def cached(name, compute, settings=None, recompute=False):
     """What `compute()` gave, read from a file; computed and kept where there is none.
 
     Args:
         name: of the file, without its ending, as for `save`; the nearest is read.
         compute: function without arguments that returns a dict of JSON types.
         settings: dict of what the result depends on, kept with it as its entry "settings".
-        anew: compute though there is a file.
+        recompute: compute though there is a file.
 
     Returns:
         The dict as it is when it is read, with lists for tuples, and its entry "settings".
@@ -148,7 +119,7 @@ def remembered(name, compute, settings=None, anew=False):
         ValueError: what is there was computed with other settings, or the file cannot be written.
     """
     settings = settings or {}
-    content, path = (None, None) if anew else load(name)
+    content, path = (None, None) if recompute else load(name)
     if content is None:
         save(name, compute() | {"settings": settings})
         content, path = load(name)  # as it is when it is read: lists for tuples, words for the keys
@@ -235,15 +206,3 @@ def _read_or_report(path):
     except ValueError as error:
         print(f"skipped: {error}")
         return None
-
-
-def cannot_write(path, error):
-    """One sentence: why `path` could not be written (`error`, an OSError), and what to do."""
-    reasons = {
-        errno.ENOSPC: "the disk is full; free some space and run again",
-        errno.EDQUOT: "the disk quota is used up; free some space and run again",
-        errno.EROFS: "the folder is read-only; set FCNN_OUTPUT to a folder that can be written",
-        errno.EACCES: "permission denied; set FCNN_OUTPUT to a folder that can be written",
-        errno.EPERM: "permission denied; set FCNN_OUTPUT to a folder that can be written",
-    }
-    return f"cannot write {shown(path)}: {reasons.get(error.errno, error.strerror or str(error))}"

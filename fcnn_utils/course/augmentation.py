@@ -30,7 +30,7 @@ def batches(split, recipe, epoch, scale, classes):
     for start in range(0, len(split) - recipe.batch_size + 1, recipe.batch_size):
         chosen = order[start : start + recipe.batch_size]
         mirror = None if mirrored is None else mirrored[chosen]
-        yield augmented(normalised(split.images[chosen], scale), recipe, rng, mirror), one_hot[split.fine[chosen]]
+        yield augment(normalize(split.images[chosen], scale), recipe, rng, mirror), one_hot[split.fine[chosen]]
 
 
 def _balanced(labels, rng):
@@ -45,7 +45,7 @@ def _balanced(labels, rng):
     return rng.permutation(np.concatenate(chosen))
 
 
-def augmented(images, recipe, rng, mirror=None):
+def augment(images, recipe, rng, mirror=None):
     """Normalised images, mirrored and moved by the recipe's `flip` and `shift`.
 
     Args:
@@ -69,7 +69,7 @@ def augmented(images, recipe, rng, mirror=None):
     return images
 
 
-def channel_scale(dataset):
+def channel_statistics(dataset):
     """(mean, standard deviation) of each channel over the training images, on the scale 0–255: two (C,) float32."""
     images = dataset.train.images
     counts = np.zeros((images.shape[-1], 256))  # how often each value occurs: exact, and small
@@ -81,7 +81,7 @@ def channel_scale(dataset):
     return mean.astype("float32"), np.sqrt(variance).astype("float32")
 
 
-def normalised(images, scale):
+def normalize(images, scale):
     """Images (N, H, W, C) uint8 as float32, with mean 0 and standard deviation 1 in each channel.
 
     Args:

@@ -1,6 +1,6 @@
 """Recipes: how a network is trained, as data.
 
-Those that have a name, for `recipe_named` and `training.train`:
+Those that have a name, for `get_recipe` and `training.train`:
 
     faster   5 epochs, the best of those searched for
     fast     5 epochs, common practice for a short training, not searched for
@@ -12,7 +12,7 @@ Those that have a name, for `recipe_named` and `training.train`:
 
 import dataclasses
 
-from fcnn_utils.parameters import check_choice, check_number
+from fcnn_utils._checks import check_choice, check_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Recipe:
         train_on: "train", for settings that are being chosen: validated after each epoch on the validation images,
             never tested unless their predictions are kept (`training.train`); or "all": both together, for settings
             that are chosen already, tested once.
-        initialization: how kernels start, "glorot" or "he", of a network that is built by its name (`models.build`).
+        initialization: how kernels start, "glorot" or "he", of a network that is built by its name (`networks.build`).
         head_scale: what the last batch normalisation's scale starts at, of such a network.
         seed: starts weights, order and augmentation where none is given to `training.train`.
         assumed: what the source of the recipe does not state and we chose.
@@ -110,10 +110,10 @@ class Recipe:
         """Epochs of one of the `cycles`."""
         return self.epochs // self.cycles
 
-    def but(self, **changes):
+    def replace(self, **changes):
         """This recipe with some settings changed, and a name that tells, but for the seed.
 
-            recipe_named("fast").but(epochs=2)      # is called "fast-epochs2"
+            get_recipe("fast").replace(epochs=2)      # is called "fast-epochs2"
 
         Raises:
             ValueError: there is no such setting, or its value is not allowed.
@@ -224,15 +224,15 @@ RECIPES = {
 }
 
 
-def recipe_named(name, **changes):
+def get_recipe(name, **changes):
     """A recipe by its name.
 
     Args:
         name: "faster", "fast", "long", "thesis", "medical" or "tune".
-        changes: as of `Recipe.but`; those that are 0 (or None, or False) change nothing.
+        changes: as of `Recipe.replace`; those that are 0 (or None, or False) change nothing.
 
     Raises:
         ValueError: there is no such recipe or setting, or a value is not allowed.
     """
     recipe = RECIPES[check_choice("recipe", name, RECIPES)]
-    return recipe.but(**{key: value for key, value in changes.items() if value})
+    return recipe.replace(**{key: value for key, value in changes.items() if value})

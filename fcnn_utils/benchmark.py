@@ -1,6 +1,6 @@
 """What a network costs on the clock: latencies compared fairly, and what the machine could do at best.
 
-`cost` counts; this measures, on a machine that should be doing nothing else: every result has `others_cpu`, the share
+`cost` counts; this measures, on a machine that should be doing nothing else: every result has `background_load`, the share
 of the processor that other programs took meanwhile. Above a few percent its times are not worth quoting.
 """
 
@@ -15,17 +15,18 @@ import time
 import keras
 import numpy as np
 import pandas as pd
+import psutil
 
-from fcnn_utils import cost, engines, graph, machine, records
-from fcnn_utils.parameters import check_number
+from fcnn_utils import cost, deploy, keras_graph
+from fcnn_utils._checks import check_number
 
 COLUMNS = ["model", "engine", "batch", "median_ms", "low_ms", "high_ms", "speedup", "speedup_low", "speedup_high"]
 _CHILD = """
 import sys, json, keras
-from fcnn_utils import speed
+from fcnn_utils import benchmark
 folder, names, arguments = sys.argv[1], *json.loads(sys.argv[2])
 models = {name: keras.saving.load_model(f"{folder}/{n}.keras", compile=False) for n, name in enumerate(names)}
-speed.latency(models, **arguments).to_json(f"{folder}/table.json", orient="split", double_precision=15)
+benchmark.latency(models, **arguments).to_json(f"{folder}/table.json", orient="split", double_precision=15)
 """
 
 
@@ -40,7 +41,7 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
         low_ms, high_ms            its quartiles
         speedup                    median of the first model's time over this one's
         speedup_low, speedup_high  its 95% interval (bootstrap over rounds)
-        others_cpu                 see the module
+        background_load                 see the module
 
     Args:
         models: built keras.Model, or dict name -> model; the first is what the others are compared with. They should
@@ -48,8 +49,8 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
             precision.
         batch: images a call; or several such numbers, measured one after another.
         engine: "keras", "onnxruntime", "openvino" or "litert".
-        precision: in which the engine computes, as of `engines.load`.
-        threads: how many the engine has, as of `engines.load`.
+        precision: in which the engine computes, as of `deploy.load`.
+        threads: how many the engine has, as of `deploy.load`.
         rounds: calls of each model that count.
         environment: dict of environment variables under which to measure, in a process of its own, for what a backend
             reads when it starts: {"TF_NUM_INTRAOP_THREADS": "1"}. The models must load without custom objects.
@@ -74,7 +75,7 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
     if environment is not None:
         arguments = {"batch": list(batches), "engine": engine, "rounds": rounds, "precision": precision}
         return _elsewhere(models, arguments | {"threads": threads}, environment)
-    runs = {name: engines.load(model, engine, precision=precision, threads=threads) for name, model in models.items()}
+    runs = {name: deploy.load(model, engine, precision=precision, threads=threads) for name, model in models.items()}
     return pd.concat([_compared(runs, shape, number, engine, rounds) for number in batches], ignore_index=True)
 
 
@@ -84,7 +85,7 @@ def gemm_peak(size=2048, repeats=5, dtype="float32"):
     return size**3 / _fastest(lambda: keras.ops.matmul(a, a), repeats)
 
 
-def bandwidth(megabytes=256, repeats=5):
+def memory_bandwidth(megabytes=256, repeats=5):
     """Bytes a second to and from memory: the backend adds two float32 arrays of this size, far larger than a cache."""
     a = keras.ops.ones((megabytes * 2**20 // 4,), "float32")
     return 3 * a.shape[0] * 4 / _fastest(lambda: keras.ops.add(a, a), repeats)
@@ -121,7 +122,7 @@ def roofline(model, batch=64, *, peak=None, bytes_per_second=None, repeats=5):
     check_number("batch", batch, int, 1, 65536)
     check_number("repeats", repeats, int, 1, 1_000_000)
     rows, counted = [], iter(cost.layer_costs(model).itertuples())
-    for place in graph.places(model):
+    for place in keras_graph.layer_nodes(model):
         for inputs, output in place.calls:
             macs = next(counted).macs
             if macs:
@@ -132,9 +133,62 @@ def roofline(model, batch=64, *, peak=None, bytes_per_second=None, repeats=5):
         peak = gemm_peak(dtype=rows[0][0].compute_dtype)
     check_number("peak", peak, float, 1, math.inf)
     if bytes_per_second is None:
-        bytes_per_second = bandwidth()
+        bytes_per_second = memory_bandwidth()
     check_number("bytes_per_second", bytes_per_second, float, 1, math.inf)
     return pd.DataFrame([_layer_row(*row, batch, peak, bytes_per_second, repeats) for row in rows])
+
+
+def alternate(runs, repeats):
+    """Throughputs measured in turn, so that a change of the machine's pace meets all alike.
+
+    Args:
+        runs: dict name -> function without arguments that does the work and returns how many images it was.
+        repeats: how often each is measured; a round before these warms up and does not count.
+
+    Returns:
+        DataFrame (repeats, names) of images per second.
+    """
+    rounds = []
+    for _ in range(repeats + 1):
+        rounds.append({})
+        for name, work in runs.items():
+            start = time.perf_counter()
+            rounds[-1][name] = work() / (time.perf_counter() - start)
+    return pd.DataFrame(rounds[1:])
+
+
+def wait_for(result):
+    """Wait until the backend has computed `result`: JAX, and any backend on a GPU, returns earlier."""
+    if hasattr(result, "block_until_ready"):
+        result.block_until_ready()
+    elif keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if tf.config.list_physical_devices("GPU"):
+            tf.test.experimental.sync_devices()
+    elif keras.config.backend() == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+class BackgroundLoad:
+    """How much of the processor other programs took, from its making to `share()`."""
+
+    def __init__(self):
+        self.start = self._now()
+
+    def share(self):
+        """Share of all cores' time, 0 to 1. A timing with more than a few percent here was not taken in quiet."""
+        wall, busy, own = (after - before for after, before in zip(self._now(), self.start, strict=True))
+        return min(1.0, max(0.0, busy - own) / (wall * psutil.cpu_count()))
+
+    @staticmethod
+    def _now():
+        machine_times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle = machine_times.idle + getattr(machine_times, "iowait", 0.0)
+        return time.monotonic(), sum(machine_times[:8]) - idle, own.user + own.system
 
 
 # --- parts -------------------------------------------------------------------------------------------------------
@@ -145,7 +199,7 @@ def _image_shape(models):
     for name, model in models.items():
         if not isinstance(model, keras.Model):
             raise ValueError(f"models must be built keras.Models; {name!r} is a {type(model).__name__}")
-        shapes.add(tuple(graph.check(model).inputs[0].shape[1:]))
+        shapes.add(tuple(keras_graph.check_graph(model).inputs[0].shape[1:]))
     if len(shapes) > 1 or None in next(iter(shapes)):
         raise ValueError(
             f"models must read images of one fixed size; got {', '.join(map(str, sorted(shapes, key=str)))}"
@@ -162,7 +216,7 @@ def _elsewhere(models, arguments, environment):
         for number, model in enumerate(models.values()):
             model.save(f"{folder}/{number}.keras")
         command = [sys.executable, "-c", _CHILD, folder, json.dumps([list(models), arguments])]
-        run = subprocess.run(command, cwd=records.ROOT, env=variables, capture_output=True, text=True)
+        run = subprocess.run(command, env=variables, capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(f"measuring under {environment} failed: {run.stderr.strip().splitlines()[-1]}")
         return pd.read_json(f"{folder}/table.json", orient="split", precise_float=True, dtype={"model": str})
@@ -174,10 +228,10 @@ def _compared(runs, shape, batch, engine, rounds):
     for run in runs.values():
         for _ in range(3):
             run(images)  # compiles, allocates, warms up
-    load = machine.Load()
-    times = 1e3 * batch / machine.alternate({name: _work(run, images) for name, run in runs.items()}, rounds)  # ms
+    load = BackgroundLoad()
+    times = 1e3 * batch / alternate({name: _work(run, images) for name, run in runs.items()}, rounds)  # ms
     table = pd.DataFrame([_row(name, engine, batch, times) for name in times], columns=COLUMNS)
-    return table.assign(others_cpu=round(load.others(), 3))
+    return table.assign(background_load=round(load.share(), 3))
 
 
 def _work(run, images):
@@ -223,6 +277,6 @@ def _times(compute, repeats):
     times = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
-        machine.wait_for(compute())
+        wait_for(compute())
         times.append(time.perf_counter() - start)
     return times[2:]

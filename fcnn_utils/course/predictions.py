@@ -10,7 +10,8 @@ import io
 
 import numpy as np
 
-from fcnn_utils import checkpoint, records
+from fcnn_utils import _files
+from fcnn_utils.course import checkpoints, records
 
 _FLOOR = 16.0  # −ln of the least probability that is told from 0
 _SCALE = 0.3
@@ -30,20 +31,20 @@ def keep(record, number, probabilities):
     Raises:
         ValueError: the file cannot be written, or that of the cycles before is damaged.
     """
-    path = checkpoint.file_of(record, "partial.predictions.npz")
+    path = checkpoints.file_of(record, "partial.predictions.npz")
     before = _read(path) if number else {}
     content = io.BytesIO()
     np.savez_compressed(
         content, **{split: [*before.get(split, [])[:number], coded(values)] for split, values in probabilities.items()}
     )
-    records.write_atomic(path, content.getvalue())
+    _files.write_atomic(path, content.getvalue())
 
 
 def finish(record):
     """The run is complete: what was kept of it is what `load` finds, in place of what an earlier run left."""
-    path = checkpoint.file_of(record, "partial.predictions.npz")
+    path = checkpoints.file_of(record, "partial.predictions.npz")
     if path.exists():
-        path.replace(checkpoint.file_of(record, "predictions.npz"))
+        path.replace(checkpoints.file_of(record, "predictions.npz"))
 
 
 def load(dataset, model, recipe, seed=0):

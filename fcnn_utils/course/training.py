@@ -12,8 +12,9 @@ import time
 import keras
 import numpy as np
 
-from fcnn_utils import checkpoint, cost, feed, machine, models, predictions, records
-from fcnn_utils.recipes import recipe_named
+from fcnn_utils import _files, benchmark, cost
+from fcnn_utils.course import augmentation, checkpoints, environment, networks, predictions, records
+from fcnn_utils.course.recipes import get_recipe
 
 _EVALUATION_BATCH = 500
 
@@ -50,7 +51,7 @@ def train(
             seconds        of the whole epoch
             ms_per_step    the median without the first step
             first_step_ms  of the first step
-            others_cpu     share of the processor that other programs took
+            background_load     share of the processor that other programs took
             validation     where the recipe trains on "train": as `test`, on all validation images
         test       dict of `evaluate`, on all test images; None where the recipe trains on "train", unless the
                    predictions are kept
@@ -59,13 +60,13 @@ def train(
         macs       multiply-adds for one image
 
     Args:
-        model: a name that `models.build` knows, built here from `seed`; or a built keras.Model, which is trained in
+        model: a name that `networks.build` knows, built here from `seed`; or a built keras.Model, which is trained in
             place and recorded under its own name (and precision); or a function of the seed that makes such a model,
             which is called only where there is no record.
         dataset: `data.Dataset`.
         recipe: `recipes.Recipe`, or the name of one that `recipes` lists.
         seed: starts weights, order and augmentation; default: the recipe's.
-        width: factor of the numbers of filters of a network that is given by its name (`models.build`).
+        width: factor of the numbers of filters of a network that is given by its name (`networks.build`).
         name: what the record calls the network; default: the model's own name, with the width where that is not 1
             ("simple-width0.6"). A function needs it.
         teacher: keras.Model whose probabilities are a part of the target where the recipe has `distillation`.
@@ -83,7 +84,7 @@ def train(
         ValueError: bad arguments; a record of the same name but other settings; a file that cannot be written.
         Diverged: the loss was not finite.
     """
-    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+    recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     recipe = recipe if seed is None else dataclasses.replace(recipe, seed=seed)
     is_maker = not isinstance(model, (str, keras.Model))
     if is_maker and (name is None or not callable(model)):
@@ -92,7 +93,7 @@ def train(
         )
     if width != 1 and (name or not isinstance(model, str)):
         raise ValueError(f"width is for a network that is given, and recorded, by its own name; got {width!r}")
-    name = name or (models.named(model, width) if isinstance(model, str) else model.name)
+    name = name or (networks.run_name(model, width) if isinstance(model, str) else model.name)
     if not retrain:
         stored = _stored(name, dataset, recipe, quiet)
         if stored:
@@ -106,26 +107,26 @@ def train(
         raise ValueError(f"batch_size must be at most {len(split)}, the training images; got {recipe.batch_size}")
     if recipe.distillation and teacher is None:
         raise ValueError(f"recipe {recipe.name} has a share of distillation, {recipe.distillation}: give a teacher")
-    records.check_writable(records.path_of(dataset.name, name, recipe.name, recipe.seed).parent)
+    _files.check_writable(records.path_of(dataset.name, name, recipe.name, recipe.seed).parent)
 
     keras.utils.set_random_seed(recipe.seed)
     shape, classes = dataset.train.images.shape[1:], len(dataset.fine_names)
     if isinstance(model, str):
         starts = {"initialization": recipe.initialization, "head_scale": recipe.head_scale}
-        kind = machine.precision(recipe.precision)
-        model = models.build(model, shape, classes, width=width, dtype=kind, **starts)
+        kind = environment.precision(recipe.precision)
+        model = networks.build(model, shape, classes, width=width, dtype=kind, **starts)
     elif is_maker:
         model = model(recipe.seed)
         keras.utils.set_random_seed(recipe.seed)
     steps = len(split) // recipe.batch_size  # the rest of the images waits for another epoch's order
     compile_model(model, recipe, steps)
     record = _new_record(model, name, dataset, recipe, len(split))
-    record["epochs"] = checkpoint.resume(model, record)
+    record["epochs"] = checkpoints.resume(model, record)
 
-    scale = feed.channel_scale(dataset)
+    scale = augmentation.channel_statistics(dataset)
     try:
         for epoch in range(len(record["epochs"]), recipe.epochs):
-            batches = feed.batches(split, recipe, epoch, scale, classes)
+            batches = augmentation.batches(split, recipe, epoch, scale, classes)
             if recipe.distillation:
                 batches = _taught(batches, teacher, recipe.distillation)
             row = fit_epoch(model, batches, steps, epoch)
@@ -139,7 +140,7 @@ def train(
                 kept = ("test",) if recipe.train_on == "all" else ("validation", "test")
                 said = {part: predict(model, getattr(dataset, part), scale) for part in kept}
                 predictions.keep(record, epoch // recipe.epochs_a_cycle, said)
-            checkpoint.save(model, record)
+            checkpoints.save(model, record)
             records.write(record)
             print(progress_line(record, row), flush=True)
         if recipe.train_on == "all" or save_predictions:
@@ -150,12 +151,12 @@ def train(
         raise
     record["status"] = "complete"
     if save_model:
-        checkpoint.keep(model, record)
+        checkpoints.keep(model, record)
     if save_predictions:
         predictions.finish(record)
     path = records.write(record)
     for left_over in ("checkpoint.npz", "partial.json"):
-        checkpoint.file_of(record, left_over).unlink(missing_ok=True)
+        checkpoints.file_of(record, left_over).unlink(missing_ok=True)
     print(f"{result_line(record)}; record in {records.shown(path)}", flush=True)
     return record
 
@@ -168,14 +169,14 @@ def fit_epoch(model, batches, steps, epoch=0):
 
     Args:
         model: compiled (`compile_model`).
-        batches: iterable of (images, one-hot labels), as from `feed.batches`.
+        batches: iterable of (images, one-hot labels), as from `augmentation.batches`.
         steps: how many of them.
         epoch: number of the epoch, from 0.
 
     Raises:
         Diverged: the loss was not finite.
     """
-    load, times, rows = machine.Load(), [time.perf_counter()], []
+    load, times, rows = benchmark.BackgroundLoad(), [time.perf_counter()], []
     for step, (images, labels) in zip(range(1, steps + 1), batches, strict=False):
         rows.append(model.train_on_batch(images, labels, return_dict=True))
         times.append(time.perf_counter())
@@ -187,19 +188,19 @@ def fit_epoch(model, batches, steps, epoch=0):
         "seconds": round(times[-1] - times[0], 3),
         "ms_per_step": round(float(np.median(step_times[1:] if steps > 1 else step_times)), 3),
         "first_step_ms": round(float(step_times[0]), 3),
-        "others_cpu": round(load.others(), 4),
+        "background_load": round(load.share(), 4),
     }
 
 
 def predict(model, split, scale):
     """Probabilities (N, classes) float64 that `model` gives the images of `split`, normalised by `scale`."""
-    images = feed.normalised(split.images, scale)
+    images = augmentation.normalize(split.images, scale)
     parts = [images[start : start + _EVALUATION_BATCH] for start in range(0, len(images), _EVALUATION_BATCH)]
     return np.concatenate([model.predict_on_batch(part) for part in parts]).astype("float64")
 
 
 def evaluate(model, split, scale, coarse_names):
-    """How well `model` does on all images of `split`, normalised by `scale` (`feed.channel_scale`).
+    """How well `model` does on all images of `split`, normalised by `scale` (`augmentation.channel_statistics`).
 
     Returns:
         Dict of the cross-entropy `loss`, the shares `top1` and `top5`, the number of `images`, `correct_by_class`
@@ -238,7 +239,7 @@ def load_trained(model, dataset, recipe, seed=0):
     return None
 
 
-def schedule(recipe, steps):
+def learning_rate_schedule(recipe, steps):
     """Learning rate of `recipe` with `steps` steps an epoch: a number, or a Keras schedule (a function of the step)."""
     if recipe.schedule == "constant":
         return recipe.learning_rate
@@ -260,7 +261,7 @@ def compile_model(model, recipe, steps):
     if recipe.optimizer == "sgd":
         options |= {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
     kinds = {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam, "rmsprop": keras.optimizers.RMSprop}
-    optimizer = kinds[recipe.optimizer](schedule(recipe, steps), **options)
+    optimizer = kinds[recipe.optimizer](learning_rate_schedule(recipe, steps), **options)
     if recipe.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     model.compile(
@@ -273,7 +274,7 @@ def compile_model(model, recipe, steps):
         ],
         # XLA pays on a GPU; on a CPU TensorFlow's own kernels are faster than its.
         jit_compile=keras.config.backend() == "jax"
-        or (keras.config.backend() == "tensorflow" and machine.gpu() is not None),
+        or (keras.config.backend() == "tensorflow" and environment.gpu() is not None),
     )
 
 
@@ -294,7 +295,7 @@ def result_line(record):
     return (
         f"{record['model']} · {record['recipe']['name']} · seed {record['seed']}: top-1 {result['top1']:.1%}, "
         f"top-5 {result['top5']:.1%} on {result['images']:,} {kind} images of "
-        f"{record['dataset']} (one seed; {machine.line(record)}, {record['precision']})"
+        f"{record['dataset']} (one seed; {environment.summary(record)}, {record['precision']})"
     )
 
 
@@ -331,7 +332,7 @@ def _taught(batches, teacher, share):
 
 def _new_record(model, name, dataset, recipe, images):
     weighted = next(layer for layer in model.layers if layer.weights)
-    counts = cost.totals(model)
+    counts = cost.total_costs(model)
     return {
         "status": "running",
         "dataset": dataset.name,
@@ -345,7 +346,7 @@ def _new_record(model, name, dataset, recipe, images):
         "params": counts["params"],
         "trainable": counts["trainable"],
         "macs": counts["macs"],
-        **machine.describe(),
+        **environment.describe(),
         "epochs": [],
         "test": None,
     }

@@ -7,15 +7,13 @@ import os
 import platform
 import re
 import subprocess
-import time
 from importlib import metadata
 from pathlib import Path
 
 import keras
-import pandas as pd
-import psutil
 
-from fcnn_utils.records import ROOT
+from fcnn_utils.course.records import ROOT
+from fcnn_utils.deploy import available_cores
 
 _ASKED = {"deterministic": False}  # what this process was set to
 
@@ -24,7 +22,7 @@ def setup(seed):
     """First line of every notebook: seed Python, NumPy and the backend; print what runs here, in one line."""
     keras.utils.set_random_seed(seed)
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # its warnings of retracing tell a reader nothing
-    print(line(describe()))
+    print(summary(describe()))
 
 
 def deterministic():
@@ -57,58 +55,7 @@ def deterministic():
     _ASKED["deterministic"] = True
 
 
-def alternate(runs, repeats):
-    """Throughputs measured in turn, so that a change of the machine's pace meets all alike.
-
-    Args:
-        runs: dict name -> function without arguments that does the work and returns how many images it was.
-        repeats: how often each is measured; a round before these warms up and does not count.
-
-    Returns:
-        DataFrame (repeats, names) of images per second.
-    """
-    rounds = []
-    for _ in range(repeats + 1):
-        rounds.append({})
-        for name, work in runs.items():
-            start = time.perf_counter()
-            rounds[-1][name] = work() / (time.perf_counter() - start)
-    return pd.DataFrame(rounds[1:])
-
-
-def wait_for(result):
-    """Wait until a result of the backend is computed: JAX, and any backend on a GPU, returns before that."""
-    if hasattr(result, "block_until_ready"):
-        result.block_until_ready()
-    elif gpu() and keras.config.backend() == "tensorflow":
-        import tensorflow as tf
-
-        tf.test.experimental.sync_devices()
-    elif gpu() and keras.config.backend() == "torch":
-        import torch
-
-        torch.cuda.synchronize()
-
-
-class Load:
-    """How much of the processor other programs took, from its making to `others()`."""
-
-    def __init__(self):
-        self.start = self._now()
-
-    def others(self):
-        """Share of all cores' time, 0 to 1. A timing with more than a few percent here was not taken in quiet."""
-        wall, busy, own = (after - before for after, before in zip(self._now(), self.start, strict=True))
-        return min(1.0, max(0.0, busy - own) / (wall * psutil.cpu_count()))
-
-    @staticmethod
-    def _now():
-        machine_times, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        idle = machine_times.idle + getattr(machine_times, "iowait", 0.0)
-        return time.monotonic(), sum(machine_times[:8]) - idle, own.user + own.system
-
-
-def line(here):
+def summary(here):
     """One line that tells where a number comes from, from `describe()` or from a record."""
     when = f" · {here['date'][:10]}" if "epochs" in here else ""
     cores = f"{here['cores']} core{'s' * (here['cores'] != 1)}"
@@ -120,7 +67,7 @@ def describe():
     ("unknown" outside a git checkout)."""
     return {
         "device": gpu() or processor(),
-        "cores": cores(),
+        "cores": available_cores(),
         "backend": keras.config.backend(),
         "versions": {
             name: version for name in ("keras", "tensorflow", "jax", "torch", "numpy") if (version := _version(name))
@@ -130,11 +77,6 @@ def describe():
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
     }
-
-
-def cores():
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @functools.cache

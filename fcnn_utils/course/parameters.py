@@ -1,34 +1,7 @@
 """What a setting may be: checks that answer a bad value with one sentence, and the parameters of the notebooks."""
 
-import numbers
-
-from fcnn_utils import medmnist
-
-
-def check_number(name, value, kind, low, high):
-    """`value` if it is a number of `kind` (int, float) between `low` and `high`; else ValueError."""
-    is_number = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
-        raise ValueError(
-            f"{name} must be a {'whole ' if kind is int else ''}number between {low} and {high}; got {value!r}"
-        )
-    return value
-
-
-def check_choice(name, value, allowed):
-    """`value` if it is one of `allowed`; else ValueError."""
-    if value not in list(allowed):  # a list takes any value, also one that cannot be hashed
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
-    return value
-
-
-def check_pair(name, value):
-    """(rows, columns) from a whole number of at least 1 or a pair of them; else ValueError."""
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in pair):
-        raise ValueError(f"{name} must be a whole number of at least 1, or two of them; got {value!r}")
-    return pair
-
+from fcnn_utils._checks import check_choice, check_number
+from fcnn_utils.course.data import medmnist
 
 # Every parameter that a notebook has: (kind, lowest, highest), or the values it may take. One name means the same
 # thing in all notebooks; 0 is the recipe's own batch size, and all images.

@@ -19,9 +19,10 @@ import tomllib
 
 import nbformat
 
-from fcnn_utils import data, parameters, records
-from fcnn_utils.parameters import check_choice
-from fcnn_utils.records import ROOT, shown
+from fcnn_utils import _files
+from fcnn_utils._checks import check_choice
+from fcnn_utils.course import data, parameters, records
+from fcnn_utils.course.records import ROOT, shown
 
 NOTEBOOKS = ROOT / "notebooks"
 BUILD = ROOT / "build"
@@ -173,8 +174,8 @@ def _run_one(path, given, folder, reads, published):
     executed = _execute(path, given, folder)
     if published:
         executed = _published(executed)
-    records.write_atomic(target, nbformat.writes(executed) + "\n")
-    records.write_atomic(stamp_path, json.dumps({"key": key, "records": _records_hash(reads)}))
+    _files.write_atomic(target, nbformat.writes(executed) + "\n")
+    _files.write_atomic(stamp_path, json.dumps({"key": key, "records": _records_hash(reads)}))
     print(f"  {path.stem:<28} done in {_minutes(time.monotonic() - started)}", flush=True)
 
 
@@ -202,7 +203,7 @@ def _execute(path, given, folder):
         os.replace(running, kept)
         raise NotebookFailed(_report(path, error, kept), error.ename == "ValueError") from None
     except OSError as error:
-        raise ValueError(records.cannot_write(running, error)) from None
+        raise ValueError(_files.cannot_write(running, error)) from None
     except RuntimeError as error:  # the kernel died, or a cell ran into its time limit
         kept = folder / path.name
         os.replace(running, kept)
@@ -290,7 +291,7 @@ def _ipython_folder():
     folder = BUILD / "ipython"
     config = folder / "profile_default" / "ipython_kernel_config.py"
     if not config.exists():
-        records.write_atomic(config, "c.IPKernelApp.capture_fd_output = False\n")
+        _files.write_atomic(config, "c.IPKernelApp.capture_fd_output = False\n")
     return folder
 
 

@@ -9,7 +9,7 @@ import keras
 
 
 @dataclasses.dataclass(eq=False)
-class Place:
+class LayerNode:
     """A layer in a model, with all its calls.
 
     Attributes:
@@ -35,7 +35,7 @@ class Place:
         return is_norm and len(self.calls) == 1 and self.layer.axis in (-1, len(self.calls[0][1]) - 1)
 
 
-def check(model):
+def check_graph(model):
     """`model` if it is a built functional or sequential model; else ValueError."""
     if not isinstance(model, keras.Model):
         raise ValueError(f"model must be a built keras.Model; got {type(model).__name__}")
@@ -48,7 +48,7 @@ def check(model):
     return model
 
 
-def places(model):
+def layer_nodes(model):
     """Every layer with its calls, in the order of the model; inner models are replaced by their layers.
 
     Returns:
@@ -58,7 +58,7 @@ def places(model):
         ValueError: the model, or one within it, is not as `check` wants it.
     """
     found = {}
-    for place in _places(check(model), ""):
+    for place in _places(check_graph(model), ""):
         if id(place.layer) in found:  # shared by two of the models
             first = found[id(place.layer)]
             first.calls += place.calls
@@ -70,7 +70,7 @@ def places(model):
     return list(found.values())
 
 
-def rebuilt(model, chains, dtype=None):
+def rebuild(model, chains, dtype=None):
     """A copy of a model with its weights, some of its layers replaced; it shares nothing with the original.
 
     Args:
@@ -82,7 +82,7 @@ def rebuilt(model, chains, dtype=None):
     Raises:
         ValueError: the model is not as `check` wants it, or a layer can't be copied (see `copied`).
     """
-    return _rebuilt(check(model), {key: list(chain) for key, chain in chains.items()}, dtype)
+    return _rebuilt(check_graph(model), {key: list(chain) for key, chain in chains.items()}, dtype)
 
 
 def is_linear(operation):
@@ -90,7 +90,7 @@ def is_linear(operation):
     return getattr(operation, "activation", None) is keras.activations.linear
 
 
-def copied(layer, **changes):
+def copy_layer(layer, **changes):
     """A layer of the same configuration, but for `changes`; it is not built and has no weights.
 
     Its activation may be a function that Keras does not know by name, or a layer, which is copied, too.
@@ -106,7 +106,7 @@ def copied(layer, **changes):
                 f"layer {layer.name!r} has an activation with weights of its own, {type(activation).__name__}: make "
                 "that a layer of the model"
             )
-        activation = copied(activation, **{key: changes[key] for key in changes if key == "dtype"})
+        activation = copy_layer(activation, **{key: changes[key] for key in changes if key == "dtype"})
     try:
         config = layer.get_config() | changes
         if not isinstance(config.get("activation", ""), str):  # no name that Keras knows
@@ -136,12 +136,12 @@ def _places(model, prefix):
             continue
         calls = [node for node in nodes if node.operation is layer]
         if isinstance(layer, keras.Model):
-            for place in _places(check(layer), f"{prefix}{layer.name}/"):
+            for place in _places(check_graph(layer), f"{prefix}{layer.name}/"):
                 yield dataclasses.replace(place, calls=place.calls * len(calls))
             continue
         after = [readers.get(id(tensor), []) for node in calls for tensor in node.outputs]
         end = [None for node in calls for tensor in node.outputs if id(tensor) in ends]
-        yield Place(
+        yield LayerNode(
             prefix + layer.name,
             layer,
             [([tuple(x.shape) for x in node.input_tensors], tuple(node.outputs[0].shape)) for node in calls],
@@ -159,7 +159,7 @@ def _rebuilt(model, copies, dtype):
             if isinstance(layer, keras.Model):
                 copies[id(layer)] = _rebuilt(layer, copies, dtype)
             else:
-                copies[id(layer)] = copied(layer, **(to if isinstance(layer, keras.layers.Layer) else {}))
+                copies[id(layer)] = copy_layer(layer, **(to if isinstance(layer, keras.layers.Layer) else {}))
         return copies[id(layer)]
 
     def call(layer, *args, **kwargs):

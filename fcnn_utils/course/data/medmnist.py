@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fcnn_utils.download import Unavailable, fetch
+from fcnn_utils.course.data.download import Unavailable, fetch
 
 _ADDRESS = "https://zenodo.org/records/10519652/files/{}.npz?download=1"
 _ORGANS = (

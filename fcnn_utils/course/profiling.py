@@ -1,7 +1,7 @@
 """What training costs on the clock: a step taken apart, and how its time grows with batch, width and image size.
 
 All of it is measured in turn, so that a change of the machine's pace meets all alike, on a machine that should be doing
-nothing else: `others_cpu` is the share of the processor that other programs took meanwhile. Of the rounds the shortest
+nothing else: `background_load` is the share of the processor that other programs took meanwhile. Of the rounds the shortest
 counts, as for the peaks of `speed`: whatever disturbs a measurement, also from outside a virtual machine, lengthens it.
 """
 
@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from keras import layers
 
-from fcnn_utils import cost, feed, graph, machine, models, training
-from fcnn_utils.parameters import check_choice, check_number
+from fcnn_utils import benchmark, cost, keras_graph
+from fcnn_utils._checks import check_choice, check_number
+from fcnn_utils.course import augmentation, environment, networks, training
 
 PARTS = ["input", "forward", "backward", "normalisation", "loop"]
 
@@ -24,7 +25,7 @@ def bare(model):
         if isinstance(layer, (layers.BatchNormalization, layers.ReLU))
         or (isinstance(layer, layers.Activation) and layer.activation is keras.activations.relu)
     ]
-    return graph.rebuilt(model, {id(layer): [] for layer in left_out})
+    return keras_graph.rebuild(model, {id(layer): [] for layer in left_out})
 
 
 def step_parts(networks, split, recipe, scale, rounds=3):
@@ -43,7 +44,7 @@ def step_parts(networks, split, recipe, scale, rounds=3):
         loop               the rest, everything around the steps (by noise it may come out below 0)
         macs               of an image, forward
         macs_per_second    in training, counted as three times those
-        others_cpu         see the module
+        background_load         see the module
 
     The first layer passes no gradient on, and takes less than three times its MACs: it is counted as if it did.
 
@@ -51,7 +52,7 @@ def step_parts(networks, split, recipe, scale, rounds=3):
         networks: dict name -> built keras.Model. They are compiled and trained here.
         split: `data.Split`, some batches' worth of images.
         recipe: `recipes.Recipe`, whose batches, augmentation and optimizer count.
-        scale: from `feed.channel_scale`.
+        scale: from `augmentation.channel_statistics`.
         rounds: how often everything is measured; a round before these does not count.
 
     Returns:
@@ -65,7 +66,7 @@ def step_parts(networks, split, recipe, scale, rounds=3):
     if not steps:
         raise ValueError(f"batch_size must be at most {len(split)}, the images; got {recipe.batch_size}")
     classes = next(iter(networks.values())).output_shape[-1]
-    ready = list(feed.batches(split, recipe, 0, scale, classes))
+    ready = list(augmentation.batches(split, recipe, 0, scale, classes))
 
     def on_ready(call):
         def work():
@@ -76,11 +77,11 @@ def step_parts(networks, split, recipe, scale, rounds=3):
         return work
 
     def whole(model):
-        training.fit_epoch(model, feed.batches(split, recipe, 0, scale, classes), steps)
+        training.fit_epoch(model, augmentation.batches(split, recipe, 0, scale, classes), steps)
         return steps * recipe.batch_size
 
     def input_alone():
-        return sum(len(images) for images, _ in feed.batches(split, recipe, 0, scale, classes))
+        return sum(len(images) for images, _ in augmentation.batches(split, recipe, 0, scale, classes))
 
     works = {("input", ""): input_alone}
     for name, model in networks.items():
@@ -91,12 +92,12 @@ def step_parts(networks, split, recipe, scale, rounds=3):
         works["step", name] = on_ready(model.train_on_batch)
         works["bare", name] = on_ready(stripped.train_on_batch)
         works["forward", name] = on_ready(lambda images, _, stripped=stripped: stripped.predict_on_batch(images))
-    load = machine.Load()
-    ms = 1e3 / machine.alternate(works, rounds).max()  # an image
-    others = round(load.others(), 3)
+    load = benchmark.BackgroundLoad()
+    ms = 1e3 / benchmark.alternate(works, rounds).max()  # an image
+    others = round(load.share(), 3)
     rows = {}
     for name, model in networks.items():
-        macs = cost.totals(model)["macs"]
+        macs = cost.total_costs(model)["macs"]
         rows[name] = {
             "images_per_second": 1e3 / ms["whole", name],
             "ms": ms["whole", name],
@@ -107,7 +108,7 @@ def step_parts(networks, split, recipe, scale, rounds=3):
             "loop": ms["whole", name] - ms["step", name] - ms["input", ""],
             "macs": macs,
             "macs_per_second": 3e3 * macs / ms["whole", name],
-            "others_cpu": others,
+            "background_load": others,
         }
     return pd.DataFrame(rows).T
 
@@ -116,33 +117,33 @@ def growth(points, recipe, rounds=3):
     """Time of a training step for an image, at points where one of batch, width and image size varies.
 
     Args:
-        points: list of (model, varied, value): a name that `models.build` knows; "batch", "width" or "size"
+        points: list of (model, varied, value): a name that `networks.build` knows; "batch", "width" or "size"
             (pixels of a side); and its value. The others stay: the recipe's batch, width 1, 32 pixels.
         recipe: its optimizer and precision count, and its batch size where another thing varies.
         rounds: how often each point is measured; a round before these does not count.
 
     Returns:
         DataFrame, a row a point, with model, varied, value, macs (an image, forward), ms (an image, the shortest) and
-        others_cpu.
+        background_load.
 
     Raises:
         ValueError: another thing is said to vary, or a point is there twice.
     """
-    dtype, works, rows = machine.precision(recipe.precision), {}, []
+    dtype, works, rows = environment.precision(recipe.precision), {}, []
     for name, varied, value in points:
         check_choice("what varies", varied, ("batch", "width", "size"))
         if (name, varied, value) in works:
             raise ValueError(f"each point must be there once; {name}, {varied} {value} is there twice")
         setting = {"batch": recipe.batch_size, "width": 1.0, "size": 32} | {varied: value}
         shape = (setting["size"], setting["size"], 3)
-        model = models.build(name, shape, width=setting["width"], dtype=dtype)
+        model = networks.build(name, shape, width=setting["width"], dtype=dtype)
         training.compile_model(model, recipe, 1)
         works[name, varied, value] = _steps(model, setting["batch"], shape)
-        rows.append((name, varied, value, cost.totals(model)["macs"]))
-    load = machine.Load()
-    ms = 1e3 / machine.alternate(works, rounds).max()
+        rows.append((name, varied, value, cost.total_costs(model)["macs"]))
+    load = benchmark.BackgroundLoad()
+    ms = 1e3 / benchmark.alternate(works, rounds).max()
     table = pd.DataFrame(rows, columns=["model", "varied", "value", "macs"])
-    return table.assign(ms=[ms[row[:3]] for row in rows], others_cpu=round(load.others(), 3))
+    return table.assign(ms=[ms[row[:3]] for row in rows], background_load=round(load.share(), 3))
 
 
 def exponents(table):
@@ -162,7 +163,7 @@ def exponents(table):
 
 
 def _steps(model, batch, shape):
-    """Work for `machine.alternate`: training steps on random images, at least 16 images' worth."""
+    """Work for `benchmark.alternate`: training steps on random images, at least 16 images' worth."""
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, *shape)).astype("float32")
     classes = model.output_shape[-1]

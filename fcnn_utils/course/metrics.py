@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special, stats
 
-from fcnn_utils.parameters import check_number
+from fcnn_utils._checks import check_number
 
 
 def accuracy(probabilities, labels):
@@ -40,7 +40,7 @@ def auc(probabilities, labels):
     return float(np.mean(areas))
 
 
-def interval(statistic, *arrays, level=0.95, rounds=2000, seed=0):
+def bootstrap_interval(statistic, *arrays, level=0.95, rounds=2000, seed=0):
     """(low, high), an interval of confidence for what the statistic is on all such images.
 
     The percentile bootstrap over the images, the first axis of every array (Efron & Tibshirani 1993, chapter 13).
@@ -111,7 +111,7 @@ def cross_entropy(probabilities, labels):
     return float(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-12)).mean())
 
 
-def heated(probabilities, temperature):
+def apply_temperature(probabilities, temperature):
     """Probabilities (N, classes) at another temperature T: softmax(log p / T).
 
     Raises:
@@ -121,14 +121,16 @@ def heated(probabilities, temperature):
     return special.softmax(np.log(np.maximum(probabilities, 1e-12)) / temperature, axis=1)
 
 
-def temperature(probabilities, labels):
+def fit_temperature(probabilities, labels):
     """The temperature at which the cross-entropy is least, to be found on images that nothing was trained on.
 
     Sought from e⁻³ to e³ (Guo et al. 2017, arXiv 1706.04599).
     """
     probabilities, labels = _checked(probabilities, labels)
     found = optimize.minimize_scalar(
-        lambda log: cross_entropy(heated(probabilities, float(np.exp(log))), labels), bounds=(-3, 3), method="bounded"
+        lambda log: cross_entropy(apply_temperature(probabilities, float(np.exp(log))), labels),
+        bounds=(-3, 3),
+        method="bounded",
     )
     return float(np.exp(found.x))
 

@@ -6,7 +6,8 @@ import json
 import keras
 import numpy as np
 
-from fcnn_utils import records
+from fcnn_utils import _files
+from fcnn_utils.course import records
 
 
 def file_of(record, suffix):
@@ -24,7 +25,7 @@ def save(model, record):
     arrays = {f"v{number}": keras.ops.convert_to_numpy(variable.value) for number, variable in enumerate(_state(model))}
     content = io.BytesIO()
     np.savez(content, record=json.dumps(record), **arrays)
-    records.write_atomic(file_of(record, "checkpoint.npz"), content.getvalue())
+    _files.write_atomic(file_of(record, "checkpoint.npz"), content.getvalue())
 
 
 def resume(model, record):
@@ -70,9 +71,9 @@ def keep(model, record):
     temporary = path.with_name(f".{path.stem}.tmp.keras")
     try:
         bare.save(temporary)
-        records.write_atomic(path, temporary.read_bytes())
+        _files.write_atomic(path, temporary.read_bytes())
     except OSError as error:
-        raise ValueError(records.cannot_write(path, error)) from None
+        raise ValueError(_files.cannot_write(path, error)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,20 +1,33 @@
-# Thin doors; each makes its own .venv where that is missing or older than what it is made from.
-#   make run  [ARGS="--only 07 08"]     the course, in minutes      (build/quick/)
-#   make test                           the tests
+# Short names for the usual commands. Each makes .venv first if it is missing or older than requirements.lock or
+# pyproject.toml. ARGS is passed on.
+#   make run  [ARGS="--only 07 08"]     execute the course in minutes; writes build/quick/
+#   make test [ARGS="tests/test_X.py"]  lint and the usual tests
+#   make test-full                      the usual tests and those that take long: solutions, large networks, the book
+#   make bench                          the tests that measure time or memory; run nothing beside them
 #   make lab                            Jupyter, in notebooks/
-#   make book                           the course as a site and a PDF      (build/book/)
-#   make full                           everything at its reported size: rewrites notebooks/, figures/, results/
+#   make book                           render the course as a site and a PDF; writes build/book/
+#   make full                           everything at its reported size; rewrites notebooks/, figures/, results/
 PYTHON ?= python3
 VENV ?= .venv
+PYTEST = $(VENV)/bin/python -m pytest
+# As many workers as processors, but at most 4: each holds a TensorFlow of its own. Tests of one xdist_group share a worker.
+PARALLEL = --numprocesses=logical --maxprocesses=4 --dist=loadgroup
 
 run: $(VENV)/ready
 	$(VENV)/bin/python -m fcnn_utils run $(ARGS)
 
-test: $(VENV)/ready
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest -m timed $(ARGS) || test $$? = 5  # 5: ARGS names none of these
-	$(VENV)/bin/python -m pytest -m "not timed" --numprocesses=logical --maxprocesses=4 --dist=loadfile \
-		--no-loadscope-reorder $(ARGS)
+test: lint
+	$(PYTEST) -m "not bench and not full" $(PARALLEL) $(ARGS)
+
+test-full: lint
+	$(PYTEST) -m "not bench" $(PARALLEL) $(ARGS)
+
+bench: $(VENV)/ready
+	$(PYTEST) -m bench $(ARGS)
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 lab: $(VENV)/ready
 	$(VENV)/bin/jupyter lab notebooks
@@ -31,4 +44,4 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	$(VENV)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
-.PHONY: run test lab book full
+.PHONY: run test test-full bench lint lab book full

@@ -1,79 +1,58 @@
-"""Factorized convolutional networks in Keras: the support module of the notebook series.
+"""Factorize the convolutions of trained Keras models, and know what that costs.
 
-Import the module you need (`from fcnn_utils import convert, cost`); this file imports none of them, so that the command
-line answers at once and a notebook loads only what it uses.
+    import fcnn_utils as fcnn
 
-For networks of your own:
+    small, report = fcnn.factorize(model, "cp", macs=fcnn.total_costs(model)["macs"] / 4, images=images)
+    fcnn.export(fcnn.fold_batch_norm(small), "small.onnx")
 
-    convert         a trained network -> a factorized one; batch norms folded
-    calibrate       what images without labels do for it: sensitivities, ranks, corrected factors
-    decompose       a kernel -> its factors, without Keras
-    ranks           which ranks there are, what they cost, which to take
-    blocks          a factorized convolution as a chain of stock layers, and its weights
-    cost            parameters, MACs and activation bytes by layer
-    engines         networks exported, and run in ONNX Runtime, OpenVINO, LiteRT
-    speed           latencies measured in turn; the roofline
-    models, zoo     the thesis's networks, ours, and published ones, by name
-    graph           layers in their places
+The functions and classes below are imported when they are first used, so that importing the package is fast.
 
-For training and for images:
+    factorize         a trained model -> a factorized one, and a report                        compress
+    fold_batch_norm   a model for inference without batch norms                               keras_graph
+    reestimate        batch-norm statistics from unlabelled images                            calibration
+    layer_costs       parameters, MACs and activation bytes, layer by layer                   cost
+    total_costs       the same for the whole model                                            cost
+    latency           times of several models, measured in turn                               benchmark
+    export, load      to and from ONNX Runtime, OpenVINO and LiteRT                           deploy
+    decompose         a kernel -> its factors                                                 factorizations
+    CP, CP4, Tucker2, TensorTrain, SpatialSVD, DepthwiseSeparable                             factorizations
 
-    recipes         how a network is trained, as data
-    training        fit, time, evaluate -> a record
-    feed            images on their way
-    checkpoint      what a killed training goes on from
-    training_speed  a training step taken apart on the clock
-    data            images by name: splits, subsets, fingerprints
-    cifar100, medmnist, standin   the files of CIFAR-100 and MedMNIST; generated images
-    download        downloads that have a time limit
-
-Behind the numbers of the course:
-
-    records         run records: write, read, find; whole files or none
-    predictions     what a trained network says of each image, kept beside its record
-    metrics         AUC, calibration, bootstrap intervals
-    ensembles       networks that answer together
-    thesis          the thesis's published tables
-    machine         device, backend, precision, versions, commit; throughputs in turn
-    plots           figures from records and tables
-    parameters      what a notebook's parameter may be
-    pipeline        the notebooks through papermill
+Further modules: `blocks` (factorized convolutions as Keras layers), `rank_selection` (ranks for a cost, a budget or a
+noise level). `fcnn_utils.course` holds what only the notebooks need.
 """
 
+import importlib
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported: its C++ start-up lines are noise
 
 __version__ = "0.1.0"
-__all__ = [
-    "blocks",
-    "calibrate",
-    "checkpoint",
-    "cifar100",
-    "convert",
-    "cost",
-    "data",
-    "decompose",
-    "download",
-    "engines",
-    "ensembles",
-    "feed",
-    "graph",
-    "machine",
-    "medmnist",
-    "metrics",
-    "models",
-    "parameters",
-    "pipeline",
-    "plots",
-    "predictions",
-    "ranks",
-    "recipes",
-    "records",
-    "speed",
-    "standin",
-    "thesis",
-    "training",
-    "training_speed",
-    "zoo",
-]
+
+_MODULE_OF = {
+    "factorize": "compress",
+    "fold_batch_norm": "keras_graph",
+    "reestimate": "calibration",
+    "layer_costs": "cost",
+    "total_costs": "cost",
+    "latency": "benchmark",
+    "export": "deploy",
+    "load": "deploy",
+    "decompose": "factorizations",
+    "CP": "factorizations",
+    "CP4": "factorizations",
+    "Tucker2": "factorizations",
+    "TensorTrain": "factorizations",
+    "SpatialSVD": "factorizations",
+    "DepthwiseSeparable": "factorizations",
+}
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

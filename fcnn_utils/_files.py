@@ -1,4 +1,7 @@
-"""Write whole files: to a temporary name in the same folder first, then renamed."""
+"""Write whole files: first under a temporary name in the same folder, then renamed.
+
+Kept by hand: the standard library has no such function, and `atomicwrites` is no longer maintained.
+"""
 
 import contextlib
 import errno
@@ -7,10 +10,12 @@ from pathlib import Path
 
 
 def write_atomic(path, content):
-    """Write `content` (bytes or str) to `path`: afterwards the file is there whole, or as it was before.
+    """Write `content` (bytes or str) to `path`, so that a reader finds the old file or the whole new one.
+
+    Missing folders are made.
 
     Raises:
-        ValueError: the file cannot be written (disk full, folder read-only); says why and what to do.
+        ValueError: if the file cannot be written (disk full, folder read-only).
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -29,19 +34,25 @@ def write_atomic(path, content):
 
 
 def check_writable(folder):
-    """Raise ValueError now, not after an hour of training, if nothing can be written below `folder`."""
+    """Check that files can be written to `folder`, before an hour of work depends on it.
+
+    Raises:
+        ValueError: if nothing can be written there.
+    """
     probe = Path(folder) / f".writable.{os.getpid()}"
     write_atomic(probe, b"1")
     probe.unlink()
 
 
 def cannot_write(path, error):
-    """One sentence: why `path` could not be written (`error`, an OSError), and what to do."""
+    """Say in one sentence why `path` could not be written (`error`, an OSError), and what to do."""
+    free_space = "free some space and run again"
+    elsewhere = "choose a folder that can be written (the course: set FCNN_OUTPUT to it)"
     reasons = {
-        errno.ENOSPC: "the disk is full; free some space and run again",
-        errno.EDQUOT: "the disk quota is used up; free some space and run again",
-        errno.EROFS: "the folder is read-only; set FCNN_OUTPUT to a folder that can be written",
-        errno.EACCES: "permission denied; set FCNN_OUTPUT to a folder that can be written",
-        errno.EPERM: "permission denied; set FCNN_OUTPUT to a folder that can be written",
+        errno.ENOSPC: f"the disk is full; {free_space}",
+        errno.EDQUOT: f"the disk quota is used up; {free_space}",
+        errno.EROFS: f"the folder is read-only; {elsewhere}",
+        errno.EACCES: f"permission denied; {elsewhere}",
+        errno.EPERM: f"permission denied; {elsewhere}",
     }
     return f"cannot write {path}: {reasons.get(error.errno, error.strerror or str(error))}"

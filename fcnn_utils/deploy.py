@@ -1,9 +1,10 @@
-"""A network where its users run it: Keras, ONNX Runtime, OpenVINO, LiteRT.
+"""Export a model and run it in an inference engine: Keras, ONNX Runtime, OpenVINO or LiteRT.
 
-    run = deploy.load(convert.fold_batch_norm(model), "onnxruntime")
+    run = deploy.load(keras_graph.fold_batch_norm(model), "onnxruntime")
     probabilities = run(images)
 
-The engines beside Keras are optional (`requirements-export.txt`), and so is Keras's way there, `model.export`.
+The engines besides Keras are optional: pip install "fcnn-utils[export]". So are the packages with which
+`keras.Model.export` writes their files. Which of them it needs depends on the Keras backend.
 """
 
 import importlib.util
@@ -21,64 +22,70 @@ from fcnn_utils._files import write_atomic
 
 ENGINES = ("keras", "onnxruntime", "openvino", "litert")
 TITLES = {"keras": "Keras", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "litert": "LiteRT"}
-_ENDINGS = {"onnxruntime": ".onnx", "openvino": ".xml", "litert": ".tflite"}
-_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino", "litert": "litert"}  # as `keras.Model.export` calls them
-_NEEDS = {  # to export from TensorFlow, and to run; other backends may want more, and Keras then says so
-    "onnxruntime": ("onnx", "tf2onnx", "onnxruntime"),
-    "openvino": ("openvino",),
-    "litert": ("ai_edge_litert",),
+_SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".xml", "litert": ".tflite"}
+_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino", "litert": "litert"}  # the names in keras.Model.export
+_RUNTIMES = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino",), "litert": ("ai_edge_litert",)}
+_EXPORTERS = {  # Keras backend -> engines that Keras exports to from it -> packages that this takes besides the engine
+    "tensorflow": {"onnxruntime": ("onnx", "tf2onnx"), "openvino": (), "litert": ()},
+    "jax": {"onnxruntime": ("onnx", "jax2onnx")},
+    "torch": {"onnxruntime": ("onnx", "onnxscript"), "openvino": ()},
 }
 
 
 def available():
-    """Those of "keras", "onnxruntime", "openvino", "litert" whose packages are installed: a tuple in this order."""
-    return tuple(engine for engine in ENGINES if not _missing(engine))
+    """Return the engines that models can be exported to and run in here: a tuple in the order of `ENGINES`."""
+    return tuple(engine for engine in ENGINES if not _obstacle(engine, exports=True))
 
 
 def export(model, path):
-    """Write a built model to `path` in the format that its ending names: .onnx, .xml (OpenVINO) or .tflite (LiteRT).
+    """Write a model to a file in the format of its suffix: .onnx, .xml (OpenVINO) or .tflite (LiteRT).
 
-    It is exported in float32, whatever precision it was trained in, for batches of any size. An OpenVINO model is two
-    files, the weights in a .bin beside the .xml.
+    The file computes in float32, whatever the precision of `model`, on batches of any size. An OpenVINO
+    model is two files: the weights are in a .bin beside the .xml.
+
+    Args:
+        model: built, functional or Sequential, with one input and one output.
+        path: path of the file.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: another ending; a model that is not built, or of several inputs or outputs; a package that is not
-            installed; a file that can't be written.
+        ValueError: another suffix; a model that is not as above; a package that is not installed; a format
+            that Keras cannot write from this backend; a file that cannot be written.
     """
     path = Path(path)
-    engine_of = {ending: engine for engine, ending in _ENDINGS.items()}
-    engine = engine_of[check_choice("ending of the exported file", path.suffix, engine_of)]
-    _check_installed(engine)
-    model = _single_precision(_checked(model))
-    model(np.zeros([1, *(64 if size is None else size for size in model.inputs[0].shape[1:])], "float32"))  # wanted
+    engine_of = {suffix: engine for engine, suffix in _SUFFIXES.items()}
+    engine = engine_of[check_choice("suffix of the exported file", path.suffix, engine_of)]
+    _check_installed(engine, exports=True)
+    model = _single_precision(_check_one_input(model))
+    model(np.zeros([1, *(64 if size is None else size for size in model.inputs[0].shape[1:])], "float32"))  # Keras asks
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / path.name
+        exported = Path(folder) / path.name
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the exporters' own, of NumPy names to come
-            model.export(str(made), format=_FORMATS[engine], verbose=False)
-        for file in sorted(made.parent.iterdir()):  # the .bin before the .xml that reads it
+            warnings.simplefilter("ignore")  # the exporters warn about their own code
+            model.export(str(exported), format=_FORMATS[engine], verbose=False)
+        for file in sorted(exported.parent.iterdir()):  # the .bin comes before the .xml that refers to it
             write_atomic(path.with_name(file.name), file.read_bytes())
     return path
 
 
 def load(model, engine="keras", *, precision="float32", threads=None):
-    """A model made ready to run on an engine.
+    """Make a model ready to run in an engine.
 
     Args:
-        model: built keras.Model of one input and one output, or the path of an exported file for its engine.
+        model: built keras.Model with one input and one output, or the path of a file for the engine.
         engine: "keras", "onnxruntime", "openvino" or "litert".
-        precision: "float32", or "bfloat16" on OpenVINO, which computes in it where the processor can. Keras has the
-            precision that its model has.
-        threads: how many; default: as many as there are processors (Keras always takes what its backend has).
+        precision: "float32"; also "bfloat16" in OpenVINO, which uses it if the processor can. In Keras the
+            model's own precision holds.
+        threads: number of threads; default: all available processors. Keras always uses its backend's.
 
     Returns:
-        A function from images (N, H, W, C) to the model's output (N, …), both NumPy arrays.
+        A function from images (N, H, W, C) to the model's output (N, ...), both NumPy arrays.
 
     Raises:
-        ValueError: an argument is not as above, there is no such file, or the engine is not installed.
+        ValueError: an argument is not as above, the file does not exist, the engine is not installed, or
+            Keras cannot export to it from this backend.
     """
     check_choice("engine", engine, ENGINES)
     check_choice("precision", precision, ("float32", "bfloat16") if engine == "openvino" else ("float32",))
@@ -87,21 +94,22 @@ def load(model, engine="keras", *, precision="float32", threads=None):
     if is_file and not Path(model).exists():
         raise ValueError(f"there is no file {model} to load")
     if engine == "keras":
-        return _checked(keras.saving.load_model(model, compile=False) if is_file else model).predict_on_batch
-    _check_installed(engine)
+        model = keras.saving.load_model(model, compile=False) if is_file else model
+        return _check_one_input(model).predict_on_batch
+    _check_installed(engine, exports=not is_file)
     start = {"onnxruntime": _onnxruntime, "openvino": _openvino, "litert": _litert}[engine]
     if is_file:
         return start(str(model), threads, precision)
     with tempfile.TemporaryDirectory() as folder:
-        return start(str(export(model, Path(folder) / f"model{_ENDINGS[engine]}")), threads, precision)
+        return start(str(export(model, Path(folder) / f"model{_SUFFIXES[engine]}")), threads, precision)
 
 
 def available_cores():
-    """How many processors this process may use."""
+    """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-# --- one engine each ---------------------------------------------------------------------------------------------
+# --- the engines -------------------------------------------------------------------------------------------------
 
 
 def _onnxruntime(path, threads, precision):
@@ -109,7 +117,7 @@ def _onnxruntime(path, threads, precision):
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Threads that go on spinning after a call slow down whatever runs next, such as the model it is compared with.
+    # Threads that keep spinning after a call slow down whatever runs next, such as the model it is compared with.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
@@ -120,7 +128,7 @@ def _openvino(path, threads, precision):
     import openvino
 
     core = openvino.Core()
-    core.set_property({"ENABLE_MMAP": False})  # the file may be gone before the model is
+    core.set_property({"ENABLE_MMAP": False})  # the file may be deleted while the model is in use
     settings = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision]}
     settings |= {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     model = core.compile_model(core.read_model(path), "CPU", settings)
@@ -148,32 +156,46 @@ def _litert(path, threads, precision):
     return run
 
 
-# --- parts -------------------------------------------------------------------------------------------------------
+# --- checks ------------------------------------------------------------------------------------------------------
 
 
-def _checked(model):
-    if len(keras_graph.check_graph(model).inputs) != 1 or len(model.outputs) != 1:
-        raise ValueError(
-            f"model {model.name!r} must have one input and one output; it has {len(model.inputs)} and "
-            f"{len(model.outputs)}"
-        )
+def _check_one_input(model):
+    keras_graph.check_graph(model)
+    if len(model.inputs) != 1 or len(model.outputs) != 1:
+        counts = f"{len(model.inputs)} and {len(model.outputs)}"
+        raise ValueError(f"model {model.name!r} must have one input and one output; it has {counts}")
     return model
 
 
 def _single_precision(model):
-    """The model, or a copy of it that computes in float32 where it does not."""
-    if all(place.layer.compute_dtype == "float32" for place in keras_graph.layer_nodes(model)):
+    """Return the model if it computes in float32 throughout, else a copy that does."""
+    if all(node.layer.compute_dtype == "float32" for node in keras_graph.layer_nodes(model)):
         return model
     return keras_graph.rebuild(model, {}, dtype="float32")
 
 
-def _missing(engine):
-    return [package for package in _NEEDS.get(engine, ()) if importlib.util.find_spec(package) is None]
+def _check_installed(engine, exports):
+    obstacle = _obstacle(engine, exports)
+    if obstacle:
+        raise ValueError(obstacle)
 
 
-def _check_installed(engine):
-    missing = _missing(engine)
-    if missing:
-        raise ValueError(
-            f"{TITLES[engine]} needs {', '.join(missing).replace('_', '-')}: pip install -r requirements-export.txt"
-        )
+def _obstacle(engine, exports):
+    """Return one sentence that says why the engine cannot be used, or with `exports` exported to; "" if it can."""
+    if engine == "keras":
+        return ""
+    packages = _RUNTIMES[engine]
+    if exports:
+        backend = keras.config.backend()
+        exporters = _EXPORTERS.get(backend, {})
+        if engine not in exporters:
+            able = " or ".join(name for name, engines in _EXPORTERS.items() if engine in engines)
+            return f"Keras cannot export to {TITLES[engine]} from the {backend} backend: set KERAS_BACKEND to {able}"
+        packages = exporters[engine] + packages
+    missing = [name.replace("_", "-") for name in packages if importlib.util.find_spec(name) is None]
+    if not missing:
+        return ""
+    return (
+        f"{TITLES[engine]} needs {', '.join(missing)}: pip install {' '.join(missing)}, or for all engines "
+        'pip install "fcnn-utils[export]"'
+    )

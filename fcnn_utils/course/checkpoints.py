@@ -1,4 +1,4 @@
-"""The state of a training on disk, beside its record: what an interrupted run goes on from, and the trained network."""
+"""State of a run on disk, beside its record: the checkpoint of an interrupted run, and the trained network."""
 
 import io
 import json
@@ -7,7 +7,9 @@ import keras
 import numpy as np
 
 from fcnn_utils import _files
-from fcnn_utils.course import records
+from fcnn_utils.course import paths, records
+
+_SAME = ("fingerprint", "model", "recipe", "seed", "precision", "params")  # entries of a record that must agree
 
 
 def file_of(record, suffix):
@@ -17,10 +19,10 @@ def file_of(record, suffix):
 
 
 def save(model, record):
-    """Weights, optimizer and record in one file, so that they belong together whatever happens.
+    """Write weights, optimizer and record in one file, `seedN.checkpoint.npz`, so that they always agree.
 
     Raises:
-        ValueError: the file cannot be written.
+        ValueError: if the file cannot be written.
     """
     arrays = {f"v{number}": keras.ops.convert_to_numpy(variable.value) for number, variable in enumerate(_state(model))}
     content = io.BytesIO()
@@ -29,12 +31,12 @@ def save(model, record):
 
 
 def resume(model, record):
-    """Load the checkpoint of the same run into `model`, which is compiled.
+    """Load the checkpoint of the same run into a compiled model.
 
-    A file that is damaged or of other settings is named on standard output and left.
+    A file that is damaged or belongs to other settings is not loaded; a line on standard output says so.
 
     Returns:
-        list of the epochs behind it, as they stand in the record; [] without a checkpoint.
+        list of the epochs that are done, as in the record; [] without a checkpoint.
     """
     path = file_of(record, "checkpoint.npz")
     if not path.exists():
@@ -42,16 +44,14 @@ def resume(model, record):
     model.optimizer.build(model.trainable_variables)
     try:
         with np.load(path) as saved:
-            earlier = json.loads(str(saved["record"]))
+            earlier = records.parse(str(saved["record"]))
             arrays = [saved[f"v{number}"] for number in range(len(saved.files) - 1)]
-        same = all(
-            earlier[key] == record[key] for key in ("fingerprint", "model", "recipe", "seed", "precision", "params")
-        )
-        if not same or [array.shape for array in arrays] != [tuple(variable.shape) for variable in _state(model)]:
-            print(f"{records.shown(path)} belongs to other settings: starting anew", flush=True)
+        is_same = all(earlier[key] == record[key] for key in _SAME)
+        if not is_same or [array.shape for array in arrays] != [tuple(variable.shape) for variable in _state(model)]:
+            print(f"{paths.shown(path)} belongs to other settings: starting anew", flush=True)
             return []
-    except Exception as error:  # a damaged file raises nearly anything
-        print(f"{records.shown(path)} is damaged ({error}): starting anew", flush=True)
+    except Exception as error:  # a damaged archive raises errors of many kinds
+        print(f"{paths.shown(path)} is damaged ({error}): starting anew", flush=True)
         return []
     for variable, array in zip(_state(model), arrays, strict=True):
         variable.assign(array)
@@ -60,13 +60,13 @@ def resume(model, record):
 
 
 def keep(model, record):
-    """Keep the trained network, without its optimizer, as `seedN.keras` beside the record; written whole.
+    """Write the trained network, without its optimizer, as `seedN.keras` beside the record.
 
     Raises:
-        ValueError: the file cannot be written; says why and what to do.
+        ValueError: if the file cannot be written.
     """
     path = file_of(record, "keras")
-    bare = type(model).from_config(model.get_config())  # a compiled model would bring its optimizer, as large again
+    bare = type(model).from_config(model.get_config())  # saving `model` would add the optimizer, twice its size
     bare.set_weights(model.get_weights())
     temporary = path.with_name(f".{path.stem}.tmp.keras")
     try:
@@ -79,4 +79,5 @@ def keep(model, record):
 
 
 def _state(model):
-    return [*model.variables, *model.optimizer.variables]  # with the seeds of layers that draw, such as dropout
+    """All variables that a training changes, with the seeds of layers that draw, such as dropout."""
+    return [*model.variables, *model.optimizer.variables]

@@ -1,8 +1,10 @@
-"""Several networks that answer together: how their probabilities are put together, and how much they differ.
+"""Ensembles: combine the probabilities of several networks, and measure how much the networks differ.
 
-Members are (M, N, classes): the probabilities of M networks for the same N images. Where they have another number of
-axes, or are empty, it is a ValueError.
+`members` are (M, N, classes): the probabilities of M networks for the same N images. Every function raises ValueError
+if they have another number of axes or are empty.
 """
+
+import itertools
 
 import numpy as np
 import pandas as pd
@@ -10,87 +12,88 @@ from scipy import optimize, special
 
 
 def mean_probability(members, weights=None):
-    """The mean of the probabilities, (N, classes); `weights` (M,), default: all alike."""
+    """Return the mean of the probabilities, (N, classes), weighted by `weights` (M,), by default equally."""
     return np.average(_checked(members), axis=0, weights=weights)
 
 
 def mean_logit(members, weights=None):
-    """softmax of the mean of the log-probabilities: their geometric mean, made to sum to one.
+    """Return the softmax of the mean log-probabilities: their geometric mean, normalised to sum to one.
 
     Args:
         members: (M, N, classes).
-        weights: (M,); default: all alike.
+        weights: (M,), by default equal.
 
     Returns:
         (N, classes).
     """
-    logs = np.log(np.maximum(_checked(members), 1e-12))
-    return special.softmax(np.average(logs, axis=0, weights=weights), axis=1)
+    return special.softmax(np.average(_logs(members), axis=0, weights=weights), axis=1)
 
 
 def stacked(members, labels):
-    """The combiner that fits labels best: a function of members, softmax(Σ w log p) with a weight w ≥ 0 a network.
+    """Fit a weighted vote: softmax(Σ w log p) with one weight w ≥ 0 per network (stacking: Wolpert 1992).
 
-    Fitted by the cross-entropy, on images that no member was trained on (stacking: Wolpert 1992). It has M numbers to
-    learn, not classes times as many, since such images are few; their sum is an inverse temperature.
+    The weights minimise the cross-entropy. Fit them on images that no member was trained on. Such images are few, so
+    there are only M weights, not one for each class; their sum acts as an inverse temperature.
+
+    Args:
+        members: (M, N, classes).
+        labels: (N,) right classes.
 
     Returns:
-        (combine, weights), the function from (M', N', classes) to (N', classes) and its weights (M,).
+        (combine, weights): a function from members (M, N', classes) to (N', classes), and its weights (M,).
     """
-    logs = np.log(np.maximum(_checked(members), 1e-12))
-    labels = np.asarray(labels)
+    logs, labels = _logs(members), np.asarray(labels)
+    rows = np.arange(len(labels))
 
-    def loss_and_slope(weights):
+    def loss_and_gradient(weights):
         scores = special.log_softmax(np.tensordot(weights, logs, 1), axis=1)
-        left = np.exp(scores)
-        left[np.arange(len(labels)), labels] -= 1
-        slope = (left[None] * logs).sum(axis=(1, 2)) / len(labels)
-        return -scores[np.arange(len(labels)), labels].mean(), slope
+        residual = np.exp(scores)
+        residual[rows, labels] -= 1
+        return -scores[rows, labels].mean(), (residual * logs).sum(axis=(1, 2)) / len(labels)
 
     start = np.full(len(logs), 1 / len(logs))
-    fitted = optimize.minimize(loss_and_slope, start, jac=True, bounds=[(0, None)] * len(logs), method="L-BFGS-B").x
+    fitted = optimize.minimize(loss_and_gradient, start, jac=True, bounds=[(0, None)] * len(logs), method="L-BFGS-B").x
 
     def combine(others):
-        return special.softmax(np.tensordot(fitted, np.log(np.maximum(_checked(others), 1e-12)), 1), axis=1)
+        return special.softmax(np.tensordot(fitted, _logs(others), 1), axis=1)
 
     return combine, fitted
 
 
 def diversity(members, labels, names=None):
-    """How much each two networks differ. The columns:
+    """Measure how much each pair of networks differs.
 
-        first, second      their names
-        disagreement       share of the images to which they give different classes
-        error_correlation  of being wrong (Pearson's, of two 0/1 values); NaN where one is always or never wrong
-        both_wrong         share of the images
+        first, second      names of the two networks
+        disagreement       share of images to which they give different classes
+        error_correlation  Pearson correlation of being wrong (0 or 1); NaN if a network is always or never wrong
+        both_wrong         share of images on which both are wrong
 
     Args:
         members: (M, N, classes).
-        labels: (N,) the right classes.
-        names: M names for the table; default: 0, 1, 2, …
+        labels: (N,) right classes.
+        names: M names for the table, by default 0, 1, 2, …
 
     Returns:
-        DataFrame with these columns, a row a pair.
+        DataFrame with these columns, one row per pair.
     """
-    members = _checked(members)
-    classes, rows = members.argmax(axis=2), []
+    classes = _checked(members).argmax(axis=2)
     wrong = classes != np.asarray(labels)
-    names = list(range(len(members))) if names is None else list(names)
-    for first in range(len(members)):
-        for second in range(first + 1, len(members)):
-            spread = wrong[first].std() * wrong[second].std()
-            both = (wrong[first] & wrong[second]).mean()
-            joint = both - wrong[first].mean() * wrong[second].mean()
-            rows.append(
-                {
-                    "first": names[first],
-                    "second": names[second],
-                    "disagreement": (classes[first] != classes[second]).mean(),
-                    "error_correlation": joint / spread if spread else np.nan,
-                    "both_wrong": both,
-                }
-            )
-    return pd.DataFrame(rows)
+    correlation = pd.DataFrame(wrong.T, dtype=float).corr()
+    names = list(range(len(classes)) if names is None else names)
+    return pd.DataFrame(
+        {
+            "first": names[one],
+            "second": names[two],
+            "disagreement": (classes[one] != classes[two]).mean(),
+            "error_correlation": correlation.loc[one, two],
+            "both_wrong": (wrong[one] & wrong[two]).mean(),
+        }
+        for one, two in itertools.combinations(range(len(classes)), 2)
+    )
+
+
+def _logs(members):
+    return np.log(np.maximum(_checked(members), 1e-12))
 
 
 def _checked(members):

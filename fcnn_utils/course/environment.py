@@ -1,4 +1,8 @@
-"""What a number came from: processor, device, backend, precision, versions, commit."""
+"""Where a number comes from: processor, device, backend, precision, versions, commit of the course.
+
+Each backend lists its own devices. Therefore `gpu`, `has_bfloat16` and `deterministic` import the
+backend that runs, inside the function, so that no other one is loaded.
+"""
 
 import datetime
 import functools
@@ -12,29 +16,31 @@ from pathlib import Path
 
 import keras
 
-from fcnn_utils.course.records import ROOT
+from fcnn_utils.course import paths
 from fcnn_utils.deploy import available_cores
 
 _ASKED = {"deterministic": False}  # what this process was set to
 
 
 def setup(seed):
-    """First line of every notebook: seed Python, NumPy and the backend; print what runs here, in one line."""
+    """Start a notebook: seed Python, NumPy and the backend; print one line about this machine."""
     keras.utils.set_random_seed(seed)
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # its warnings of retracing tell a reader nothing
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # warnings about retracing do not help a reader
     print(summary(describe()))
 
 
 def deterministic():
-    """From here on the same seed gives the same numbers, to the last digit, on the same machine and versions.
+    """Make all following results reproducible to the last digit, on the same machine and versions.
 
-    To be called before anything is computed (JAX reads its flag when it starts, and does not say that it came too
-    late). TensorFlow is held to deterministic kernels and to one operation at a time (two at a time, the separable
-    network's gradients come out differently from run to run, on a CPU, too); JAX, on a GPU, to kernels that add in a
-    fixed order; PyTorch to its deterministic algorithms.
+    Call it before anything is computed: JAX reads its flag when it starts, and ignores it afterwards.
+
+    - TensorFlow uses deterministic kernels, and runs one operation at a time. With two at a time the
+      gradients of the separable network differ from run to run, even on a CPU.
+    - JAX on a GPU uses kernels that add in a fixed order.
+    - PyTorch uses its deterministic algorithms.
 
     Raises:
-        ValueError: TensorFlow has computed something already.
+        ValueError: if TensorFlow has computed something already.
     """
     backend = keras.config.backend()
     if backend == "tensorflow":
@@ -55,23 +61,18 @@ def deterministic():
     _ASKED["deterministic"] = True
 
 
-def summary(here):
-    """One line that tells where a number comes from, from `describe()` or from a record."""
-    when = f" · {here['date'][:10]}" if "epochs" in here else ""
-    cores = f"{here['cores']} core{'s' * (here['cores'] != 1)}"
-    return f"{here['device']} · {cores} · Keras {here['versions']['keras']} on {here['backend']}" + when
-
-
 def describe():
-    """Dict: device, cores, backend, versions, python, deterministic (whether that was asked for), date (UTC), commit
-    ("unknown" outside a git checkout)."""
+    """Describe this machine and its software: a dict of JSON types, as it stands in a record.
+
+    Its entries are device, cores, backend, versions, python, deterministic (whether it was asked for),
+    date (UTC) and commit.
+    """
+    versions = {name: _version(name) for name in ("keras", "tensorflow", "jax", "torch", "numpy")}
     return {
         "device": gpu() or processor(),
         "cores": available_cores(),
         "backend": keras.config.backend(),
-        "versions": {
-            name: version for name in ("keras", "tensorflow", "jax", "torch", "numpy") if (version := _version(name))
-        },
+        "versions": {name: version for name, version in versions.items() if version},
         "python": platform.python_version(),
         **_ASKED,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -79,31 +80,35 @@ def describe():
     }
 
 
+def summary(here):
+    """Format the dict of `describe`, or a record, as one line; a record's line ends with its date."""
+    date = f" · {here['date'][:10]}" if "epochs" in here else ""
+    cores = f"{here['cores']} core" + ("s" if here["cores"] != 1 else "")
+    return f"{here['device']} · {cores} · Keras {here['versions']['keras']} on {here['backend']}" + date
+
+
 @functools.cache
 def processor():
-    """Processor's name, "CPU" if the system does not tell."""
-    name = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
-    if name is None and platform.system() == "Darwin":
-        return (
-            subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout.strip()
-            or "CPU"
-        )
-    return f"CPU {name.group(1).strip()}" if name else f"CPU {platform.processor()}".strip()
+    """Name of the processor, "CPU …"; just "CPU" if the system does not tell it."""
+    found = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
+    if found:
+        return f"CPU {found.group(1).strip()}"
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "CPU"
+    return f"CPU {platform.processor()}".strip()
 
 
 @functools.cache
 def gpu():
-    """Name of the first GPU that the backend trains on, None if it trains on the CPU."""
+    """Name of the first GPU that the backend uses, "GPU …"; None if it computes on the CPU."""
     backend = keras.config.backend()
     if backend == "tensorflow":
-        import tensorflow as tf  # the device list is the backend's own
+        import tensorflow as tf
 
         found = tf.config.list_physical_devices("GPU")
-        return (
-            f"GPU {tf.config.experimental.get_device_details(found[0]).get('device_name', '')}".strip()
-            if found
-            else None
-        )
+        name = tf.config.experimental.get_device_details(found[0]).get("device_name", "") if found else ""
+        return f"GPU {name}".strip() if found else None
     if backend == "jax":
         import jax
 
@@ -116,17 +121,19 @@ def gpu():
 
 
 def has_bfloat16():
-    """Whether bfloat16 is faster here: AVX-512, AMX or Arm with bf16, or an NVIDIA GPU from Ampere on."""
+    """Whether bfloat16 is faster than float32 here.
+
+    It is with AVX-512, AMX or Arm instructions for bfloat16, or on an NVIDIA GPU from Ampere on. On a
+    CPU only TensorFlow uses these instructions: JAX emulates bfloat16, which is slower than float32.
+    """
+    backend = keras.config.backend()
     if gpu() is None:
-        # JAX on a CPU emulates bfloat16: slower than float32 whatever the processor has.
-        return keras.config.backend() == "tensorflow" and bool(
-            re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", _cpuinfo())
-        )
-    if keras.config.backend() == "torch":
+        return backend == "tensorflow" and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", _cpuinfo()))
+    if backend == "torch":
         import torch
 
         return torch.cuda.get_device_capability()[0] >= 8
-    if keras.config.backend() == "jax":
+    if backend == "jax":
         import jax
 
         return float(getattr(jax.devices()[0], "compute_capability", "0")) >= 8
@@ -137,7 +144,11 @@ def has_bfloat16():
 
 
 def precision(wanted):
-    """The Keras dtype policy for "float32", "mixed_bfloat16", or "auto": the second where it is faster here."""
+    """Keras dtype policy for a recipe's precision.
+
+    Args:
+        wanted: "float32", "mixed_bfloat16", or "auto": mixed_bfloat16 if bfloat16 is faster here.
+    """
     if wanted == "auto":
         return "mixed_bfloat16" if has_bfloat16() else "float32"
     return wanted
@@ -145,13 +156,27 @@ def precision(wanted):
 
 @functools.cache
 def commit():
-    """Short hash of the checked-out commit, with "+" where tracked files differ from it; "unknown" without git."""
-    try:
-        run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
-        changed = run(["git", "status", "--porcelain", "--untracked-files=no", "--", "fcnn_utils"]).stdout.strip()
-        return run(["git", "rev-parse", "--short=10", "HEAD"]).stdout.strip() + ("+" if changed else "")
-    except (OSError, subprocess.SubprocessError):
+    """Short hash of the course's commit, with "+" if tracked files of the package differ from it.
+
+    Returns:
+        "unknown" if the course's folder (`paths.root`) is not itself the top of a git work tree.
+        The commit of a repository that merely encloses the environment says nothing about the course.
+    """
+    folder = paths.root()
+    if folder is None:
         return "unknown"
+    try:
+        if not Path(_git(folder, "rev-parse", "--show-toplevel")).samefile(folder):
+            return "unknown"
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", "fcnn_utils")
+        return _git(folder, "rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):  # no git, or no repository
+        return "unknown"
+
+
+def _git(folder, *arguments):
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 @functools.cache

@@ -1,8 +1,8 @@
-"""What training costs on the clock: a step taken apart, and how its time grows with batch, width and image size.
+"""Time of training: where a step's time goes, and how it grows with batch size, width and image size.
 
-All of it is measured in turn, so that a change of the machine's pace meets all alike, on a machine that should be doing
-nothing else: `background_load` is the share of the processor that other programs took meanwhile. Of the rounds the shortest
-counts, as for the peaks of `speed`: whatever disturbs a measurement, also from outside a virtual machine, lengthens it.
+Everything is measured in turn, so that a change of the machine's speed affects all measurements alike. The shortest
+round counts, because every disturbance lengthens a measurement. Nothing else should run meanwhile: `background_load`
+is the share of the processor that other programs took.
 """
 
 import keras
@@ -18,85 +18,56 @@ PARTS = ["input", "forward", "backward", "normalisation", "loop"]
 
 
 def bare(model):
-    """A copy of `model` without its batch normalisations and ReLUs: what its convolutions cost alone."""
-    left_out = [
+    """Copy a model without its batch normalisations and ReLUs: what remains are the convolutions."""
+    removed = [
         layer
         for layer in model.layers
         if isinstance(layer, (layers.BatchNormalization, layers.ReLU))
         or (isinstance(layer, layers.Activation) and layer.activation is keras.activations.relu)
     ]
-    return keras_graph.rebuild(model, {id(layer): [] for layer in left_out})
+    return keras_graph.rebuild(model, {id(layer): [] for layer in removed})
 
 
-def step_parts(networks, split, recipe, scale, rounds=3):
-    """Where the time of a training goes, for several networks in turn, each in the precision that it has.
+def step_parts(models, split, recipe, scale, rounds=3):
+    """Split the time of a training into parts, for several networks in turn.
 
-    Five things are timed on the same images: the training as `training.train` does it; its steps on batches that lie
-    ready; the steps of the bare network (`bare`); the forward pass of that; and the preparation of the batches. The
-    columns, all times the shortest, in ms an image:
+    All times are the shortest, in ms per image:
 
         images_per_second  of the whole training
-        ms                 of the whole training, of which
-        input              images scaled, mirrored and moved
+        ms                 time of the whole training, the sum of the five parts:
+        input              scaling, mirroring and shifting the images
         forward            the convolutions
-        backward           the convolutions, with the update of all weights
+        backward           the convolutions, and the update of all weights
         normalisation      batch normalisations and ReLUs, forward and backward
-        loop               the rest, everything around the steps (by noise it may come out below 0)
-        macs               of an image, forward
-        macs_per_second    in training, counted as three times those
-        background_load         see the module
+        loop               everything around the steps; noise can make it negative
+        macs               per image, forward
+        macs_per_second    of the training, counted as three times the forward MACs
+        background_load    see the module
 
-    The first layer passes no gradient on, and takes less than three times its MACs: it is counted as if it did.
+    The first layer passes no gradient on, so it needs less than three times its MACs; it is counted as if it did.
 
     Args:
-        networks: dict name -> built keras.Model. They are compiled and trained here.
-        split: `data.Split`, some batches' worth of images.
-        recipe: `recipes.Recipe`, whose batches, augmentation and optimizer count.
+        models: dict name -> built keras.Model, each with the dtype that it trains in. They are compiled and trained.
+        split: `data.Split`, the images of some batches.
+        recipe: `recipes.Recipe`, of which batch size, augmentation and optimizer matter.
         scale: from `augmentation.channel_statistics`.
-        rounds: how often everything is measured; a round before these does not count.
+        rounds: number of rounds that count, from 1 to 1000, after one that does not.
 
     Returns:
         DataFrame with these columns, indexed by network.
 
     Raises:
-        ValueError: fewer images than a batch, or `rounds` is not from 1 to 1000.
+        ValueError: if there are fewer images than a batch, or `rounds` is out of range.
     """
     check_number("rounds", rounds, int, 1, 1000)
-    steps = len(split) // recipe.batch_size
-    if not steps:
-        raise ValueError(f"batch_size must be at most {len(split)}, the images; got {recipe.batch_size}")
-    classes = next(iter(networks.values())).output_shape[-1]
-    ready = list(augmentation.batches(split, recipe, 0, scale, classes))
-
-    def on_ready(call):
-        def work():
-            for batch in ready:
-                call(*batch)
-            return steps * recipe.batch_size
-
-        return work
-
-    def whole(model):
-        training.fit_epoch(model, augmentation.batches(split, recipe, 0, scale, classes), steps)
-        return steps * recipe.batch_size
-
-    def input_alone():
-        return sum(len(images) for images, _ in augmentation.batches(split, recipe, 0, scale, classes))
-
-    works = {("input", ""): input_alone}
-    for name, model in networks.items():
-        stripped = bare(model)
-        for one in (model, stripped):
-            training.compile_model(one, recipe, steps)
-        works["whole", name] = lambda model=model: whole(model)
-        works["step", name] = on_ready(model.train_on_batch)
-        works["bare", name] = on_ready(stripped.train_on_batch)
-        works["forward", name] = on_ready(lambda images, _, stripped=stripped: stripped.predict_on_batch(images))
+    if len(split) < recipe.batch_size:
+        raise ValueError(f"batch_size must be at most {len(split)}, the number of images; got {recipe.batch_size}")
+    works = _training_works(models, split, recipe, scale)
     load = benchmark.BackgroundLoad()
-    ms = 1e3 / benchmark.alternate(works, rounds).max()  # an image
-    others = round(load.share(), 3)
+    ms = 1e3 / benchmark.alternate(works, rounds).max()
+    load = round(load.share(), 3)
     rows = {}
-    for name, model in networks.items():
+    for name, model in models.items():
         macs = cost.total_costs(model)["macs"]
         rows[name] = {
             "images_per_second": 1e3 / ms["whole", name],
@@ -108,37 +79,37 @@ def step_parts(networks, split, recipe, scale, rounds=3):
             "loop": ms["whole", name] - ms["step", name] - ms["input", ""],
             "macs": macs,
             "macs_per_second": 3e3 * macs / ms["whole", name],
-            "background_load": others,
+            "background_load": load,
         }
     return pd.DataFrame(rows).T
 
 
 def growth(points, recipe, rounds=3):
-    """Time of a training step for an image, at points where one of batch, width and image size varies.
+    """Measure the time of a training step at points that differ in batch size, width or image size.
 
     Args:
-        points: list of (model, varied, value): a name that `networks.build` knows; "batch", "width" or "size"
-            (pixels of a side); and its value. The others stay: the recipe's batch, width 1, 32 pixels.
-        recipe: its optimizer and precision count, and its batch size where another thing varies.
-        rounds: how often each point is measured; a round before these does not count.
+        points: list of (model, varied, value): a name for `networks.build`; "batch", "width" or "size" (pixels per
+            side); and its value. What does not vary is the recipe's batch size, width 1, and 32 pixels.
+        recipe: `recipes.Recipe`, of which optimizer, precision and batch size matter.
+        rounds: number of rounds that count, after one that does not.
 
     Returns:
-        DataFrame, a row a point, with model, varied, value, macs (an image, forward), ms (an image, the shortest) and
-        background_load.
+        DataFrame with model, varied, value, macs (per image, forward), ms (per image, the shortest) and
+        background_load, one row per point.
 
     Raises:
-        ValueError: another thing is said to vary, or a point is there twice.
+        ValueError: if something else varies, or a point occurs twice.
     """
     dtype, works, rows = environment.precision(recipe.precision), {}, []
     for name, varied, value in points:
         check_choice("what varies", varied, ("batch", "width", "size"))
         if (name, varied, value) in works:
-            raise ValueError(f"each point must be there once; {name}, {varied} {value} is there twice")
+            raise ValueError(f"points must differ; {name}, {varied} {value} occurs twice")
         setting = {"batch": recipe.batch_size, "width": 1.0, "size": 32} | {varied: value}
         shape = (setting["size"], setting["size"], 3)
         model = networks.build(name, shape, width=setting["width"], dtype=dtype)
         training.compile_model(model, recipe, 1)
-        works[name, varied, value] = _steps(model, setting["batch"], shape)
+        works[name, varied, value] = _random_steps(model, setting["batch"], shape)
         rows.append((name, varied, value, cost.total_costs(model)["macs"]))
     load = benchmark.BackgroundLoad()
     ms = 1e3 / benchmark.alternate(works, rounds).max()
@@ -147,31 +118,59 @@ def growth(points, recipe, rounds=3):
 
 
 def exponents(table):
-    """How `growth`'s times and MACs grow: the exponent p of value^p, fitted over all points, both axes logarithmic.
+    """Fit how the times and MACs of `growth` grow: the exponent p of value^p, by least squares on log–log axes.
 
     Returns:
-        DataFrame indexed by (model, varied), with the exponents of time and macs.
+        DataFrame indexed by (model, varied), with the columns time and macs.
     """
     rows = {}
     for key, points in table.groupby(["model", "varied"], sort=False):
-        values = np.log(points["value"].to_numpy(float))
-        rows[key] = {
-            column: np.polyfit(values, np.log(points[name].to_numpy(float)), 1)[0]
-            for column, name in (("time", "ms"), ("macs", "macs"))
-        }
+        logs = np.log(points[["value", "ms", "macs"]].to_numpy(float))
+        rows[key] = dict(zip(("time", "macs"), np.polyfit(logs[:, 0], logs[:, 1:], 1)[0], strict=True))
     return pd.DataFrame(rows).T.rename_axis(["model", "varied"])
 
 
-def _steps(model, batch, shape):
-    """Work for `benchmark.alternate`: training steps on random images, at least 16 images' worth."""
+def _training_works(models, split, recipe, scale):
+    """Return what `step_parts` times, for `benchmark.alternate`: (part, network) -> function that does it."""
+    steps = len(split) // recipe.batch_size
+    classes = next(iter(models.values())).output_shape[-1]
+
+    def batches():
+        return augmentation.batches(split, recipe, 0, scale, classes)
+
+    def whole(model):
+        training.fit_epoch(model, batches(), steps)
+        return steps * recipe.batch_size
+
+    ready = list(batches())
+
+    def on_ready(call):
+        for images, labels in ready:
+            call(images, labels)
+        return steps * recipe.batch_size
+
+    works = {("input", ""): lambda: sum(len(images) for images, _ in batches())}
+    for name, model in models.items():
+        stripped = bare(model)
+        for each in (model, stripped):
+            training.compile_model(each, recipe, steps)
+        works["whole", name] = lambda model=model: whole(model)
+        works["step", name] = lambda model=model: on_ready(model.train_on_batch)
+        works["bare", name] = lambda model=stripped: on_ready(model.train_on_batch)
+        works["forward", name] = lambda model=stripped: on_ready(lambda images, _: model.predict_on_batch(images))
+    return works
+
+
+def _random_steps(model, batch, shape):
+    """Return a function that trains on random images, at least 16 of them, and returns their number."""
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, *shape)).astype("float32")
-    classes = model.output_shape[-1]
+    classes, steps = model.output_shape[-1], max(1, 16 // batch)
     labels = np.eye(classes, dtype="float32")[rng.integers(0, classes, batch)]
 
     def work():
-        for _ in range(count := max(1, 16 // batch)):
+        for _ in range(steps):
             model.train_on_batch(images, labels)
-        return count * batch
+        return steps * batch
 
     return work

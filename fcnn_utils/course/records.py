@@ -1,137 +1,102 @@
-"""Run records: one JSON file a run, and where every file of a run goes.
+"""Run records: one JSON file per training run. Keeps other measurements, too.
 
-A record is a plain dict. Its path says what it is: `results/DATASET/MODEL/RECIPE/seedN.json`.
-Records are looked for in two folders: `output()/results`, where new ones are written, and the `results/`
-of the project, whose records stand behind the published numbers. Nothing here knows Keras.
-
-Every file is written whole: to a temporary name in the same folder first, then renamed.
+A record is a dict of JSON types. Its path names the run: `results/DATASET/MODEL/RECIPE/seedN.json`.
+`experiments` writes records and documents their entries. New records go to `results/` in the output
+folder. They are looked for there, and then in `results/` of the course, whose records are those
+behind the published numbers. This module does not use Keras.
 """
 
 import json
-import os
 from pathlib import Path
 
 import pandas as pd
 
 from fcnn_utils._files import write_atomic
+from fcnn_utils.course import paths
 
-ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = 1
-_NEEDED = ("schema", "dataset", "model", "recipe", "seed", "status", "epochs")
-
-
-def output():
-    """The folder this process writes to: `$FCNN_OUTPUT`, else `build/explore` of the project."""
-    return Path(os.environ.get("FCNN_OUTPUT") or ROOT / "build" / "explore")
-
-
-def shown(path):
-    """`path` as a person reads it: relative to the project where it lies inside."""
-    path = Path(path).resolve()
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+_REQUIRED = ("schema", "dataset", "model", "recipe", "seed", "status", "epochs")
+_RENAMED = {"others_cpu": "background_load"}  # key in files of the first edition -> key now
+_TEST_COLUMNS = ("top1", "top5", "loss")
+_COLUMNS = [
+    "dataset",
+    "model",
+    "recipe",
+    "seed",
+    "status",
+    "epochs",
+    *_TEST_COLUMNS,
+    "params",
+    "macs",
+    "path",
+    "record",
+]
 
 
 def path_of(dataset, model, recipe, seed, folder=None):
-    """Path of a run's record: `FOLDER/DATASET/MODEL/RECIPE/seedN.json` (FOLDER: `output()/results`).
+    """Path of a complete run's record: `FOLDER/DATASET/MODEL/RECIPE/seedN.json`.
 
-    A run that is not complete has its record beside it, as `seedN.partial.json`.
+    The record of a run that is not complete lies beside it, as `seedN.partial.json`.
+
+    Args:
+        dataset, model, recipe: names.
+        seed: whole number.
+        folder: default: `results` in the output folder.
     """
-    return Path(folder or output() / "results") / dataset / model / recipe / f"seed{seed}.json"
+    return Path(folder or paths.output() / "results") / dataset / model / recipe / f"seed{seed}.json"
+
+
+def folders():
+    """Folders in which records are looked for, the nearest first: a list of paths."""
+    places = [place / "results" for place in (paths.output(), paths.root()) if place]
+    return list(dict.fromkeys(places))
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
 
 
 def write(record, folder=None):
-    """Write `record` to the path its own entries name (`path_of`); returns the path.
+    """Write `record` to the path that its own entries name (see `path_of`); return the path.
 
     Raises:
-        ValueError: the file cannot be written.
+        ValueError: if the record holds a number that is not finite, or the file cannot be written.
     """
     path = path_of(record["dataset"], record["model"], record["recipe"]["name"], record["seed"], folder)
-    if record["status"] != "complete":  # never over a complete one
+    if record["status"] != "complete":  # must not replace a complete record
         path = path.with_suffix(".partial.json")
-    write_atomic(path, json.dumps({"schema": SCHEMA, **record}, indent=1, allow_nan=False) + "\n")
+    _write_json(path, {"schema": SCHEMA, **record})
     return path
 
 
 def read(path):
-    """The record in the file `path`.
+    """Read the record in the file `path`.
 
     Raises:
-        ValueError: not a record: damaged, or of an unknown schema. Names the file.
+        ValueError: if the file is missing, damaged or of another schema; the message names it.
     """
     try:
-        record = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{shown(path)} is not a readable record ({error}); delete it and train again") from None
-    missing = [key for key in _NEEDED if key not in record] if isinstance(record, dict) else _NEEDED
-    if missing or record["schema"] != SCHEMA:
-        raise ValueError(f"{shown(path)} is not a record of schema {SCHEMA}; delete it and train again")
+        record = parse(Path(path).read_text())
+    except (OSError, ValueError) as error:  # text that is not UTF-8, or not JSON, is a ValueError
+        raise ValueError(f"{paths.shown(path)} is not a readable record ({error}); delete it and train again") from None
+    if not isinstance(record, dict) or any(key not in record for key in _REQUIRED) or record["schema"] != SCHEMA:
+        raise ValueError(f"{paths.shown(path)} is not a record of schema {SCHEMA}; delete it and train again")
     return record
 
 
-def folders():
-    """Where records are looked for, the nearest first."""
-    return list(dict.fromkeys([output() / "results", ROOT / "results"]))
+def parse(text):
+    """Parse the JSON of a record or a measurement. Keys of the first edition get today's names.
 
-
-def save(name, content):
-    """Keep something measured that is not a run, as `output()/results/NAME.json`; returns the path.
-
-    Args:
-        name: of the file, without its ending.
-        content: dict of JSON types.
+    They are renamed in every nested dict, and in the column list of a data frame that pandas wrote
+    with orient="split".
 
     Raises:
-        ValueError: the file cannot be written.
+        ValueError: if `text` is not JSON.
     """
-    path = output() / "results" / f"{name}.json"
-    write_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    return path
-
-
-def load(name):
-    """(content, path) of the nearest `NAME.json` that `save` wrote, or (None, None).
-
-    A damaged file is named on standard output and skipped.
-    """
-    for folder in folders():
-        path = folder / f"{name}.json"
-        if path.exists():
-            try:
-                return json.loads(path.read_text()), path
-            except ValueError as error:
-                print(f"skipped: {shown(path)} is not readable ({error}); delete it and measure again")
-    return None, None
-
-
-def cached(name, compute, settings=None, recompute=False):
-    """What `compute()` gave, read from a file; computed and kept where there is none.
-
-    Args:
-        name: of the file, without its ending, as for `save`; the nearest is read.
-        compute: function without arguments that returns a dict of JSON types.
-        settings: dict of what the result depends on, kept with it as its entry "settings".
-        recompute: compute though there is a file.
-
-    Returns:
-        The dict as it is when it is read, with lists for tuples, and its entry "settings".
-
-    Raises:
-        ValueError: what is there was computed with other settings, or the file cannot be written.
-    """
-    settings = settings or {}
-    content, path = (None, None) if recompute else load(name)
-    if content is None:
-        save(name, compute() | {"settings": settings})
-        content, path = load(name)  # as it is when it is read: lists for tuples, words for the keys
-    kept = content.get("settings", {})
-    differs = [key for key in kept | settings if kept.get(key) != settings.get(key)]
-    if differs:
-        raise ValueError(f"{shown(path)} was computed with another {', '.join(differs)}; compute it anew to replace it")
-    return content
+    return json.loads(text, object_hook=_with_current_keys)
 
 
 def lookup(dataset, model, recipe, seed):
-    """(record, path) of the nearest complete run with these names, or (None, None)."""
+    """(record, path) of the nearest complete run with these names; (None, None) if there is none."""
     for folder in folders():
         path = path_of(dataset, model, recipe, seed, folder)
         record = _read_or_report(path) if path.exists() else None
@@ -141,58 +106,117 @@ def lookup(dataset, model, recipe, seed):
 
 
 def find(dataset=None, model=None, recipe=None, seed=None, status="complete", where=None):
-    """Data frame of the runs that match, one row each, sorted; the column `record` holds the whole record.
+    """Find all runs that match.
 
-    A damaged file is named on standard output and skipped.
+    Damaged files are skipped; a line on standard output names each.
 
     Args:
-        dataset: runs on the data set of this name only.
-        model: runs of the network of this name only.
-        recipe: runs by the recipe of this name only.
-        seed: runs of this seed only.
-        status: "complete", "running", "diverged", or None for all.
-        where: folders to look in (default: `folders()`); of two runs with one name the nearer folder's counts.
+        dataset, model, recipe: names that must match; None matches every one.
+        seed: seed that must match; None matches every one.
+        status: "complete", "running", "diverged", or None for every one.
+        where: folders to search (default: `folders()`). If two folders have a record of the same
+            run, the one in the earlier folder counts.
+
+    Returns:
+        DataFrame with one row per run, sorted. `loss`, `top1` and `top5` are those on the test images,
+        `epochs` is the number of epochs, and `record` is the whole record.
     """
     rows = {}
     for folder in where or folders():
         for path in sorted(Path(folder).glob("*/*/*/seed*.json")):
-            name = path.relative_to(folder)
-            record = _read_or_report(path) if name not in rows else None
+            run = path.relative_to(folder)
+            record = _read_or_report(path) if run not in rows else None
             if record:
-                rows[name] = _row(record, path)
+                rows[run] = _row(record, path)
     frame = pd.DataFrame(rows.values(), columns=_COLUMNS)
-    for column, value in [
-        ("dataset", dataset),
-        ("model", model),
-        ("recipe", recipe),
-        ("seed", seed),
-        ("status", status),
-    ]:
+    wanted = {"dataset": dataset, "model": model, "recipe": recipe, "seed": seed, "status": status}
+    for column, value in wanted.items():
         frame = frame if value is None else frame[frame[column] == value]
     return frame.sort_values(["dataset", "model", "recipe", "seed"], ignore_index=True)
 
 
-_COLUMNS = [
-    "dataset",
-    "model",
-    "recipe",
-    "seed",
-    "status",
-    "epochs",
-    "top1",
-    "top5",
-    "loss",
-    "params",
-    "macs",
-    "path",
-    "record",
-]
+# --- other measurements ------------------------------------------------------------------------------------------
+
+
+def save(name, content):
+    """Write a measurement that is not a run to `results/NAME.json` in the output folder; return the path.
+
+    Args:
+        name: name of the file, without its ending.
+        content: dict of JSON types.
+
+    Raises:
+        ValueError: if a number is not finite, or the file cannot be written.
+    """
+    path = paths.output() / "results" / f"{name}.json"
+    _write_json(path, content)
+    return path
+
+
+def load(name):
+    """(content, path) of the nearest `NAME.json` that `save` wrote; (None, None) if there is none.
+
+    Damaged files are skipped; a line on standard output names each.
+    """
+    for folder in folders():
+        path = folder / f"{name}.json"
+        if path.exists():
+            try:
+                return parse(path.read_text()), path
+            except ValueError as error:
+                print(f"skipped: {paths.shown(path)} is not readable ({error}); delete it and measure again")
+    return None, None
+
+
+def cached(name, compute, settings=None, recompute=False):
+    """Read the result of `compute()` from a file. If there is no file, compute it and write the file.
+
+    Args:
+        name: name of the file, without its ending; the nearest one is read, as by `load`.
+        compute: function without arguments that returns a dict of JSON types.
+        settings: dict of everything that the result depends on; kept in the file as "settings".
+        recompute: compute even if there is a file, and replace it.
+
+    Returns:
+        dict, with "settings"; always as it is read from the file, so tuples are lists.
+
+    Raises:
+        ValueError: if the file was computed with other settings, or cannot be written.
+    """
+    settings = settings or {}
+    content, path = (None, None) if recompute else load(name)
+    if content is None:
+        save(name, compute() | {"settings": settings})
+        content, path = load(name)  # from the file, so that all calls return the same types
+    kept = content.get("settings", {})
+    differing = [key for key in kept | settings if kept.get(key) != settings.get(key)]
+    if differing:
+        raise ValueError(
+            f"{paths.shown(path)} was computed with another {', '.join(differing)}; compute it anew to replace it"
+        )
+    return content
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+
+def _write_json(path, content):
+    write_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _with_current_keys(content):
+    content = {_RENAMED.get(key, key): value for key, value in content.items()}
+    if isinstance(content.get("columns"), list):
+        content["columns"] = [
+            _RENAMED.get(name, name) if isinstance(name, str) else name for name in content["columns"]
+        ]
+    return content
 
 
 def _row(record, path):
     test = record.get("test") or {}
-    values = {key: record.get(key) for key in _COLUMNS} | {key: test.get(key) for key in ("top1", "top5", "loss")}
-    return values | {
+    row = {column: record.get(column) for column in _COLUMNS} | {column: test.get(column) for column in _TEST_COLUMNS}
+    return row | {
         "recipe": record["recipe"]["name"],
         "epochs": len(record["epochs"]),
         "path": str(path),
@@ -206,3 +230,7 @@ def _read_or_report(path):
     except ValueError as error:
         print(f"skipped: {error}")
         return None
+
+
+ROOT = paths.root()  # temporary, until all callers use `paths`
+output, shown = paths.output, paths.shown

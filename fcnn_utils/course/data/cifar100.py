@@ -1,100 +1,138 @@
-"""CIFAR-100's files (Krizhevsky 2009): where they are, what is in them, and how to get them.
+"""Find, download and read the files of CIFAR-100 (Krizhevsky 2009).
 
-The official batches are pickles. A pickle can name any function, and loading it would call that; so these are loaded
-by an unpickler that builds NumPy arrays and nothing else.
+The official batches are pickles. A pickle can name any function, and loading it calls that function. Therefore the
+batches are read by an unpickler that builds NumPy arrays and nothing else.
 """
 
 import os
 import pickle
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from fcnn_utils.course.data.download import Unavailable, fetch
 
-_WAY_OUT = "to go on without it, choose the stand-in (--dataset standin)"
+_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+_CHECKSUM = "sha256:85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7"  # as in keras.datasets
+_ADVICE = "to continue without it, choose the stand-in (--dataset standin)"
 
 
 def find():
-    """Folder with CIFAR-100's extracted batches (`train`, `test`, `meta`), None if there is none.
+    """Return the folder with the extracted batches (`train`, `test`, `meta`), None if there is none.
 
-    Looked for in `$FCNN_DATA_DIR`, Keras's data folder and `./data`, and in their usual subfolders.
+    The folders searched are `$FCNN_DATA_DIR`, Keras's data folder and `./data`, and their usual subfolders.
 
     Raises:
-        Unavailable: `$FCNN_DATA_DIR` is set, and the batches are in none of these.
+        Unavailable: if `$FCNN_DATA_DIR` is set and none of these folders has the batches.
     """
-    keras_home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
-    roots = [Path(chosen)] if (chosen := os.environ.get("FCNN_DATA_DIR")) else []
-    for root in [*roots, keras_home / "datasets", Path("data")]:
+    chosen = os.environ.get("FCNN_DATA_DIR")
+    for root in [*([Path(chosen)] if chosen else []), _keras_datasets(), Path("data")]:
         for folder in (root, root / "cifar-100-python", root / "cifar-100-python-target" / "cifar-100-python"):
-            if all(os.path.isfile(folder / part) for part in ("train", "test", "meta")):  # False if it may not be read
+            if all(os.path.isfile(folder / part) for part in ("train", "test", "meta")):  # False if unreadable
                 return folder
-    if roots:
+    if chosen:
         raise Unavailable(
-            f"FCNN_DATA_DIR is {chosen!r}, but CIFAR-100's files train, test and meta are not there; {_WAY_OUT}"
+            f"FCNN_DATA_DIR is {chosen!r}, but CIFAR-100's files train, test and meta are not there; {_ADVICE}"
         )
     return None
 
 
-def read(folder):
-    """The official batches in `folder`.
-
-    Returns:
-        ((training, testing), fine names, coarse names), each of the first two as from `read_batch`.
+def download():
+    """Download and unpack CIFAR-100 (169 MB) to the place where Keras keeps it, and return its folder.
 
     Raises:
-        ValueError: a file is damaged, or holds anything but a batch of CIFAR-100; says which and what to do.
+        Unavailable: if the download fails; the message gives the reason.
+    """
+    archive = _keras_datasets() / "cifar-100-python-target_archive"  # Keras's name: neither downloads it twice
+    fetch("CIFAR-100 (169 MB)", _URL, _CHECKSUM, archive, _ADVICE, _unpack)
+    return find()
+
+
+def _keras_datasets():
+    return Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "datasets"
+
+
+def _unpack(archive, action, pup):
+    """Unpack to a temporary folder, then rename: an interrupted run leaves no truncated batch in place."""
+    import pooch  # slow to import; see `download.fetch`
+
+    target = _keras_datasets() / "cifar-100-python-target" / "cifar-100-python"
+    with tempfile.TemporaryDirectory(dir=_keras_datasets()) as folder:
+        pooch.Untar(extract_dir=folder)(archive, action, pup)
+        shutil.rmtree(target, ignore_errors=True)  # incomplete: otherwise `find` would have returned it
+        target.parent.mkdir(exist_ok=True)
+        os.replace(Path(folder, target.name), target)
+
+
+def read(folder):
+    """Read the official batches in `folder`.
+
+    Returns:
+        ((training, testing), fine names, coarse names). `read_batch` describes the first two.
+
+    Raises:
+        ValueError: if a file is damaged or is not a file of CIFAR-100; the message says which, and what to do.
     """
     meta = _unpickle(folder / "meta")
-    fine_names = _names(meta, "fine_label_names", 100, folder)
-    coarse_names = _names(meta, "coarse_label_names", 20, folder)
+    fine_names = _names(meta, "fine_label_names", 100, folder / "meta")
+    coarse_names = _names(meta, "coarse_label_names", 20, folder / "meta")
     splits = read_batch(folder / "train", per_class=500), read_batch(folder / "test", per_class=100)
     return splits, fine_names, coarse_names
 
 
 def read_batch(path, per_class):
-    """Images and labels of one batch, a pickle whose `data` are (N, 3072) uint8, an image's channels in turn.
+    """Read the images and labels of one batch.
 
     Args:
-        path: of the file.
-        per_class: how many images of each of the 100 classes it must hold.
+        path: `Path` of a pickle whose `data` is (N, 3072) uint8: the red, green and blue planes of each image.
+        per_class: number of images that the batch must have of each of the 100 classes.
 
     Returns:
         images (N, 32, 32, 3) uint8, fine labels (N,), coarse labels (N,).
 
     Raises:
-        ValueError: the file cannot be read, is damaged, or is no such batch; says what is wrong and what to do.
+        ValueError: if the file cannot be read or is not such a batch; the message says why, and what to do.
     """
     batch = _unpickle(path)
     try:
-        rows, fine, coarse = batch["data"], _labels(batch["fine_labels"]), _labels(batch["coarse_labels"])
+        rows, fine, coarse = batch["data"], batch["fine_labels"], batch["coarse_labels"]
     except KeyError as error:
-        raise ValueError(f"{path} is not a batch of CIFAR-100: it has no {error}; {_replace(path)}") from None
+        raise _invalid(path, f"it has no {error}") from None
     if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != 3072:
-        raise ValueError(
-            f"{path} is not a batch of CIFAR-100: its data are not uint8 rows of 3072 values; {_replace(path)}"
-        )
-    for labels, count, what in ((fine, 100, "fine"), (coarse, 20, "coarse")):
-        if labels.shape != (len(rows),) or labels.dtype.kind not in "iu":
-            raise ValueError(f"{path}: {what} labels must be {len(rows)} whole numbers, one an image; {_replace(path)}")
-        if len(labels) and not (labels.min() >= 0 and labels.max() < count):
-            raise ValueError(
-                f"{path}: {what} labels must be between 0 and {count - 1}; "
-                f"found {labels.min()} to {labels.max()}; {_replace(path)}"
-            )
+        raise _invalid(path, "its data are not uint8 rows of 3072 values")
+    fine = _labels(path, "fine", fine, len(rows), 100)
+    coarse = _labels(path, "coarse", coarse, len(rows), 20)
     if (np.bincount(fine, minlength=100) != per_class).any():
-        raise ValueError(
-            f"{path} must hold {per_class} images of each of the 100 classes, and does not; {_replace(path)}"
-        )
-    images = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (N, 3072) -> (N, 32, 32, 3)
-    return images, fine, coarse
+        raise _invalid(path, f"it must have {per_class} images of each of the 100 classes")
+    return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), fine, coarse  # (N, 3072) -> (N, 32, 32, 3)
 
 
-def _labels(values):
+def _labels(path, kind, values, count, classes):
+    """Return labels as a (count,) array if they are whole numbers from 0 to classes − 1."""
     try:
-        return np.asarray(values)
-    except ValueError:  # lists among the labels
-        return np.empty(0)
+        labels = np.asarray(values)
+    except ValueError:  # nested lists of unequal lengths
+        labels = np.empty(0)
+    in_range = labels.dtype.kind in "iu" and ((labels >= 0) & (labels < classes)).all()
+    if labels.shape != (count,) or not in_range:
+        raise _invalid(path, f"its {kind} labels must be {count} whole numbers from 0 to {classes - 1}, one per image")
+    return labels
+
+
+def _names(meta, key, count, path):
+    names = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in meta.get(key, ()))
+    if len(names) != count:
+        raise _invalid(path, f"it must have {count} {key}; it has {len(names)}")
+    return names
+
+
+def _invalid(path, reason):
+    return ValueError(
+        f"{path} is damaged or not a file of CIFAR-100: {reason}; delete {Path(path).parent} to download it again, "
+        "or choose the stand-in (--dataset standin)"
+    )
 
 
 def _unpickle(path):
@@ -103,42 +141,18 @@ def _unpickle(path):
             batch = _NumpyUnpickler(file, encoding="bytes").load()
         return {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}; {_WAY_OUT}") from None
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"{path} is damaged or not a batch of CIFAR-100 ({error}); {_replace(path)}") from None
+        raise ValueError(f"{path} cannot be read: {error.strerror}; {_ADVICE}") from None
+    except Exception as error:  # a damaged pickle can raise almost anything
+        raise _invalid(path, error) from None
 
 
 class _NumpyUnpickler(pickle.Unpickler):
-    """Builds NumPy arrays and nothing else: a pickle can name any function, and loading it would call that."""
+    """Unpickler that builds NumPy arrays and refuses everything else before it runs."""
 
     allowed = {"numpy": {"ndarray", "dtype"}, "numpy._core.multiarray": {"_reconstruct"}}
 
     def find_class(self, module, name):
-        module = module.replace("numpy.core.", "numpy._core.")  # NumPy 1's name of the same module
+        module = module.replace("numpy.core.", "numpy._core.")  # the name of this module in NumPy 1
         if name not in self.allowed.get(module, ()):
-            raise pickle.UnpicklingError(
-                f"it names {module}.{name}, which no batch of CIFAR-100 does; nothing of it was run"
-            )
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which was not run; no batch of CIFAR-100 needs it")
         return super().find_class(module, name)
-
-
-def _replace(path):
-    return f"delete {Path(path).parent} and it is downloaded again, or choose the stand-in (--dataset standin)"
-
-
-def _names(meta, key, count, folder):
-    names = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in meta.get(key, ()))
-    if len(names) != count:
-        raise ValueError(f"{folder / 'meta'} must hold {count} {key}; found {len(names)}; {_replace(folder / 'meta')}")
-    return names
-
-
-def download():
-    """Download CIFAR-100 (169 MB) through Keras, and find it: the folder, as from `find`.
-
-    Raises:
-        Unavailable: it cannot be downloaded; says why.
-    """
-    folder = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
-    code = "from keras.datasets import cifar100; cifar100.load_data()"
-    return fetch("CIFAR-100", "169 MB", code, folder, "datasets/cifar-100*", _WAY_OUT, find)

@@ -1,69 +1,69 @@
-"""Downloads that have an end: in a process of their own, with a line every ten seconds and a limit."""
+"""Download a file with a progress bar, a time limit and a checksum. pooch does the work."""
 
+import math
 import os
-import subprocess
-import sys
 import time
 
-_SECONDS = 900
+from tqdm import tqdm
 
 
 class Unavailable(ValueError):
     """A data set is not on this machine and could not be downloaded."""
 
 
-def fetch(what, size, code, folder, pattern, way_out, find):
-    """Download `what` by the Python `code`, in a process of its own, so that the wait has an end.
+class _TimedProgressBar(tqdm):
+    """Progress bar that stops a download after `seconds`. pooch updates it after each kilobyte."""
+
+    def __init__(self, seconds, **options):
+        super().__init__(**options)
+        self.seconds, self.deadline = seconds, time.monotonic() + seconds
+
+    def __bool__(self):
+        return True  # tqdm's own value depends on the size, which pooch does not know yet
+
+    def update(self, n=1):
+        if time.monotonic() > self.deadline:
+            raise TimeoutError(f"it took longer than {self.seconds:g} s, the limit in FCNN_DOWNLOAD_SECONDS")
+        return super().update(n)
+
+
+def fetch(what, url, checksum, path, advice, processor=None):
+    """Download one file, verify its checksum, and only then give it its name.
+
+    pooch downloads to a temporary name and deletes that file if the checksum differs. Therefore the login page of a
+    network, or half a file, is never left under the name of the data set.
 
     Args:
         what: name of the data set, for the messages.
-        size: its size in words, for the messages.
-        code: a program; its connections give up after 20 s of silence.
-        folder: `Path` of where the program lays its files, whose sizes tell how far it is.
-        pattern: of those files' names, as in `Path.glob`.
-        way_out: what the user can do where the download fails; ends the messages.
-        find: a function that returns where the data set is, None where it is not.
-
-    Returns:
-        What `find` returns afterwards.
+        url: HTTP address of the file.
+        checksum: "md5:..." or "sha256:...".
+        path: `Path` of the file. If a file with this checksum is already there, it is used.
+        advice: what the user can do if the download fails, for the message.
+        processor: pooch processor that unpacks the file.
 
     Raises:
-        Unavailable: it took longer than `$FCNN_DOWNLOAD_SECONDS` (a quarter of an hour), or failed; says why.
-        ValueError: `$FCNN_DOWNLOAD_SECONDS` is not a number.
+        Unavailable: if the download fails, the server is silent for 20 seconds, or the download takes longer than
+            `$FCNN_DOWNLOAD_SECONDS` (default: 900).
+        ValueError: if `$FCNN_DOWNLOAD_SECONDS` is not a positive, finite number.
     """
-    limit = _limit()
-    print(f"{what} is not on this machine: downloading {size} to {folder}, at most {limit:.0f} s", flush=True)
-    child = subprocess.Popen(
-        [sys.executable, "-c", f"import socket; socket.setdefaulttimeout(20); {code}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    start = shown = time.monotonic()
+    import pooch  # takes as long as NumPy to import, and most calls find their files on the disk
+
+    seconds = _time_limit()
+    print(f"{what} is not on this machine: downloading it to {path.parent}, at most {seconds:g} s", flush=True)
     try:
-        while child.poll() is None and time.monotonic() - start < limit:
-            time.sleep(0.5)
-            if time.monotonic() - shown > 10:
-                shown = time.monotonic()
-                there = sum(file.stat().st_size for file in folder.glob(pattern) if file.is_file())
-                print(f"  {there / 1e6:.0f} MB after {shown - start:.0f} s", flush=True)
-        timed_out = child.poll() is None
-    finally:
-        child.kill()
-        child.wait()
-    if timed_out:
-        raise Unavailable(f"{what} was not downloaded within {limit:.0f} s; {way_out}")
-    if child.returncode or (found := find()) is None:
-        said = child.stderr.read().strip().splitlines() if child.returncode else []  # else it is no error's text
-        reason = (said or ["no reason given"])[-1]
-        raise Unavailable(f"{what} cannot be downloaded ({reason[:200]}); {way_out}")
-    return found
+        with _TimedProgressBar(seconds, unit="B", unit_scale=True, mininterval=1) as progress:
+            downloader = pooch.HTTPDownloader(progress, timeout=min(20, seconds))
+            pooch.retrieve(url, checksum, path.name, path.parent, processor, downloader)
+    except (OSError, ValueError) as error:  # connection, disk and time limit; checksum
+        raise Unavailable(f"{what} cannot be downloaded ({str(error)[:300]}); {advice}") from error
 
 
-def _limit():
-    """Seconds that a download may take: `$FCNN_DOWNLOAD_SECONDS`, else a quarter of an hour."""
-    text = os.environ.get("FCNN_DOWNLOAD_SECONDS") or str(_SECONDS)
+def _time_limit():
+    text = os.environ.get("FCNN_DOWNLOAD_SECONDS") or "900"
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
-        raise ValueError(f"FCNN_DOWNLOAD_SECONDS must be a number of seconds; got {text!r}") from None
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"FCNN_DOWNLOAD_SECONDS must be a positive, finite number of seconds; got {text!r}")
+    return seconds

@@ -1,16 +1,16 @@
-"""The stand-ins: generated images, learnable, for where the real ones are not: of CIFAR-100's shape (`generate`), and
-of PneumoniaMNIST's (`grey`).
+"""Generate stand-in images that a network can learn, for use where the real data sets are not available.
 
-100 classes in 20 superclasses, 32×32×3. A class is a texture (its superclass) and a glyph (one of five). The texture
-fills the image, from any position and as often bright as dark; three copies of the glyph lie on it, anywhere; there
-is noise over all, and a faint tint of the superclass. So a pixel alone tells little: a linear classifier finds the
-tint and no more, and a network must find small patterns wherever they are, and combine them.
+`generate` replaces CIFAR-100: 100 classes in 20 superclasses, 32×32×3. A superclass is a texture, and a class is
+one of five glyphs on that texture. The texture fills the image from a random position, light on dark or dark on light.
+Three copies of the glyph lie on it at random positions. Noise and a faint tint of the superclass are added. A single
+pixel therefore says little about the class: a linear classifier finds only the tint. A network must detect small
+patterns anywhere in the image and combine them.
 
-The grey one has two classes, 28×28×1, one image of the first to three of the second: bands like ribs, from any height,
-and spots on them, none or one in the first class, two to four in the second, all brighter or all darker than the rest;
-and the whole as bright as it happens to be.
+`grey` replaces PneumoniaMNIST: two classes in the ratio 1 to 3, 28×28×1. Each image has bands, like ribs, at a random
+height. The first class has at most one spot on them, the second class two to four. The spots of an image are all
+brighter or all darker than the bands, and the mean brightness is random.
 
-Whole numbers only, from a generator whose stream is frozen: the same bytes on every machine.
+All values are integers from a generator with a fixed algorithm, so the bytes are the same on every machine.
 """
 
 import numpy as np
@@ -23,7 +23,14 @@ _GLYPHS = (0b010111010, 0b101010101, 0b111101111, 0b111010010, 0b100110111)  # 3
 
 
 def generate(per_class, test_per_class):
-    """((images, fine, coarse) for training, the same for testing): (N, 32, 32, 3) uint8, (N,) labels."""
+    """Generate the stand-in for CIFAR-100.
+
+    Args:
+        per_class, test_per_class: numbers of training and test images of each class.
+
+    Returns:
+        [(images, fine, coarse) for training, the same for testing]: images (N, 32, 32, 3) uint8, labels (N,).
+    """
     random = np.random.RandomState(SEED)
     textures = _blocks(random.permutation(2**9 - 2)[:20] + 1, 3)  # (20, 9, 9) of 0 and 1
     glyphs = _blocks(_GLYPHS, 3)  # (5, 9, 9)
@@ -36,10 +43,13 @@ def generate(per_class, test_per_class):
 
 
 def grey(counts=((300, 900), (40, 120), (100, 300))):
-    """((images, labels) for training, for validation, for testing): (N, 28, 28, 1) uint8, (N,) labels.
+    """Generate the stand-in for PneumoniaMNIST.
 
     Args:
-        counts: images of the first and of the second class, for each of the three.
+        counts: numbers of images of the first and the second class, for training, validation and testing.
+
+    Returns:
+        [(images, labels) for each of `counts`]: images (N, 28, 28, 1) uint8, labels (N,).
     """
     random = np.random.RandomState(SEED)
     splits = []
@@ -50,9 +60,10 @@ def grey(counts=((300, 900), (40, 120), (100, 300))):
 
 
 def _draw_grey(labels, random):
+    """Draw an image for each label: (N,) -> (N, 28, 28, 1) uint8."""
     count, side = len(labels), np.arange(28)
     height, brightness = random.randint(0, 7, (count, 1)), random.randint(80, 160, (count, 1, 1))
-    bands = ((side + height) % 7 < 3)[:, :, None]  # (N, 28, 1): like ribs
+    bands = ((side + height) % 7 < 3)[:, :, None]  # (N, 28, 1)
     images = brightness + 24 * bands + np.zeros((count, 28, 28), int)
     sign = random.choice([-30, 30], (count, 1, 1))
     spots = np.where(labels == 0, random.randint(0, 2, count), random.randint(2, 5, count))
@@ -65,13 +76,13 @@ def _draw_grey(labels, random):
 
 
 def _draw(fine, textures, glyphs, tints, random):
-    """(N,) labels -> (N, 32, 32, 3) uint8 images of the stand-in."""
+    """Draw an image for each label: (N,) -> (N, 32, 32, 3) uint8."""
     count, side = len(fine), np.arange(32)
-    row, column = random.randint(0, 9, (2, count, 1)) + side  # a texture repeats every 9 pixels, from anywhere
+    row, column = random.randint(0, 9, (2, count, 1)) + side  # textures have period 9
     pattern = textures[fine[:, None, None] // 5, row[:, :, None] % 9, column[:, None, :] % 9]  # (N, 32, 32)
     sign = random.choice([-1, 1], (count, 1, 1))
     images = 128 + (sign * (2 * pattern - 1) * 36)[..., None] + tints[fine // 5][:, None, None, :]
-    for _ in range(3):  # three copies of the class's glyph, one colour each image
+    for _ in range(3):
         top, left = random.randint(0, 32 - 9, (2, count, 1, 1))
         inside = np.stack(np.broadcast_arrays(side[:, None] - top, side - left))  # (2, N, 32, 32)
         on = ((inside >= 0) & (inside < 9)).all(axis=0)
@@ -82,6 +93,6 @@ def _draw(fine, textures, glyphs, tints, random):
 
 
 def _blocks(codes, scale):
-    """3×3 patterns from the bits of `codes`, each cell `scale` pixels wide: (N, 3·scale, 3·scale) of 0 and 1."""
+    """Draw the 9 bits of each code as 3×3 cells of `scale` pixels: (N, 3·scale, 3·scale) of 0 and 1."""
     bits = (np.asarray(codes)[:, None] >> np.arange(8, -1, -1)) & 1
     return bits.reshape(-1, 3, 3).repeat(scale, axis=1).repeat(scale, axis=2)

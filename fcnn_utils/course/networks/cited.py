@@ -1,10 +1,9 @@
-"""Networks that the thesis cites, at CIFAR's size: wide residual networks, and one each in the style of Inception,
-of Xception, and of the layers of Wang et al.; and ResNet-18, which MedMNIST was published with.
+"""Networks that the thesis cites, at the image size of CIFAR-100, and ResNet-18, the baseline of MedMNIST.
 
-Each is a function of images (N, H, W, C), and of a `Maker` of its layers, to features (N, h, w, filters);
-`networks.build` puts global average pooling and a dense layer with a
-softmax behind them. The residual networks are as published; the others are too large for images of 32×32, so their
-blocks are the papers', and the numbers of them and of their filters are ours.
+Each network is a function from images (N, H, W, C) and a `Maker` of its layers to features (N, h, w, filters).
+`networks.build` adds global average pooling and a dense layer with softmax. The residual networks are as published.
+The others are too large for 32×32 images: their blocks are those of the papers, while the numbers of blocks and of
+filters are ours.
 """
 
 import dataclasses
@@ -17,56 +16,63 @@ from fcnn_utils import blocks
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """How the layers of a network are made: their dtype, what their kernels start from, a factor of their filters."""
+    """Shared settings of a network's layers: their dtype, the initializer of their kernels, a factor on their filters.
+
+    Every method applies one layer, or a layer with its batch normalisation. Convolutions use `same` padding and have
+    no bias, because a batch normalisation or an addition follows.
+    """
 
     dtype: str
     kernel_initializer: object
     width: float = 1.0
 
     def filters(self, count):
-        """`count` times the width, rounded, at least 1."""
+        """Return `count` times the width, rounded, at least 1."""
         return max(1, round(self.width * count))
 
     def conv(self, x, filters, size, name, strides=1):
-        """A size×size convolution (`size` may be a pair), `same`, without bias: a batch normalisation follows, or an
-        addition."""
+        """Apply a convolution; `size` is a number or a pair."""
         options = {"use_bias": False, "kernel_initializer": self.kernel_initializer, "dtype": self.dtype}
         return layers.Conv2D(self.filters(filters), size, strides=strides, padding="same", name=name, **options)(x)
 
     def separable(self, x, filters, name):
-        """A separable 3×3 convolution, `same`, without bias."""
+        """Apply a separable 3×3 convolution."""
         starts = {"depthwise_initializer": self.kernel_initializer, "pointwise_initializer": self.kernel_initializer}
         options = {"padding": "same", "use_bias": False, "dtype": self.dtype}
         return layers.SeparableConv2D(self.filters(filters), 3, name=name, **starts, **options)(x)
 
-    def norm(self, x, name, relu=True):
-        """A batch normalisation, NAME_bn, and a ReLU, NAME_relu, unless `relu` is False."""
-        x = layers.BatchNormalization(name=f"{name}_bn", dtype=self.dtype)(x)
-        return layers.Activation("relu", name=f"{name}_relu", dtype=self.dtype)(x) if relu else x
+    def relu(self, x, name):
+        """Apply a ReLU, named NAME_relu."""
+        return layers.Activation("relu", name=f"{name}_relu", dtype=self.dtype)(x)
 
-    def conv_norm(self, x, filters, size, name, strides=1):
-        """`conv`, and `norm` with its ReLU."""
-        return self.norm(self.conv(x, filters, size, name, strides), name)
+    def norm(self, x, name, relu=True):
+        """Apply a batch normalisation, named NAME_bn, and a ReLU unless `relu` is False."""
+        x = layers.BatchNormalization(name=f"{name}_bn", dtype=self.dtype)(x)
+        return self.relu(x, name) if relu else x
+
+    def conv_norm(self, x, filters, size, name, strides=1, relu=True):
+        """Apply `conv`, then `norm`."""
+        return self.norm(self.conv(x, filters, size, name, strides), name, relu)
 
     def pool(self, x, name, strides=2, average=False):
-        """Pooling over 3×3, `same`: the maximum, or the mean."""
+        """Apply 3×3 max pooling, or average pooling."""
         kind = layers.AveragePooling2D if average else layers.MaxPooling2D
         return kind(3, strides, padding="same", name=name, dtype=self.dtype)(x)
 
     def add(self, x, y, name):
-        """The sum of two tensors of one shape."""
+        """Add two tensors of the same shape."""
         return layers.Add(name=name, dtype=self.dtype)([x, y])
 
     def join(self, parts, name):
-        """The channels of all parts, one part after the other."""
+        """Concatenate tensors along their channels."""
         return layers.Concatenate(name=name, dtype=self.dtype)(parts)
 
 
 def wide_resnet(x, make, depth, width):
-    """WRN-depth-width of Zagoruyko & Komodakis 2016 (arXiv 1605.07146), without dropout.
+    """Wide residual network WRN-depth-width, without dropout (Zagoruyko & Komodakis 2016, arXiv 1605.07146).
 
-    Three groups of (depth − 4) / 6 blocks BN, ReLU, 3×3, BN, ReLU, 3×3 with 16, 32 and 64 times `width` filters; where
-    the size or the filters change the shortcut is a 1×1 convolution.
+    Three groups of (depth − 4) / 6 blocks BN, ReLU, 3×3, BN, ReLU, 3×3 with 16, 32 and 64 times `width` filters. Where
+    the image size or the number of filters changes, the shortcut is a 1×1 convolution.
     """
     x = make.conv(x, 16, 3, "conv")
     for group, (base, stride) in enumerate(((16, 1), (32, 2), (64, 2)), 1):
@@ -82,28 +88,29 @@ def wide_resnet(x, make, depth, width):
 
 
 def resnet18(x, make):
-    """ResNet-18 of He et al. 2015 (arXiv 1512.03385) as it is used on images of 28×28 and 32×32, in MedMNIST as well:
-    its first convolution 3×3, of stride 1, and no pooling after it.
+    """ResNet-18 for 28×28 and 32×32 images (He et al. 2015, arXiv 1512.03385), as in MedMNIST.
 
-    Four groups of two blocks 3×3, BN, ReLU, 3×3, BN with 64 to 512 filters; where the size changes the shortcut is a
-    1×1 convolution with BN.
+    As usual for such images, the first convolution is 3×3 with stride 1, and no pooling follows it. Four groups of two
+    blocks 3×3, BN, ReLU, 3×3, BN have 64 to 512 filters. Where the image size changes, the shortcut is a 1×1
+    convolution with BN.
     """
     x = make.conv_norm(x, 64, 3, "conv")
     for group, filters in enumerate((64, 128, 256, 512), 1):
         for block in (1, 2):
             name, strides = f"group{group}_block{block}", 2 if group > 1 and block == 1 else 1
             y = make.conv_norm(x, filters, 3, f"{name}_1", strides)
-            y = make.norm(make.conv(y, filters, 3, f"{name}_2"), f"{name}_2", relu=False)
+            y = make.conv_norm(y, filters, 3, f"{name}_2", relu=False)
             if strides > 1:
-                x = make.norm(make.conv(x, filters, 1, f"{name}_shortcut", 2), f"{name}_shortcut", relu=False)
-            x = layers.Activation("relu", name=f"{name}_relu", dtype=make.dtype)(make.add(x, y, f"{name}_add"))
+                x = make.conv_norm(x, filters, 1, f"{name}_shortcut", 2, relu=False)
+            x = make.relu(make.add(x, y, f"{name}_add"), name)
     return x
 
 
 def inception(x, make):
-    """Inception-style: n×n convolutions as pairs 1×n, n×1, in branches (Szegedy et al. 2015, arXiv 1512.00567).
+    """Inception-style network: parallel branches, n×n convolutions as pairs 1×n, n×1.
 
-    Two convolutions; then, at 16×16 with n = 7 and at 8×8 with n = 3, a reduction and two modules of their section 3.
+    Two convolutions; then, at 16×16 with n = 7 and at 8×8 with n = 3, a reduction and two modules of section 3 of
+    Szegedy et al. 2015 (arXiv 1512.00567).
     """
     x = make.conv_norm(x, 32, 3, "stem1")
     x = make.conv_norm(x, 48, 3, "stem2")
@@ -119,7 +126,7 @@ def inception(x, make):
 
 
 def _inception_module(x, make, size, filters, name):
-    """Four branches: 1×1; one n×n; two n×n; pooling; each n×n a pair."""
+    """Four branches: 1×1; one n×n; two n×n; average pooling. Each n×n is a pair 1×n, n×1."""
     parts = [make.conv_norm(x, filters, 1, f"{name}_a")]
     for branch, pairs in (("b", 1), ("c", 2)):
         y = make.conv_norm(x, filters, 1, f"{name}_{branch}")
@@ -132,10 +139,10 @@ def _inception_module(x, make, size, filters, name):
 
 
 def xception(x, make):
-    """Xception-style: separable convolutions with shortcuts (Chollet 2017, arXiv 1610.02357).
+    """Xception-style network: separable convolutions with shortcuts (Chollet 2017, arXiv 1610.02357).
 
-    Two convolutions; two blocks of two separable ones that halve the image, with a 1×1 shortcut; four of three that
-    keep it; a separable convolution with twice the filters.
+    Two convolutions; two blocks of two separable convolutions that halve the image, with a 1×1 shortcut; four blocks
+    of three that keep its size; a separable convolution with twice the filters.
     """
     x = make.conv_norm(x, 32, 3, "stem1")
     x = make.conv_norm(x, 64, 3, "stem2")
@@ -143,24 +150,23 @@ def xception(x, make):
         name = f"entry{number}"
         y = make.norm(make.separable(x, filters, f"{name}_sep1"), f"{name}_1")
         y = make.norm(make.separable(y, filters, f"{name}_sep2"), f"{name}_2", relu=False)
-        shortcut = make.norm(make.conv(x, filters, 1, f"{name}_shortcut", 2), f"{name}_shortcut", relu=False)
+        shortcut = make.conv_norm(x, filters, 1, f"{name}_shortcut", 2, relu=False)
         x = make.add(make.pool(y, f"{name}_pool"), shortcut, f"{name}_add")
     for block in range(1, 5):
         y = x
         for number in (1, 2, 3):
             name = f"middle{block}_{number}"
-            y = layers.Activation("relu", name=f"{name}_relu", dtype=make.dtype)(y)
-            y = make.norm(make.separable(y, 256, f"{name}_sep"), name, relu=False)
+            y = make.norm(make.separable(make.relu(y, name), 256, f"{name}_sep"), name, relu=False)
         x = make.add(x, y, f"middle{block}_add")
     return make.norm(make.separable(x, 512, "exit_sep"), "exit")
 
 
 def wang(x, make):
-    """Of the three layers of Wang, Liu & Foroosh 2017 (arXiv 1608.04337), each behind another.
+    """Network of the three layers of Wang, Liu & Foroosh 2017 (arXiv 1608.04337), one after the other.
 
     A convolution; at 32×32 and 16×16 a single intra-channel convolution and a spatial bottleneck (2×2); at 8×8 four
-    single intra-channel convolutions, every other one with topological subdivisioning, its 256 channels on a 16×16 grid
-    of which each reads 2×2. A shortcut wherever the shape stays.
+    single intra-channel convolutions. Two topological convolutions stand between these: they place the 256 channels
+    on a 16×16 grid and each reads a 2×2 neighbourhood. Every layer that keeps its input's shape has a shortcut.
     """
     options = {"kernel_initializer": make.kernel_initializer, "use_bias": False, "dtype": make.dtype}
     x = make.conv_norm(x, 32, 3, "stem")
@@ -185,26 +191,20 @@ EXAMPLES = ("wrn-16-4", *STYLES)
 
 
 def known(name):
-    """Whether `name` is a network of this module.
+    """Return whether `name` is a network of this module: a key of `STYLES`, or "wrn-DEPTH-WIDTH".
 
-    These are "inception", "xception", "wang", "resnet18", and "wrn-DEPTH-WIDTH" ("wrn-16-4") of depth 10, 16, 22, …
+    The depth is 10, 16, 22, … (4 more than a multiple of 6): "wrn-16-4".
     """
-    return isinstance(name, str) and (name in STYLES or _wide(name) is not None)
+    return isinstance(name, str) and (name in STYLES or _depth_and_width(name) is not None)
 
 
 def features(name, x, make):
-    """The features (N, h, w, filters) that a network makes of images (N, H, W, C).
-
-    Args:
-        name: one that is `known`.
-        x: Keras tensor of the images.
-        make: `Maker`.
-    """
-    return STYLES[name](x, make) if name in STYLES else wide_resnet(x, make, *_wide(name))
+    """Return the features (N, h, w, filters) of the network `name`, which must be `known`, for images (N, H, W, C)."""
+    return STYLES[name](x, make) if name in STYLES else wide_resnet(x, make, *_depth_and_width(name))
 
 
-def _wide(name):
-    """(depth, width) of "wrn-DEPTH-WIDTH"; None where it is no such name."""
+def _depth_and_width(name):
+    """Return (depth, width) of "wrn-DEPTH-WIDTH", or None if the name is not of this form."""
     match = re.fullmatch(r"wrn-([1-9]\d?\d?)-([1-9]\d?)", name)
     depth, width = (int(part) for part in match.groups()) if match else (0, 0)
     return (depth, width) if depth >= 10 and depth % 6 == 4 else None

@@ -1,0 +1,281 @@
+"""Data-driven calibration on unlabelled images: predict losses, refit factors, re-estimate batch-norm statistics.
+
+Nothing here computes a gradient. `images` are some hundred inputs of the model, (N, H, W, C), normalised as in
+training.
+"""
+
+import keras
+import numpy as np
+from keras import layers
+
+from fcnn_utils import factorizations, keras_graph, rank_selection
+
+_BATCH = 128  # images at a time
+_MAX_ROWS = 20_000  # patches of a batch that least squares reads: neighbouring patches tell the same
+_SENSITIVITY_IMAGES = 256
+
+
+def check_images(model, images):
+    """Return `images` as a float32 array if the model takes them; else raise ValueError."""
+    images = np.asarray(images, "float32")
+    if len(model.inputs) != 1:
+        raise ValueError(f"calibration needs a model with one input; {model.name!r} has {len(model.inputs)}")
+    wanted = tuple(model.inputs[0].shape)[1:]
+    fits = images.ndim == 1 + len(wanted) and all(
+        size in (None, given) for size, given in zip(wanted, images.shape[1:], strict=True)
+    )
+    if not fits or not len(images) or not np.isfinite(images).all():
+        raise ValueError(
+            f"calibration images must be finite numbers of the shape (N, {', '.join(map(str, wanted))}), at least "
+            f"one; got {images.shape}"
+        )
+    return images
+
+
+def layer_sensitivity(model, method, images, nodes, fractions, **options):
+    """Measure how much the network's outputs change when one layer is factorized, for every layer and size.
+
+    Each kernel in turn is replaced by its decomposition, with the last factor refitted to the layer's output on these
+    images (`refit_kernel`); all other layers stay as they are. The loss is the mean Kullback-Leibler divergence from
+    the model's former probabilities; for a model whose outputs are not probabilities, the squared change of the output
+    relative to its variance.
+
+    Args:
+        model: built functional or Sequential model with one input. It is not changed.
+        method: name or class of a factorization.
+        images: (N, H, W, C); the first 256 are used.
+        nodes: `keras_graph.LayerNode` of each Conv2D layer.
+        fractions: shares of a kernel's parameters to try, rising. Those below rank 1 are left out; if none is left,
+            rank 1 is tried.
+        options: of the decomposition. A CP makes 10 sweeps here unless told otherwise.
+
+    Returns:
+        dict path -> list of (fraction, ranks, loss).
+
+    Raises:
+        ValueError: the model does not take the images, or there is no such method.
+    """
+    images, method = check_images(model, images)[:_SENSITIVITY_IMAGES], factorizations.get(method)
+    if issubclass(method, factorizations.CP):
+        options = {"n_iter": 10} | options
+    trial = keras_graph.rebuild(model, {})
+    trial_nodes = {node.path: node for node in keras_graph.layer_nodes(trial)}
+    before = _outputs(trial, images)
+    curves = {}
+    for node in nodes:
+        own, curve = trial_nodes[node.path], []
+        kernel, *bias = own.layer.get_weights()
+        norms = _following_norms(own, trial_nodes)
+        norm_weights = [norm.get_weights() for norm in norms]
+        mean, covariance = patch_moments(trial, own, images)
+        if not bias and not norms:  # no bias can correct the mean: measure it as a part of the error
+            mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
+        for fraction in _possible(fractions, method, kernel.shape):
+            ranks = rank_selection.ranks_for_fraction(method, kernel.shape, fraction)
+            result = method.decompose(kernel, ranks, **options)
+            rebuilt, shift = refit_kernel(kernel, result, (mean, covariance))
+            own.layer.set_weights([rebuilt, *(value + shift for value in bias)])
+            for norm, values in zip(norms, norm_weights, strict=True):
+                norm.moving_mean.assign(values[-2] - shift)
+            curve.append((fraction, ranks, _loss(before, _outputs(trial, images))))
+        own.layer.set_weights([kernel, *bias])
+        for norm, values in zip(norms, norm_weights, strict=True):
+            norm.set_weights(values)
+        curves[node.path] = curve
+    return curves
+
+
+def patch_moments(model, node, images):
+    """Estimate mean and covariance of the patches that a Conv2D layer reads.
+
+    Reads images until there are 20 patches for each value of a patch.
+
+    Args:
+        model: built model with the layer in it.
+        node: `keras_graph.LayerNode` of the layer.
+        images: (N, H, W, C).
+
+    Returns:
+        mean (kh · kw · S,) and covariance (kh · kw · S, kh · kw · S) in float64.
+    """
+    total, squares, count = 0, 0, 0
+    reader = keras_graph.input_model(model, node.path)
+    for batch in _batches(images, 16):
+        for rows in (_patches(node.layer, x).astype(np.float64) for x in _read(reader, node.layer, batch)):
+            total, squares, count = total + rows.sum(axis=0), squares + rows.T @ rows, count + len(rows)
+        if count > 20 * len(total):
+            break
+    mean = total / count
+    return mean, squares / count - np.outer(mean, mean)
+
+
+def refit_kernel(kernel, decomposition, moments):
+    """Refit the last factor of a decomposition to the layer's output instead of its kernel.
+
+    With the covariance of the patches p, and B the decomposition's `basis`:  min over W  E‖(K − B W)ᵀ (p − p̄)‖².
+
+    Args:
+        kernel: (kh, kw, S, T), the kernel that was decomposed.
+        decomposition: of that kernel.
+        moments: (mean, covariance) of the patches, from `patch_moments`.
+
+    Returns:
+        kernel (kh, kw, S, T), and the shift of the bias (T,) that keeps the mean output.
+    """
+    mean, covariance = moments
+    dense = np.reshape(kernel, (-1, kernel.shape[-1])).astype(np.float64)
+    basis, last = decomposition.basis(), decomposition.last_factor()
+    change = _least_squares(basis.T @ covariance @ basis, basis.T @ covariance @ (dense - basis @ last))
+    rebuilt = basis @ (last + change)
+    return rebuilt.reshape(kernel.shape), mean @ (dense - rebuilt)
+
+
+def refit_layers(new, model, images):
+    """Refit the factorized layers of `new` to what the dense layers of `model` compute on these images.
+
+    From the first layer to the last, the last small layer of each chain gets the weights and the bias at which its
+    output is nearest to the dense layer's. Its inputs come from the layers before it, which are refitted already, so it
+    corrects their errors, too (asymmetric reconstruction: Zhang et al. 2015, arXiv 1505.06798). If a layer has no bias,
+    the means of the batch norms behind it are shifted instead. `new` is changed in place.
+
+    Args:
+        new: a factorized copy of `model`, from `compress.factorize`, whose layers keep their names.
+        model: built functional or Sequential model with one input.
+        images: (N, H, W, C).
+
+    Raises:
+        ValueError: the model does not take the images.
+    """
+    images = check_images(model, images)
+    new_nodes = {node.path: node for node in keras_graph.layer_nodes(new)}
+    for node in keras_graph.layer_nodes(model):
+        chain_end = new_nodes.get(node.path)
+        both_conv = chain_end is not None and all(type(one.layer) is layers.Conv2D for one in (node, chain_end))
+        if both_conv and node.layer.kernel.shape != chain_end.layer.kernel.shape:
+            _refit(new, chain_end, model, node, images, _following_norms(chain_end, new_nodes))
+
+
+def reestimate(model, images):
+    """Re-estimate the batch-norm statistics on these images: the mean over batches, as in training. In place.
+
+    Raises:
+        ValueError: the model does not take the images.
+    """
+    images = check_images(model, images)
+    nodes = keras_graph.layer_nodes(model)
+    norms = [node.layer for node in nodes if isinstance(node.layer, layers.BatchNormalization)]
+    if not norms:
+        return
+    before = [(norm.momentum, norm.trainable) for norm in norms]
+    try:
+        seen = 0
+        for batch in _batches(images):
+            for norm in norms:
+                norm.trainable, norm.momentum = True, seen / (seen + len(batch))  # a mean, not a moving average
+            model(batch, training=True)
+            seen += len(batch)
+    finally:
+        for norm, (momentum, trainable) in zip(norms, before, strict=True):
+            norm.momentum, norm.trainable = momentum, trainable
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _possible(fractions, method, kernel_shape):
+    """Return the fractions at which the ranks are at least 1; if there is none, that of rank 1."""
+    ones = (1,) * len(method.max_ranks(kernel_shape))
+    least = (method.count_parameters(kernel_shape, ones) + 0.5) / np.prod(kernel_shape)
+    return [fraction for fraction in fractions if fraction >= least] or [least]
+
+
+def _following_norms(node, nodes):
+    """Return the batch norms whose means can take a shift of a convolution without a bias.
+
+    They must read the convolution directly, and nothing else may read it.
+    """
+    if node.layer.use_bias or not keras_graph.is_linear(node.layer):
+        return []
+    norms = {id(other.layer): other.layer for other in nodes.values() if other.is_channel_norm}
+    found = [norms.get(id(consumer)) for consumer in node.consumers]
+    return [] if None in found else found
+
+
+def _refit(new, chain_end, model, node, images, norms):
+    """Fit the last layer of a chain to the dense layer's output, before its activation, by least squares.
+
+    `norms` are the batch norms that take the shift of the mean (`_following_norms`).
+    """
+    last, dense = chain_end.layer, node.layer
+    new_reader, reader = (keras_graph.input_model(*one) for one in ((new, chain_end.path), (model, node.path)))
+    sums = 0
+    for batch in _batches(images):
+        outputs = [_linear(dense, x) for x in _read(reader, dense, batch)]
+        inputs = [_patches(last, x) for x in _read(new_reader, last, batch)]
+        for z, y in zip(inputs, outputs, strict=True):
+            rows = np.concatenate([np.ones((len(z), 1)), z, y], axis=1, dtype=np.float64)
+            sums = sums + rows.T @ rows  # all sums, squares and products at once
+    size = int(np.prod(last.kernel.shape[:3]))
+    products = sums / sums[0, 0]
+    mean, squares = products[0, 1:], products[1:, 1:]
+    if last.use_bias or norms:  # the mean is corrected apart
+        squares = squares - np.outer(mean, mean)
+    start = last.get_weights()[0].reshape(size, -1).astype(np.float64)
+    gram, right = squares[:size, :size], squares[:size, size:]
+    weights = start + _least_squares(gram, right - gram @ start)
+    missing = mean[size:] - mean[:size] @ weights
+    last.set_weights([weights.reshape(last.kernel.shape), *([missing] if last.use_bias else [])])
+    for norm in norms:
+        norm.moving_mean.assign(keras.ops.convert_to_numpy(norm.moving_mean) - missing)
+
+
+def _least_squares(gram, right):
+    """Solve the normal equations; directions that the data hardly show get (almost) no change."""
+    values, vectors = np.linalg.eigh(gram)
+    if values[-1] <= 0:
+        return np.zeros_like(right)
+    return vectors @ ((vectors.T @ right) / (np.maximum(values, 0) + 1e-6 * values[-1])[:, None])
+
+
+def _read(reader, layer, batch):
+    """Return what a layer reads at each of its calls, in its compute dtype; `reader` is its `input_model`."""
+    return [keras.ops.cast(x, layer.compute_dtype) for x in keras.tree.flatten(reader(batch, training=False))]
+
+
+def _linear(layer, x):
+    """Return what a Conv2D computes before its activation, as rows (positions, T)."""
+    y = layer.convolution_op(x, keras.ops.cast(layer.kernel, x.dtype))
+    return _rows(keras.ops.add(y, keras.ops.cast(layer.bias, x.dtype)) if layer.use_bias else y)
+
+
+def _patches(layer, x):
+    """Return the patches that a Conv2D reads, as rows (positions, kh · kw · S).
+
+    A convolution with the identity, in the layer's own geometry, extracts them.
+    """
+    kh, kw, channels, _ = layer.kernel.shape
+    identity = np.eye(kh * kw * channels, dtype="float32").reshape(kh, kw, channels, -1)
+    return _rows(layer.convolution_op(x, keras.ops.cast(identity, x.dtype)))
+
+
+def _rows(x):
+    rows = keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")).reshape(-1, x.shape[-1])
+    step = len(rows) // _MAX_ROWS
+    return rows[:: step + 1 - step % 2]  # an odd step, so that it does not keep to some columns of the image
+
+
+def _outputs(model, images):
+    """Return all outputs of the model as rows (N, D)."""
+    parts = [keras.tree.flatten(model.predict_on_batch(batch)) for batch in _batches(images)]
+    rows = [np.concatenate([np.reshape(y, (len(y), -1)) for y in part], axis=1) for part in parts]
+    return np.concatenate(rows).astype(np.float64)
+
+
+def _loss(before, after):
+    if before.min() >= 0 and np.allclose(before.sum(axis=1), 1, atol=1e-2):
+        return float(np.mean(np.sum(before * (np.log(before + 1e-9) - np.log(after + 1e-9)), axis=1)))
+    return float(np.mean((after - before) ** 2) / max(np.var(before), 1e-30))
+
+
+def _batches(images, size=_BATCH):
+    return [images[start : start + size] for start in range(0, len(images), size)]

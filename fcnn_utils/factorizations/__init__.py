@@ -1,0 +1,45 @@
+"""Factorizations of convolution kernels: one class for each, from a kernel to factors to a chain of small layers.
+
+    name         class                 chain                                        exact for
+    "cp"         `CP`                  1×1, k×k depthwise, 1×1                      CP rank ≤ R, space merged
+    "cp4"        `CP4`                 1×1, k×1 and 1×k depthwise, 1×1              CP rank ≤ R
+    "tucker"     `Tucker2`             1×1, k×k, 1×1                                multilinear ranks ≤ R1, R2
+    "tt"         `TensorTrain`         1×1, k×1, 1×k, 1×1                           tensor-train ranks ≤ R1, R2, R3
+    "spatial"    `SpatialSVD`          k×1, 1×k                                     rank ≤ R as a (k S × k T) matrix
+    "separable"  `DepthwiseSeparable`  k×k depthwise with R outputs a channel, 1×1  rank ≤ R, channel by channel
+
+Kernels are (*spatial, in_channels, filters), as in Keras, with zero to three spatial axes. All is NumPy in
+float64; nothing here imports Keras. To add a factorization, write a file with its class and import it here.
+"""
+
+from fcnn_utils.factorizations.base import (
+    FACTORIZATIONS,
+    Factorization,
+    check_kernel,
+    check_kernel_shape,
+    decompose,
+    get,
+)
+from fcnn_utils.factorizations.chain import ChainLayer, place_strides
+from fcnn_utils.factorizations.cp import CP, CP4, error_preserving_correction
+from fcnn_utils.factorizations.svd import DepthwiseSeparable, SpatialSVD
+from fcnn_utils.factorizations.tensor_train import TensorTrain
+from fcnn_utils.factorizations.tucker import Tucker2
+
+__all__ = [
+    "CP",
+    "CP4",
+    "FACTORIZATIONS",
+    "ChainLayer",
+    "DepthwiseSeparable",
+    "Factorization",
+    "SpatialSVD",
+    "TensorTrain",
+    "Tucker2",
+    "check_kernel",
+    "check_kernel_shape",
+    "decompose",
+    "error_preserving_correction",
+    "get",
+    "place_strides",
+]

@@ -1,0 +1,196 @@
+"""CP decomposition of a kernel: a sum of R rank-one tensors.
+
+    CP    K[i, j, s, t] = Σ_r  A[(i, j), r] · C[s, r] · D[t, r]               the spatial axes are one mode
+    CP4   K[i, j, s, t] = Σ_r  A[i, r] · B[j, r] · C[s, r] · D[t, r]          each axis is a mode
+
+It is computed by alternating least squares (`als`), the best of several starts. The components of a plain
+result may grow without bound and cancel (degeneracy: de Silva & Lim 2008), and fine-tuning then diverges.
+`max_norm` bounds them.
+"""
+
+import functools
+import math
+
+import numpy as np
+
+from fcnn_utils._checks import check_number
+from fcnn_utils.factorizations import als
+from fcnn_utils.factorizations.base import Factorization, check_kernel
+from fcnn_utils.factorizations.chain import AXIS_NAMES
+
+
+class CP(Factorization):
+    """CP with merged spatial axes: 1×1 S→R, k×k depthwise, 1×1 R→T.
+
+    Factors: A (prod(spatial), R), C (S, R), D (T, R); without spatial axes C and D only. Components are
+    sorted by falling norm, and a component's norm is spread evenly over its vectors.
+
+    Options of `decompose`:
+        n_starts: number of starts. The first uses the singular vectors of the unfoldings, the others are random.
+        seed: of the random numbers.
+        n_iter: maximum number of sweeps for a start.
+        tol: a start ends when a sweep lowers the relative error by less than this.
+        max_norm: bound of the root of the sum of squared component norms over ‖K‖, at least 1; None for no
+            bound. If the best start exceeds it, `error_preserving_correction` lowers the norms at 1% more
+            error. If that is not enough, the bound is enforced and the error may rise further.
+
+    At the largest rank the exact decomposition is written down without iteration.
+    """
+
+    name = "cp"
+
+    @classmethod
+    def structure(cls, spatial):
+        if not spatial:
+            return [("in", 0, "sr", "s->r"), ("out", 1, "tr", "r->t")]
+        return [
+            ("in", 1, "sr", "s->r"),
+            ("depthwise", 0, f"{spatial}r", "r->r"),
+            ("out", 2, "tr", "r->t"),
+        ]
+
+    @classmethod
+    def _max_ranks(cls, kernel_shape):
+        modes = cls._mode_sizes(kernel_shape)
+        return (math.prod(modes) // max(modes),)
+
+    @classmethod
+    def decompose(cls, kernel, ranks, *, n_starts=1, seed=0, n_iter=100, tol=1e-5, max_norm=None):
+        check_number("n_starts", n_starts, int, 1, 1000)
+        check_number("seed", seed, int, 0, 2**31 - 1)
+        check_number("n_iter", n_iter, int, 1, 1_000_000)
+        check_number("tol", tol, float, 0, 1)
+        if max_norm is not None:
+            check_number("max_norm", max_norm, float, 1, math.inf)
+        kernel = check_kernel(kernel)
+        (rank,) = cls.check_ranks(kernel.shape, ranks)
+        tensor = cls._modes(kernel)
+        if rank == cls.max_ranks(kernel.shape)[0]:
+            return cls.from_factors(kernel, als.exact_factors(tensor))
+        starts = [als.start(tensor, rank, seed, number) for number in range(n_starts)]
+        fits = [als.sweeps(tensor, factors, als.no_ridge, n_iter, tol) for factors in starts]
+        best = cls.from_factors(kernel, min(fits, key=lambda fit: fit[1])[0])
+        if max_norm is None or not best.kernel_norm or best.total_norm <= max_norm:
+            return best
+        best = error_preserving_correction(kernel, best, n_iter=n_iter, until=max_norm)
+        if best.total_norm > max_norm:
+            bound = functools.partial(als.bounding_ridge, squared_norm=(max_norm * best.kernel_norm) ** 2)
+            best = cls.from_factors(kernel, als.sweeps(tensor, best.factors, bound, n_iter, tol)[0])
+        return best
+
+    @classmethod
+    def from_factors(cls, kernel, factors):
+        """Sort and balance given factors, and measure their error."""
+        norms = [als.column_norms(factor) for factor in factors]
+        size = math.prod(np.linalg.norm(factor, axis=0) for factor in factors)
+        order = np.argsort(-size, kind="stable")
+        even = size ** (1 / len(factors))
+        factors = [(factor / norm * even)[:, order] for factor, norm in zip(factors, norms, strict=True)]
+        return super().from_factors(kernel, factors)
+
+    @property
+    def component_norms(self):
+        """(R,) Frobenius norms of the rank-one components, falling."""
+        return math.prod(np.linalg.norm(factor, axis=0) for factor in self.factors)
+
+    @property
+    def total_norm(self):
+        """Root of the sum of squared component norms, over ‖K‖: what `max_norm` bounds."""
+        return math.sqrt(np.sum(self.component_norms**2)) / self.kernel_norm if self.kernel_norm else 0.0
+
+    @property
+    def degeneracy(self):
+        """Largest component norm over ‖K‖: about 1 if nothing cancels, tens and more if degenerate."""
+        return float(self.component_norms.max()) / self.kernel_norm if self.kernel_norm else 0.0
+
+    @property
+    def noise_sensitivity(self):
+        """Expected ‖ΔK‖² over ‖K‖² if every value of the factors gets independent noise of variance 1.
+
+        For modes n of size I_n (Phan et al. 2020, arXiv 2008.05441):  Σ_r Σ_n  I_n Π_{m≠n} ‖a_r^(m)‖² / ‖K‖²
+        """
+        if not self.kernel_norm:
+            return 0.0
+        squares = [np.sum(factor**2, axis=0) for factor in self.factors]
+        terms = [len(factor) * math.prod(squares[:n] + squares[n + 1 :]) for n, factor in enumerate(self.factors)]
+        return float(np.sum(terms) / self.kernel_norm**2)
+
+    @classmethod
+    def _mode_sizes(cls, kernel_shape):
+        *spatial, channels, filters = kernel_shape
+        return [math.prod(spatial), channels, filters] if spatial else [channels, filters]
+
+    @classmethod
+    def _modes(cls, kernel):
+        """Reshape a kernel to the tensor whose modes the factors stand for."""
+        return kernel.reshape(cls._mode_sizes(kernel.shape))
+
+
+class CP4(CP):
+    """CP with a mode for each axis: 1×1 S→R, one depthwise layer per spatial axis, 1×1 R→T.
+
+    For images these are four modes (Lebedev et al. 2014, arXiv 1412.6553). Factors: one (size, R) for each
+    spatial axis, then C (S, R) and D (T, R). Options as for `CP`.
+    """
+
+    name = "cp4"
+
+    @classmethod
+    def structure(cls, spatial):
+        count = len(spatial)
+        along = [(AXIS_NAMES[count][axis], axis, f"{letter}r", "r->r") for axis, letter in enumerate(spatial)]
+        return [("in", count, "sr", "s->r"), *along, ("out", count + 1, "tr", "r->t")]
+
+    @classmethod
+    def _mode_sizes(cls, kernel_shape):
+        return list(kernel_shape)
+
+
+def error_preserving_correction(kernel, decomposition, *, error=None, n_iter=1000, tol=1e-4, until=0.0):
+    """Make the components of a CP smaller, so that they cancel less, at (nearly) the same error.
+
+    Each step solves, for one mode,  min ‖A‖²  subject to  ‖X₍ₙ₎ − A Zᵀ‖ ≤ error ‖K‖,  where Z is the Khatri-Rao
+    product of the other modes with columns of unit norm, so that ‖A‖² is the sum of squared component norms.
+    This is a ridge regression whose ridge is chosen by the error (Phan, Tichavský & Cichocki 2019, arXiv
+    1709.08349; for kernels Phan et al. 2020, arXiv 2008.05441). The sum of squared norms never rises.
+
+    Args:
+        kernel: (*spatial, S, T), the kernel that was decomposed.
+        decomposition: a `CP` or `CP4` of it.
+        error: relative error allowed, at least that of the decomposition; default: 1.01 times it.
+        n_iter: maximum number of sweeps.
+        tol: the sweeps end when one lowers the norms by a smaller share. If the allowed error is tiny, progress
+            is slow: use a smaller `tol` and a larger `n_iter`.
+        until: the sweeps also end when `total_norm` is this low.
+
+    Returns:
+        Decomposition of the same class and rank.
+
+    Raises:
+        ValueError: the decomposition is not a CP of this kernel, its error is larger than allowed, or a number is
+            out of its range.
+    """
+    if not isinstance(decomposition, CP):
+        raise ValueError(f"decomposition must be a CP or a CP4; got a {type(decomposition).__name__}")
+    kernel = check_kernel(kernel)
+    check_number("n_iter", n_iter, int, 1, 1_000_000)
+    check_number("tol", tol, float, 0, 1)
+    check_number("until", until, float, 0, math.inf)
+    if decomposition.kernel_shape != kernel.shape:
+        raise ValueError(f"the decomposition is of a {decomposition.kernel_shape} kernel; this one is {kernel.shape}")
+    error = 1.01 * decomposition.relative_error if error is None else error
+    check_number("error", error, float, decomposition.relative_error * (1 - 1e-9), math.inf)
+    if error < 1e-12:  # exact up to rounding: there is nothing to give
+        return decomposition
+    norm, before = decomposition.kernel_norm, decomposition.total_norm
+    ridge = functools.partial(als.preserving_ridge, squared_error=(error * norm) ** 2)
+    tensor, factors = decomposition._modes(kernel), decomposition.factors
+    for _ in range(n_iter):
+        if before <= until:
+            break
+        factors, _ = als.sweep(tensor, factors, ridge)
+        after = float(np.linalg.norm(factors[-1])) / norm  # the other modes have columns of unit norm
+        if before - after < tol * before:
+            break
+        before = after
+    return type(decomposition).from_factors(kernel, factors)

@@ -1,0 +1,78 @@
+"""Factorizations by truncated SVDs: the spatial SVD and the depthwise separable layer.
+
+Both are the best of their form in the Frobenius norm (Eckart & Young 1936). Each singular value is spread evenly
+over both factors.
+"""
+
+import math
+
+import numpy as np
+
+from fcnn_utils.factorizations.base import Factorization
+
+
+class SpatialSVD(Factorization):
+    """Column and row: k×1 S→R, 1×k R→T (Jaderberg, Vedaldi & Zisserman 2014, arXiv 1405.3866, scheme 2).
+
+        K[i, j, s, t] = Σ_r  V[i, s, r] · H[r, j, t]
+
+    The truncated SVD of the kernel as a (kh · S, kw · T) matrix: the first spatial axis goes with the input
+    channels, the others with the filters. Factors: V (kh, S, R), H (R, kw, T).
+    """
+
+    name = "spatial"
+
+    @classmethod
+    def structure(cls, spatial):
+        first, second = {0: ("in", "out"), 1: ("column", "out"), 2: ("column", "row"), 3: ("depth", "plane")}[
+            len(spatial)
+        ]
+        return [(first, 0, f"{spatial[:1]}sr", "s->r"), (second, 1, f"r{spatial[1:]}t", "r->t")]
+
+    @classmethod
+    def _max_ranks(cls, kernel_shape):
+        *spatial, channels, filters = kernel_shape
+        return (min(math.prod(spatial[:1]) * channels, math.prod(spatial[1:]) * filters),)
+
+    @classmethod
+    def _factors(cls, kernel, ranks):
+        *spatial, channels, filters = kernel.shape
+        enter, leave = (*spatial[:1], channels), (*spatial[1:], filters)
+        matrix = np.moveaxis(kernel, -2, 1 if spatial else 0).reshape(math.prod(enter), math.prod(leave))
+        left, right = _truncated(matrix, ranks[0])
+        return [left.reshape(*enter, -1), right.reshape(-1, *leave)]
+
+
+class DepthwiseSeparable(Factorization):
+    """k×k depthwise with R outputs per channel, then 1×1 to T (Guo et al. 2018, arXiv 1808.05517).
+
+        K[i, j, s, t] = Σ_m  D[i, j, s, m] · P[s, m, t]
+
+    A truncated SVD of the (prod(spatial), T) matrix of each input channel. Factors: D (*spatial, S, R),
+    P (S, R, T). The rank R is the depth multiplier.
+    """
+
+    name = "separable"
+
+    @classmethod
+    def structure(cls, spatial):
+        return [("depthwise", 0, f"{spatial}sr", "s->sr"), ("out", 1, "srt", "sr->t")]
+
+    @classmethod
+    def _max_ranks(cls, kernel_shape):
+        *spatial, _, filters = kernel_shape
+        return (min(math.prod(spatial), filters),)
+
+    @classmethod
+    def _factors(cls, kernel, ranks):
+        *spatial, channels, filters = kernel.shape
+        matrices = kernel.reshape(-1, channels, filters).transpose(1, 0, 2)  # (S, prod(spatial), T)
+        left, right = _truncated(matrices, ranks[0])  # (S, prod(spatial), R), (S, R, T)
+        return [left.transpose(1, 0, 2).reshape(*spatial, channels, -1), right]
+
+
+def _truncated(matrix, rank):
+    """Return the best factors (…, n, rank) and (…, rank, m) of matrices (…, n, m)."""
+    u, sigma, vt = np.linalg.svd(matrix, full_matrices=False)
+    root = np.sqrt(sigma[..., :rank])
+    return u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]

@@ -1,0 +1,192 @@
+"""Choose ranks: for a share of the dense cost, from the noise in a kernel, and within a budget over all layers.
+
+This module works on shapes, kernels and numbers; it does not use Keras. The losses that `allocate` weighs come from
+`calibration.layer_sensitivity`.
+"""
+
+import math
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import Bounds, LinearConstraint, milp, minimize_scalar
+from scipy.sparse import block_diag, vstack
+
+from fcnn_utils import factorizations
+from fcnn_utils._checks import check_choice, check_number
+
+
+def ranks_for_fraction(method, kernel_shape, fraction, *, cost="parameters", strides=1, multiple=1):
+    """Return the largest ranks whose cost is at most a fraction of the dense kernel's.
+
+    Several ranks grow in proportion to their maxima.
+
+    Args:
+        method: name or class of a factorization.
+        kernel_shape: (*spatial, S, T).
+        fraction: above 0.
+        cost: "parameters" or "macs".
+        strides: one whole number, or one for each spatial axis; the MACs depend on them.
+        multiple: ranks are multiples of this, or their maxima. Engines are fast at multiples of 16.
+
+    Returns:
+        tuple of ints.
+
+    Raises:
+        ValueError: an argument is not allowed, or even the smallest ranks cost more (the message says how much).
+    """
+    check_choice("cost", cost, ("parameters", "macs"))
+    check_number("multiple", multiple, int, 1, 4096)
+    if not isinstance(fraction, (int, float)) or isinstance(fraction, bool) or not 0 < fraction < math.inf:
+        raise ValueError(f"fraction must be a number above 0; got {fraction!r}")
+    method = factorizations.get(method)
+    largest, dense = method.max_ranks(kernel_shape), math.prod(kernel_shape)
+    steps = max(largest)
+
+    def ranks_at(step):
+        exact = (-(-high * step // steps) for high in largest)  # rounded up: together they stay a possible chain
+        return tuple(min(high, -(-rank // multiple) * multiple) for rank, high in zip(exact, largest, strict=True))
+
+    def share(step):
+        ranks = ranks_at(step)
+        if cost == "parameters":
+            return method.count_parameters(kernel_shape, ranks) / dense
+        return method.count_macs(kernel_shape, ranks, strides) / dense
+
+    if share(1) > fraction:
+        raise ValueError(
+            f"fraction must be at least {share(1):.4g}, the {cost} of {method.name} at rank {max(ranks_at(1))} for a "
+            f"{tuple(kernel_shape)} kernel; got {fraction!r}"
+        )
+    low, high = 1, steps + 1  # bisection: share(low) <= fraction, and share rises with the step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if share(middle) <= fraction else (low, middle)
+    return ranks_at(low)
+
+
+def break_even_ranks(method, kernel_shape, *, cost="parameters", strides=1):
+    """Return the largest ranks at which the chain still costs less than the dense kernel.
+
+    Raises:
+        ValueError: even the smallest ranks cost as much, or an argument is not allowed (see `ranks_for_fraction`).
+    """
+    below_one = 1 - 0.5 / math.prod(kernel_shape)
+    return ranks_for_fraction(method, kernel_shape, below_one, cost=cost, strides=strides)
+
+
+def error_curve(kernel, method, fractions, **options):
+    """Return the relative error of a kernel's decomposition against its size.
+
+    Returns:
+        DataFrame (ranks, parameters, share, relative_error), one row for each fraction of the parameters.
+
+    Raises:
+        ValueError: as `ranks_for_fraction` and `factorizations.decompose`.
+    """
+    rows = []
+    for fraction in fractions:
+        ranks = ranks_for_fraction(method, np.shape(kernel), fraction)
+        result = factorizations.decompose(kernel, method, ranks, **options)
+        rows.append((result.ranks, result.parameters, result.parameters / np.size(kernel), result.relative_error))
+    return pd.DataFrame(rows, columns=["ranks", "parameters", "share", "relative_error"])
+
+
+def vbmf_rank(matrix):
+    """Estimate the rank of a matrix with Gaussian noise of unknown variance, by empirical variational Bayes.
+
+    The solution is in closed form but for the noise variance, which is found by search (Nakajima, Sugiyama, Babacan &
+    Tomioka 2013, JMLR 14; threshold and bounds from Nakajima, Tomioka, Sugiyama & Babacan 2015, JMLR 16).
+
+    Returns:
+        int; 0 for pure noise.
+
+    Raises:
+        ValueError: it is not a matrix of finite numbers.
+    """
+    matrix = np.asarray(matrix, np.float64)
+    if matrix.ndim != 2 or not matrix.size or not np.isfinite(matrix).all():
+        raise ValueError(f"matrix must be a matrix of finite numbers; got an array of the shape {matrix.shape}")
+    short, long = sorted(matrix.shape)
+    gamma2 = np.linalg.svd(matrix, compute_uv=False) ** 2
+    if gamma2[0] == 0:
+        return 0
+    gamma2 = np.maximum(gamma2 / gamma2[0], 1e-15)  # scaled; a noise-free matrix gets noise at the level of rounding
+    alpha = short / long
+    tau = 2.5129 * math.sqrt(alpha)
+    edge = (1 + tau) * (1 + alpha / tau)
+    kept = min(math.ceil(short / (1 + alpha)) - 1, short - 1)  # no more components than these can be kept
+    lowest = max(gamma2[kept] / (long * edge), gamma2[kept:].mean() / long)
+    highest = gamma2.sum() / (short * long)
+
+    def free_energy(log_variance):
+        x = gamma2 / (long * math.exp(log_variance))
+        strong = x[x > edge]
+        tau = 0.5 * (strong - 1 - alpha + np.sqrt((strong - 1 - alpha) ** 2 - 4 * alpha))
+        return np.sum(x - np.log(x)) + np.sum(np.log(tau + 1) + alpha * np.log(tau / alpha + 1) - tau)
+
+    grid = np.linspace(math.log(lowest), math.log(max(highest, lowest * (1 + 1e-9))), 200)  # many local minima
+    best = int(np.argmin([free_energy(value) for value in grid]))
+    around = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    variance = math.exp(minimize_scalar(free_energy, bounds=around, method="bounded").x)
+    return int(np.sum(gamma2 > long * variance * edge))
+
+
+def vbmf_tucker_ranks(kernel):
+    """Return Tucker-2 ranks (R1, R2) by VBMF of a kernel's unfoldings (Kim et al. 2015, arXiv 1511.06530).
+
+    If an unfolding looks like noise its estimate is 0; a layer needs a channel, so 1 is returned.
+
+    Raises:
+        ValueError: the kernel is not (*spatial, S, T), real and finite.
+    """
+    kernel = factorizations.check_kernel(kernel)
+    unfoldings = (np.moveaxis(kernel, mode, 0).reshape(kernel.shape[mode], -1) for mode in (-2, -1))
+    return tuple(max(1, vbmf_rank(unfolding)) for unfolding in unfoldings)
+
+
+def allocate(curves, costs, budget):
+    """Choose a size for every layer within a budget, so that the sum of the predicted losses is smallest.
+
+    Between its measured points a loss curve is interpolated on logarithmic axes. Losses of layers are assumed to add
+    up. This is the multiple-choice knapsack problem; SciPy's `milp` solves it exactly.
+
+    Args:
+        curves: dict path -> list of (fraction, ranks, loss), from `calibration.layer_sensitivity`.
+        costs: dict path -> function of a fraction that returns (ranks, cost); of None it returns (None, cost of the
+            dense layer).
+        budget: largest sum of the costs.
+
+    Returns:
+        dict path -> ranks, without the layers that stay dense.
+
+    Raises:
+        ValueError: even the cheapest choices exceed the budget.
+    """
+    options = {path: _options(curve, costs[path]) for path, curve in curves.items()}
+    cheapest = sum(min(cost for _, cost, _ in choices) for choices in options.values())
+    if cheapest > budget:
+        raise ValueError(f"budget must be at least {cheapest:,}, the cost of the cheapest choices; got {budget:,}")
+    one_each = block_diag([np.ones((1, len(choices))) for choices in options.values()])
+    cost = np.array([cost / budget for choices in options.values() for _, cost, _ in choices])
+    loss = np.array([loss for choices in options.values() for *_, loss in choices])
+    limits = LinearConstraint(vstack([one_each, cost]), [1] * len(options) + [0], [1] * (len(options) + 1))
+    taken = milp(loss, integrality=np.ones(len(loss)), bounds=Bounds(0, 1), constraints=limits).x > 0.5
+    plan, start = {}, 0
+    for path, choices in options.items():
+        ranks, _, _ = choices[int(np.argmax(taken[start : start + len(choices)]))]
+        start += len(choices)
+        if ranks is not None:
+            plan[path] = ranks
+    return plan
+
+
+def _options(curve, cost):
+    """Return the choices of one layer, a list of (ranks, cost, loss); ranks None is the dense layer."""
+    options = [(*cost(None), 0.0)]
+    if curve:
+        fractions, losses = np.array([(fraction, loss) for fraction, _, loss in curve]).T
+        losses = np.maximum(losses, 1e-9)
+        for fraction in np.geomspace(fractions[0], fractions[-1], 80):
+            loss = np.exp(np.interp(np.log(fraction), np.log(fractions), np.log(losses)))
+            options.append((*cost(float(fraction)), float(loss)))
+    return options

@@ -1,0 +1,174 @@
+"""State of a run on disk: `fcnn_utils.course.checkpoints`. Whole runs that are stopped are in test_experiments.py."""
+
+import errno
+import io
+import json
+import os
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from fcnn_utils.course import checkpoints, records, training
+from fcnn_utils.course.recipes import RECIPES
+
+pytestmark = pytest.mark.usefixtures("course_folder")
+RECIPE = RECIPES["fast"]
+EPOCHS = [{"epoch": 1, "loss": 2.5}, {"epoch": 2, "loss": 0.1 + 0.2}]
+
+
+def network(seed, filters=2):
+    """A compiled network with every kind of state, all of it random, as if it had been trained."""
+    stack = [keras.Input((4, 4, 1)), layers.Conv2D(filters, 3), layers.BatchNormalization(), layers.Dropout(0.5)]
+    model = keras.Sequential([*stack, layers.Flatten(), layers.Dense(5, activation="softmax")], name="tiny")
+    training.compile_model(model, RECIPE, 10)
+    model.optimizer.build(model.trainable_variables)
+    rng = np.random.default_rng(seed)
+    for variable in [*model.variables, *model.optimizer.variables]:
+        variable.assign(rng.uniform(1, 1000, variable.shape).astype(variable.dtype))
+    return model
+
+
+def state(model):
+    """Everything that a training changes."""
+    return [keras.ops.convert_to_numpy(variable) for variable in [*model.variables, *model.optimizer.variables]]
+
+
+def equal_parts(model, other):
+    return [np.array_equal(a, b) for a, b in zip(state(model), other, strict=True)]
+
+
+def record(**changes):
+    settings = {"dataset": "standin", "fingerprint": "f", "model": "tiny", "recipe": RECIPE.as_dict(), "seed": 3}
+    return settings | {"precision": "float32", "params": 10, "status": "running", "epochs": EPOCHS} | changes
+
+
+def assert_not_resumed(**changes):
+    """A run with these settings starts anew, from its own weights."""
+    model = network(1)
+    before = state(model)
+    assert checkpoints.resume(model, record(epochs=[], **changes)) == []
+    assert all(equal_parts(model, before))
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def test_files_of_a_run_lie_beside_its_record(output):
+    folder = output / "results" / "standin" / "tiny" / "fast"
+    assert checkpoints.file_of(record(), "checkpoint.npz") == folder / "seed3.checkpoint.npz"
+    assert checkpoints.file_of(record(), "keras").parent == records.write(record()).parent
+
+
+def test_without_a_checkpoint_nothing_is_resumed():
+    assert_not_resumed()
+
+
+@pytest.mark.parametrize("optimizer", ["used", "new"])
+def test_checkpoint_restores_the_whole_state(output, capsys, optimizer):
+    model, fresh = network(0), network(1)
+    saved = state(model)
+    assert len(saved) > 12 and not any(equal_parts(fresh, saved))
+    if optimizer == "new":  # it has not seen the weights
+        training.compile_model(fresh, RECIPE, 10)
+    checkpoints.save(model, record())
+    assert [path.name for path in output.rglob("*") if path.is_file()] == ["seed3.checkpoint.npz"]
+    assert checkpoints.resume(fresh, record(epochs=[])) == EPOCHS
+    assert all(equal_parts(fresh, saved))
+    assert capsys.readouterr().out == "tiny · fast · going on after epoch 2\n"
+
+
+def test_checkpoint_of_the_first_edition_is_resumed_with_the_current_names():
+    checkpoints.save(network(0), record(epochs=[{"epoch": 1, "others_cpu": 0.1}]))
+    assert checkpoints.resume(network(1), record(epochs=[])) == [{"epoch": 1, "background_load": 0.1}]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fingerprint": "another"},
+        {"precision": "mixed_bfloat16"},
+        {"params": 11},
+        {"recipe": RECIPE.as_dict() | {"learning_rate": 0.3}},
+        {},
+    ],
+    ids=str,
+)
+def test_checkpoint_of_other_settings_is_not_loaded(capsys, changes):
+    checkpoints.save(network(0, filters=2 if changes else 3), record())  # other shapes, but as many weights
+    assert_not_resumed(**changes)
+    path = checkpoints.file_of(record(), "checkpoint.npz")
+    assert capsys.readouterr().out == f"{path} belongs to other settings: starting anew\n"
+
+
+def archive(**arrays):
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "no record", "no JSON", "an array short"])
+def test_damaged_checkpoint_is_named_and_not_loaded(capsys, damage):
+    checkpoints.save(network(0), record())
+    path = checkpoints.file_of(record(), "checkpoint.npz")
+    content = path.read_bytes()
+    with np.load(path) as file:
+        arrays = dict(file)
+    assert json.loads(str(arrays["record"])) == record()
+    damaged = {
+        "truncated": content[: len(content) // 2],
+        "empty": b"",
+        "text": b"not an archive",
+        "no record": archive(v0=np.zeros(3)),
+        "no JSON": archive(**arrays | {"record": "{"}),
+        "an array short": archive(**{name: array for name, array in arrays.items() if name != "v1"}),
+    }
+    path.write_bytes(damaged[damage])
+    assert_not_resumed()
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{path} is damaged (") and printed.endswith("): starting anew\n")
+
+
+def test_failed_write_keeps_the_earlier_checkpoint(monkeypatch):
+    model = network(0)
+    checkpoints.save(model, record())
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ValueError, match="checkpoint.npz: the disk is full"):
+            checkpoints.save(network(1), record(epochs=[]))
+    fresh = network(2)
+    assert checkpoints.resume(fresh, record()) == EPOCHS
+    assert all(equal_parts(fresh, state(model)))
+
+
+# --- the trained network -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Sequential", "Functional"])
+def test_network_is_kept_without_its_optimizer(kind, monkeypatch):
+    model = network(0)
+    if kind == "Functional":
+        model = keras.Model(model.inputs[0], model.outputs[0], name="tiny")
+        training.compile_model(model, RECIPE, 10)
+    folder = records.write(record()).parent
+    checkpoints.keep(model, record())
+    path = checkpoints.file_of(record(), "keras")
+    kept = keras.saving.load_model(path)
+    assert type(kept) is type(model) and not kept.compiled and model.compiled
+    images = np.random.default_rng(5).normal(size=(3, 4, 4, 1)).astype("float32")
+    np.testing.assert_array_equal(kept(images), model(images))
+
+    def read_only(*args):
+        raise OSError(errno.EROFS, "read-only")
+
+    content = path.read_bytes()
+    monkeypatch.setattr(os, "replace", read_only)
+    with pytest.raises(ValueError, match="seed3.keras: the folder is read-only"):
+        checkpoints.keep(network(1), record())
+    assert sorted(path.name for path in folder.iterdir()) == ["seed3.keras", "seed3.partial.json"]
+    assert path.read_bytes() == content

@@ -18,10 +18,10 @@ import matplotlib.pyplot as plt
 import nbformat
 
 import fcnn_utils
-from fcnn_utils.course import records, runner
+from fcnn_utils.course import paths, runner
 
 HERE = Path(__file__).resolve().parent
-BUILD = records.ROOT / "build" / "book"
+BUILD = paths.root() / "build" / "book"
 SOURCE = BUILD / "source"
 MENTION = r"(?<!\*\*)Figure (\d\d\.\d+)"  # of a figure in the text; its caption is bold
 FORMULA = (
@@ -56,7 +56,7 @@ def sphinx(builder):
     run = subprocess.run(command, stderr=subprocess.DEVNULL)  # TensorFlow, imported for its docstrings, is noisy
     if run.returncode:
         sys.exit((BUILD / "warnings.txt").read_text())
-    print(f"{builder}: {records.shown(BUILD / builder / 'index.html')}", flush=True)
+    print(f"{builder}: {paths.shown(BUILD / builder / 'index.html')}", flush=True)
 
 
 def print_pdf(page, target):
@@ -70,7 +70,7 @@ def print_pdf(page, target):
     options += ["--no-pdf-header-footer", "--generate-pdf-document-outline"]
     command = [browser, *options, f"--print-to-pdf={target}", page.as_uri()]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    print(f"pdf: {records.shown(target)}")
+    print(f"pdf: {paths.shown(target)}")
 
 
 # --- what the notebooks say --------------------------------------------------------------------------------------

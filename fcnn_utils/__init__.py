@@ -1,4 +1,4 @@
-"""Factorize the convolutions of trained Keras models, and know what that costs.
+"""Factorize the convolutions of trained Keras models, and measure parameters, MACs and latency before and after.
 
     import fcnn_utils as fcnn
 
@@ -13,12 +13,13 @@ The functions and classes below are imported when they are first used, so that i
     layer_costs       parameters, MACs and activation bytes, layer by layer                   cost
     total_costs       the same for the whole model                                            cost
     latency           times of several models, measured in turn                               benchmark
-    export, load      to and from ONNX Runtime, OpenVINO and LiteRT                           deploy
+    export            write a model as .onnx, .xml (OpenVINO) or .tflite (LiteRT)             deploy
+    load              a function that runs a model in one of these engines                    deploy
     decompose         a kernel -> its factors                                                 factorizations
-    CP, CP4, Tucker2, TensorTrain, SpatialSVD, DepthwiseSeparable                             factorizations
+    CP, CP4, ...      one class for each factorization                                        factorizations
 
-Further modules: `blocks` (factorized convolutions as Keras layers), `rank_selection` (ranks for a cost, a budget or a
-noise level). `fcnn_utils.course` holds what only the notebooks need.
+Two more modules are imported by name, `from fcnn_utils import blocks, rank_selection`: factorized convolutions as Keras
+layers, and ranks for a cost, a budget or a noise level. `fcnn_utils.course` holds what only the notebooks need.
 """
 
 import importlib

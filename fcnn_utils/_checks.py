@@ -1,4 +1,4 @@
-"""Argument checks: a bad value raises ValueError with one sentence that says what is allowed."""
+"""Check arguments: a bad value raises ValueError with one sentence that says what is allowed."""
 
 import numbers
 
@@ -15,7 +15,7 @@ def check_number(name, value, kind, low, high):
 
 def check_choice(name, value, allowed):
     """Return `value` if it is one of `allowed`; else raise ValueError."""
-    if value not in list(allowed):  # a list also accepts a value that cannot be hashed
+    if value not in list(allowed):  # a list, since `in` a dict fails on a value that cannot be hashed
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
     return value
 

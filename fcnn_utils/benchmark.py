@@ -1,10 +1,11 @@
-"""Measure what a network costs on the clock: fair latencies, the roofline and the machine's peaks.
+"""Measure what a network costs in time: fair latencies, the roofline and the machine's peaks.
 
 `cost` counts; this module measures. The machine should do nothing else meanwhile: each latency table
 has a column `background_load`, the share of the processor that other programs took. Do not quote times
 where it is above a few percent.
 """
 
+import functools
 import json
 import math
 import os
@@ -29,8 +30,9 @@ COLUMNS = ["model", "engine", "batch", "median_ms", "low_ms", "high_ms", "speedu
 def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", threads=None, environment=None):
     """Time one call on `batch` images, for one model or for several that take turns.
 
-    Each round calls every model once, after a few rounds that do not count. A change of the machine's pace
-    therefore affects all models alike, and speed-ups are ratios within a round. The columns:
+    Each round calls every model once on the same random images, after four rounds that do not count. A change
+    of the processor's speed therefore affects all models alike, and speed-ups are ratios within a round.
+    The columns:
 
         model, engine, batch       what was measured
         median_ms                  time of a call
@@ -74,23 +76,25 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
 
 
 def gemm_peak(size=2048, repeats=5, dtype="float32"):
-    """Measure the machine's peak in MACs per second: the backend's fastest product of two size × size matrices."""
+    """Measure the machine's peak in MACs per second, by the product of two size × size matrices."""
     a = keras.ops.ones((size, size), dtype)
     return size**3 / min(_times(lambda: keras.ops.matmul(a, a), repeats))
 
 
 def memory_bandwidth(megabytes=256, repeats=5):
-    """Measure bytes per second to and from memory: the backend adds two arrays far larger than a cache."""
-    a = keras.ops.ones((megabytes * 2**20 // 4,), "float32")
-    return 3 * a.shape[0] * 4 / min(_times(lambda: keras.ops.add(a, a), repeats))
+    """Measure bytes per second to and from memory, by a sum of two arrays far larger than a cache."""
+    a, b = (keras.ops.full((megabytes * 2**20 // 4,), value, "float32") for value in (1, 2))
+    return 3 * a.shape[0] * 4 / min(_times(lambda: keras.ops.add(a, b), repeats))
 
 
 def roofline(model, batch=64, *, peak=None, bytes_per_second=None, repeats=5):
-    """Compare each layer's time with the least possible one on this machine (Williams, Waterman & Patterson 2009).
+    """Compare each layer's time with the least possible one on this machine.
 
-    A layer takes at least the time of its MACs at the machine's peak, and at least the time in which its
-    input, weights and output pass through the memory. Each layer is measured by itself in Keras, without
-    the fusion of layers that an engine does: the whole model takes less than the sum. The columns:
+    This is the roofline model (Williams, Waterman & Patterson 2009, doi 10.1145/1498765.1498785). A layer
+    takes at least the time of its MACs at the machine's peak, and at least the time in which its input,
+    weights and output pass through the memory. Each layer is measured by itself in Keras, without
+    the fusion of layers that an engine does: the whole model takes less than the sum. A small layer mostly
+    shows the overhead of a call. The columns:
 
         layer, kind   name and class
         macs          of the whole batch
@@ -129,7 +133,7 @@ def roofline(model, batch=64, *, peak=None, bytes_per_second=None, repeats=5):
 
 
 def alternate(runs, repeats):
-    """Measure throughputs in turn, so that a change of the machine's pace affects all alike.
+    """Measure throughputs in turn, so that a change of the processor's speed affects all alike.
 
     Args:
         runs: dict name -> function without arguments that does the work and returns its number of images.
@@ -170,7 +174,7 @@ class BackgroundLoad:
         self._start = self._now()
 
     def share(self):
-        """Return the share of all cores' time, 0 to 1. Above a few percent, do not quote a time measured meanwhile."""
+        """Return the share of all cores' time, 0 to 1."""
         wall, busy, own = (after - before for after, before in zip(self._now(), self._start, strict=True))
         return min(1.0, max(0.0, busy - own) / (wall * psutil.cpu_count()))
 
@@ -230,25 +234,20 @@ def _compare(runs, shape, batch, engine, rounds):
     for run in runs.values():
         for _ in range(3):
             run(images)  # compiles, allocates memory, warms up
-    load = BackgroundLoad()
-    times = 1e3 * batch / alternate({name: _work(run, images) for name, run in runs.items()}, rounds)  # ms
-    table = pd.DataFrame([_latency_row(name, engine, batch, times) for name in times], columns=COLUMNS)
-    return table.assign(background_load=round(load.share(), 3))
 
-
-def _work(run, images):
-    def work():
+    def work(run):
         run(images)
-        return len(images)
+        return batch
 
-    return work
-
-
-def _latency_row(name, engine, batch, times):
-    low, median, high = np.percentile(times[name], [25, 50, 75])
-    ratios = (times.iloc[:, 0] / times[name]).to_numpy()
-    bootstrap = scipy.stats.bootstrap([ratios], np.median, n_resamples=2000, method="percentile", rng=0)
-    return name, engine, batch, median, low, high, np.median(ratios), *bootstrap.confidence_interval
+    load, works = BackgroundLoad(), {name: functools.partial(work, run) for name, run in runs.items()}
+    times = 1e3 * batch / alternate(works, rounds)  # images per second -> ms per call
+    share, rows = round(load.share(), 3), []
+    for name in times:
+        low, median, high = np.percentile(times[name], [25, 50, 75])
+        ratios = (times.iloc[:, 0] / times[name]).to_numpy()
+        bootstrap = scipy.stats.bootstrap([ratios], np.median, n_resamples=2000, method="percentile", rng=0)
+        rows.append((name, engine, batch, median, low, high, np.median(ratios), *bootstrap.confidence_interval))
+    return pd.DataFrame(rows, columns=COLUMNS).assign(background_load=share)
 
 
 # --- the roofline ------------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ and `name`, from which the layers get theirs: NAME_in, NAME_depthwise, ... The l
 activation. Images are channels-last.
 
 Strides: a layer takes the stride of the axes along which its kernel extends, so that `same` padding falls where the
-dense layer's does. TensorFlow's depthwise layers refuse unequal strides. There a later layer takes what is left, the
-padding is a layer of its own, and the image needs a fixed size (see `factorizations.place_strides`).
+dense layer's does. TensorFlow's depthwise layers take equal strides only. Therefore a later layer takes the rest in
+"cp4" at any stride, and in "cp" and "separable" at unequal strides. `same` padding is then a layer of its own, and the
+image needs a fixed size.
 
-All blocks raise ValueError if an option's value is not allowed.
+All blocks raise ValueError if an option's value is not allowed. Two blocks in one model need different names.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ def factorized_conv(x, method, filters, kernel_size, ranks, **options):
         method: "cp", "cp4", "tucker", "tt", "spatial" or "separable", or a class of `factorizations`.
         filters: T, number of output channels.
         kernel_size: as in Conv2D.
-        ranks: an int, or one for each rank of the method.
+        ranks: an int, or one for each rank of the method; they may exceed `max_ranks`.
         options: see the module.
 
     Returns:
@@ -49,12 +50,9 @@ def factorized_conv(x, method, filters, kernel_size, ranks, **options):
     chain = factorizations.get(method).chain(kernel_shape, ranks)
 
     def apply(x):
-        strides, padding = factorizations.place_strides(chain, conv.strides), conv.padding
-        delayed = _is_delayed(chain, strides, conv.strides)
-        for layer, taken in zip(chain, strides, strict=True):
-            if layer.axes and delayed and padding == "same":  # the layer that strides would pad in another place
-                x, padding = conv.pad(x), "valid"
-            x = conv.chain_layer(layer, taken, padding, last=layer is chain[-1])(x)
+        for layer, strides, padding, needs_zeros in _placed_layers(chain, conv.strides, conv.padding):
+            x = conv.pad(x) if needs_zeros else x
+            x = conv.chain_layer(layer, strides, padding, last=layer is chain[-1])(x)
         return x
 
     return _applied(apply, x, filters, conv)
@@ -73,7 +71,7 @@ def from_decomposition(x, decomposition, bias=None, **options):
         Keras tensor (N, H', W', T), or a keras.Model if `x` is a shape.
 
     Raises:
-        ValueError: `x` has not S channels, or the bias not the shape (T,).
+        ValueError: `x` does not have S channels, or the bias does not have the shape (T,).
     """
     *kernel_size, channels, filters = decomposition.kernel_shape
     if _shape(x)[-1] != channels:
@@ -88,17 +86,20 @@ def from_decomposition(x, decomposition, bias=None, **options):
 
 
 def chain_macs(chain, image_size, *, strides=(1, 1), padding="same", dilation_rate=(1, 1)):
-    """Return the MACs of a chain for one image of the size (height, width), exact also at borders."""
-    placed = factorizations.place_strides(chain, tuple(strides))
-    delayed, size, total = _is_delayed(chain, placed, strides), list(image_size), 0
-    if delayed and padding == "same":
-        whole = [max(sizes) for sizes in zip(*(layer.kernel_size for layer in chain), strict=True)]
-        padded = [n + sum(_same_padding(n, k, s)) for n, k, s in zip(size, whole, strides, strict=True)]
-    for layer, taken in zip(chain, placed, strict=True):
-        if layer.axes and delayed and padding == "same":
-            size, padding = padded, "valid"
+    """Return the MACs of a chain for one image, with the exact output size of every layer.
+
+    Args:
+        chain: from `factorizations.Factorization.chain`.
+        image_size: (height, width).
+        strides, padding, dilation_rate: of the dense layer, pairs as Keras stores them.
+    """
+    size, total = list(image_size), 0
+    for layer, taken, pads, needs_zeros in _placed_layers(chain, strides, padding):
+        if needs_zeros:
+            whole = [max(sizes) for sizes in zip(*(part.kernel_size for part in chain), strict=True)]
+            size = [n + sum(_same_padding(n, k, s)) for n, k, s in zip(size, whole, strides, strict=True)]
         for axis, stride in enumerate(taken):
-            reach = (layer.kernel_size[axis] - 1) * dilation_rate[axis] if padding == "valid" else 0
+            reach = (layer.kernel_size[axis] - 1) * dilation_rate[axis] if pads == "valid" else 0
             size[axis] = -(-(size[axis] - reach) // stride)
         total += math.prod(size) * layer.parameters
     return total
@@ -108,9 +109,20 @@ def chain_macs(chain, image_size, *, strides=(1, 1), padding="same", dilation_ra
 
 
 def bottleneck(x, filters, kernel_size, width, inner_activation="relu", **options):
-    """1×1 S→width, kh×kw width→width, 1×1 width→T, with activations between (He et al. 2015, arXiv 1512.03385).
+    """Residual networks' bottleneck: 1×1 S→width, kh×kw width→width, 1×1 width→T, with activations between.
 
-    With `inner_activation=None` it is linear: Tucker-2 with the ranks (width, width).
+    (He et al. 2015, arXiv 1512.03385.) With `inner_activation=None` it is linear: Tucker-2 of the ranks (width, width).
+
+    Args:
+        x: Keras tensor (N, H, W, S) or shape (H, W, S).
+        filters: T.
+        kernel_size: as in Conv2D.
+        width: number of channels inside.
+        inner_activation: of the first two layers.
+        options: see the module.
+
+    Returns:
+        Keras tensor (N, H', W', T), or a keras.Model if `x` is a shape. All blocks below return the same.
     """
     conv = ConvOptions(kernel_size, **options)
     check_number("width", width, int, 1, 2**31)
@@ -124,9 +136,9 @@ def bottleneck(x, filters, kernel_size, width, inner_activation="relu", **option
 
 
 def single_intra_channel(x, filters, kernel_size, **options):
-    """kh×kw depthwise plus the identity, then 1×1 to T: y = P (x + D ∗ x) (Wang et al. 2017, arXiv 1608.04337).
+    """Single intra-channel convolution, kh×kw depthwise plus the identity, then 1×1 to T: y = P (x + D ∗ x).
 
-    The 1×1 layer has the strides.
+    (Wang et al. 2017, arXiv 1608.04337.) The 1×1 layer has the strides. Arguments as in Conv2D.
 
     Raises:
         ValueError: the padding is not "same", which the sum needs.
@@ -145,7 +157,7 @@ def topological(x, filters, kernel_size, grid, neighbourhood, **options):
 
     The channels lie on a grid that wraps around. An output channel reads c1 · c2 input channels, those of its
     neighbourhood, instead of all. It is built as a selection of channels and a depthwise layer over them. A grouped
-    1×1 convolution with T groups computes the same sums, but is many times slower to train.
+    1×1 convolution with T groups computes the same sums, but is many times slower to train. Strides are a 1×1 pooling.
 
     Args:
         x: Keras tensor (N, H, W, S) or shape (H, W, S), of a fixed size.
@@ -192,11 +204,12 @@ def neighbours(grid, neighbourhood):
 
 
 def spatial_bottleneck(x, filters, kernel_size, **options):
-    """kh×kw depthwise with that stride, 1×1 to T, kh×kw deconvolution back (Wang et al. 2017, arXiv 1608.04337).
+    """Spatial bottleneck: kh×kw depthwise with stride (kh, kw), 1×1 to T, kh×kw transposed convolution back.
 
-    The expensive 1×1 layer sees 1 / (kh kw) of the positions. This is not a convolution: what a pixel becomes depends
-    on its place in its kh×kw cell. The deconvolution is depthwise: a 1×1 layer with kh · kw outputs per channel, which
-    are then laid out in space.
+    (Wang et al. 2017, arXiv 1608.04337.) The expensive 1×1 layer sees 1 / (kh kw) of the positions. This is not a
+    convolution: what a pixel becomes depends on its place in its kh×kw cell. The transposed convolution is depthwise: a
+    1×1 layer with kh · kw outputs per channel, which are then laid out in space. So there is a bias for each channel
+    and place in the cell. Arguments as in Conv2D.
 
     Raises:
         ValueError: strides or dilation are not 1, the padding is not "same", or the image's height and width are not
@@ -331,13 +344,20 @@ def _residual_depthwise(x, conv):
     return conv.layer(layers.Add, "add")([x, depthwise(x)])
 
 
-def _is_delayed(chain, placed, strides):
-    """Whether a layer strides along an axis that belongs to an earlier layer."""
-    return any(
-        take != (stride if axis in layer.axes else 1)
-        for layer, taken in zip(chain, placed, strict=True)
-        for axis, (take, stride) in enumerate(zip(taken, strides, strict=True))
-    )
+def _placed_layers(chain, strides, padding):
+    """Yield (layer, its strides, its padding, whether zeros are added before it) for each layer of a chain.
+
+    If a layer strides along an axis that belongs to an earlier one, their own `same` padding would fall in other places
+    than the dense layer's. Zeros are then added before the first spatial layer.
+    """
+    placed = factorizations.place_strides(chain, tuple(strides))
+    own = [tuple(s if axis in layer.axes else 1 for axis, s in enumerate(strides)) for layer in chain]
+    explicit = padding == "same" and placed != own
+    for layer, taken in zip(chain, placed, strict=True):
+        needs_zeros = explicit and bool(layer.axes)
+        if needs_zeros:
+            explicit, padding = False, "valid"
+        yield layer, taken, padding, needs_zeros
 
 
 def _same_padding(size, kernel_size, stride):

@@ -1,6 +1,6 @@
 """Data-driven calibration on unlabelled images: predict losses, refit factors, re-estimate batch-norm statistics.
 
-Nothing here computes a gradient. `images` are some hundred inputs of the model, (N, H, W, C), normalised as in
+Nothing here computes a gradient. `images` are a few hundred inputs of the model, (N, H, W, C), normalised as in
 training.
 """
 
@@ -11,7 +11,7 @@ from keras import layers
 from fcnn_utils import factorizations, keras_graph, rank_selection
 
 _BATCH = 128  # images at a time
-_MAX_ROWS = 20_000  # patches of a batch that least squares reads: neighbouring patches tell the same
+_TARGET_ROWS = 20_000  # about so many patches of a batch are read: neighbouring patches are redundant
 _SENSITIVITY_IMAGES = 256
 
 
@@ -37,8 +37,8 @@ def layer_sensitivity(model, method, images, nodes, fractions, **options):
 
     Each kernel in turn is replaced by its decomposition, with the last factor refitted to the layer's output on these
     images (`refit_kernel`); all other layers stay as they are. The loss is the mean Kullback-Leibler divergence from
-    the model's former probabilities; for a model whose outputs are not probabilities, the squared change of the output
-    relative to its variance.
+    the probabilities of the unchanged model. For a model whose outputs are not probabilities it is the squared change
+    of the output relative to its variance.
 
     Args:
         model: built functional or Sequential model with one input. It is not changed.
@@ -70,7 +70,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, **options):
         mean, covariance = patch_moments(trial, own, images)
         if not bias and not norms:  # no bias can correct the mean: measure it as a part of the error
             mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
-        for fraction in _possible(fractions, method, kernel.shape):
+        for fraction in _feasible_fractions(fractions, method, kernel.shape):
             ranks = rank_selection.ranks_for_fraction(method, kernel.shape, fraction)
             result = method.decompose(kernel, ranks, **options)
             rebuilt, shift = refit_kernel(kernel, result, (mean, covariance))
@@ -88,7 +88,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, **options):
 def patch_moments(model, node, images):
     """Estimate mean and covariance of the patches that a Conv2D layer reads.
 
-    Reads images until there are 20 patches for each value of a patch.
+    It stops once there are 20 times as many patches as a patch has values.
 
     Args:
         model: built model with the layer in it.
@@ -110,7 +110,7 @@ def patch_moments(model, node, images):
 
 
 def refit_kernel(kernel, decomposition, moments):
-    """Refit the last factor of a decomposition to the layer's output instead of its kernel.
+    """Fit the last factor of a decomposition to the layer's output rather than to its kernel.
 
     With the covariance of the patches p, and B the decomposition's `basis`:  min over W  E‖(K − B W)ᵀ (p − p̄)‖².
 
@@ -136,7 +136,8 @@ def refit_layers(new, model, images):
     From the first layer to the last, the last small layer of each chain gets the weights and the bias at which its
     output is nearest to the dense layer's. Its inputs come from the layers before it, which are refitted already, so it
     corrects their errors, too (asymmetric reconstruction: Zhang et al. 2015, arXiv 1505.06798). If a layer has no bias,
-    the means of the batch norms behind it are shifted instead. `new` is changed in place.
+    the means of the batch norms behind it are shifted instead; without these the mean is part of the fit. A Conv2D is
+    taken for factorized if its kernel has another shape than in `model`. `new` is changed in place.
 
     Args:
         new: a factorized copy of `model`, from `compress.factorize`, whose layers keep their names.
@@ -156,7 +157,13 @@ def refit_layers(new, model, images):
 
 
 def reestimate(model, images):
-    """Re-estimate the batch-norm statistics on these images: the mean over batches, as in training. In place.
+    """Re-estimate the statistics of all batch norms as their mean over batches of these images. In place.
+
+    The model runs in training mode, in batches of 128: dropout and random augmentation layers act, too.
+
+    Args:
+        model: built functional or Sequential model with one input. It is changed.
+        images: (N, H, W, C).
 
     Raises:
         ValueError: the model does not take the images.
@@ -182,7 +189,7 @@ def reestimate(model, images):
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _possible(fractions, method, kernel_shape):
+def _feasible_fractions(fractions, method, kernel_shape):
     """Return the fractions at which the ranks are at least 1; if there is none, that of rank 1."""
     ones = (1,) * len(method.max_ranks(kernel_shape))
     least = (method.count_parameters(kernel_shape, ones) + 0.5) / np.prod(kernel_shape)
@@ -194,7 +201,7 @@ def _following_norms(node, nodes):
 
     They must read the convolution directly, and nothing else may read it.
     """
-    if node.layer.use_bias or not keras_graph.is_linear(node.layer):
+    if node.layer.use_bias or not keras_graph.has_linear_activation(node.layer):
         return []
     norms = {id(other.layer): other.layer for other in nodes.values() if other.is_channel_norm}
     found = [norms.get(id(consumer)) for consumer in node.consumers]
@@ -218,7 +225,7 @@ def _refit(new, chain_end, model, node, images, norms):
     size = int(np.prod(last.kernel.shape[:3]))
     products = sums / sums[0, 0]
     mean, squares = products[0, 1:], products[1:, 1:]
-    if last.use_bias or norms:  # the mean is corrected apart
+    if last.use_bias or norms:  # the mean is corrected separately
         squares = squares - np.outer(mean, mean)
     start = last.get_weights()[0].reshape(size, -1).astype(np.float64)
     gram, right = squares[:size, :size], squares[:size, size:]
@@ -260,7 +267,7 @@ def _patches(layer, x):
 
 def _rows(x):
     rows = keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")).reshape(-1, x.shape[-1])
-    step = len(rows) // _MAX_ROWS
+    step = len(rows) // _TARGET_ROWS
     return rows[:: step + 1 - step % 2]  # an odd step, so that it does not keep to some columns of the image
 
 
@@ -272,6 +279,7 @@ def _outputs(model, images):
 
 
 def _loss(before, after):
+    """Return the mean KL divergence in nats if the rows are probabilities, else the relative squared change."""
     if before.min() >= 0 and np.allclose(before.sum(axis=1), 1, atol=1e-2):
         return float(np.mean(np.sum(before * (np.log(before + 1e-9) - np.log(after + 1e-9)), axis=1)))
     return float(np.mean((after - before) ** 2) / max(np.var(before), 1e-30))

@@ -3,9 +3,9 @@
     small, report = factorize(model, "cp", ratio=0.15)                  # from the weights alone
     small, report = factorize(model, "cp", macs=60e6, images=images)    # ranks and factors from images, too
 
-Functional and Sequential models are taken, with branches, shared layers and models within models. Layers are named by
-their path, `inner/conv1`. The model is not changed, and the new one shares nothing with it. It has stock layers only,
-so it is saved and loaded without custom objects.
+Functional and Sequential models are taken, with branches, shared layers and nested models. Layers are named by their
+path, `inner/conv1`. The model is not changed, and the new one shares nothing with it. The added layers are stock
+layers: they are saved and loaded without custom objects.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import math
 import numpy as np
 import pandas as pd
 from keras import layers as keras_layers
+from keras.backend import standardize_dtype
 
 from fcnn_utils import blocks, calibration, cost, factorizations, keras_graph, rank_selection
 from fcnn_utils._checks import check_choice, check_number
@@ -34,11 +35,11 @@ _CONVOLUTIONS = (
     keras_layers.Conv3DTranspose,
 )
 _KINDS = {"Depthwise": "depthwise", "Separable": "separable already", "Transpose": "transposed"}
-_FEW_CHANNELS = 4
+_FEW_CHANNELS = 4  # a layer that reads fewer is skipped by default
 _SMALLEST = 1e-9  # a fraction of the parameters that every smallest rank exceeds
 
 
-# parameters: the front door; all but `model` and `method` are keywords, each an independent choice
+# parameters: the front door; a call sets one of ratio, ranks and macs, and few of the rest
 def factorize(
     model,
     method="cp",
@@ -61,17 +62,18 @@ def factorize(
     Args:
         model: built functional or Sequential model.
         method: "cp", "cp4", "tucker", "tt", "spatial" or "separable", or a class of `factorizations`.
-        ratio: share of each converted kernel's parameters that is kept, in (0, 1]. Give one of `ratio`, `ranks` and
-            `macs`.
+        ratio: largest share of each converted kernel's parameters that is kept, in (0, 1]. Give one of `ratio`,
+            `ranks` and `macs`.
         ranks: dict path -> ranks of each layer to convert.
         macs: largest number of multiply-adds of the whole network for one image. With `images` the ranks are chosen by
-            sensitivity, unless `uniform`; without them one ratio serves all layers.
+            sensitivity, unless `uniform`; without them one ratio serves all layers. If the dense network needs no more,
+            all layers stay dense.
         layers: paths of the layers to convert. Default: all that can be converted, except those that read fewer than 4
             channels (little to save, much to lose) and those that are part of a factorization already.
-        images: some hundred inputs (N, H, W, C), normalised as in training, without labels. The factors are then fitted
-            to what the layers compute on them (`calibration.refit_layers`).
-        uniform: use one ratio for all layers even if there are images.
-        multiple: chosen ranks are multiples of this. 16 suits the vector units of processors.
+        images: a few hundred inputs (N, H, W, C), normalised as in training, without labels. The factors are then
+            fitted to what the layers compute on them (`calibration.refit_layers`).
+        uniform: with `macs` and `images`, use one ratio for all layers.
+        multiple: with `ratio` or `macs`, ranks are multiples of this (or the maximum rank). 16 suits processors.
         options: of the decomposition, such as `seed` of a CP, whose norms are bounded by `max_norm=1.0` by default.
 
     Returns:
@@ -81,7 +83,8 @@ def factorize(
 
     Raises:
         ValueError: the model is not a built graph of layers; there is nothing to convert; a layer does not exist or
-            can't be converted; the budget is below the smallest possible; or an argument is not allowed.
+            can't be converted; the budget is below the smallest possible, or the cost of a layer is not known; the
+            model does not take the images; or an argument is not allowed.
     """
     keras_graph.check_graph(model)
     method = factorizations.get(method)
@@ -105,21 +108,21 @@ def factorize(
         plan = _plan_by_ratio(chosen, method, check_number("ratio", ratio, float, _SMALLEST, 1), multiple)
     else:
         plan = _plan_by_macs(model, chosen, method, macs, None if uniform else images, multiple, options)
-    left = f"the ratio is below {method.name} at rank {multiple}" if ratio else "left dense by the budget"
-    new, report = _convert(model, sites, chosen, method, plan, options, left)
+    dense_reason = f"the ratio is below {method.name} at rank {multiple}" if ratio else "left dense by the budget"
+    new, report = _convert(model, sites, chosen, method, plan, options, dense_reason)
     if images is not None:
         calibration.refit_layers(new, model, images)
     return new, report
 
 
-def _convert(model, sites, chosen, method, plan, options, left):
-    """Build the new model and the report; `left` is the reason of a chosen layer that is not in the plan."""
+def _convert(model, sites, chosen, method, plan, options, dense_reason):
+    """Build the new model and the report; `dense_reason` is that of a chosen layer which is not in the plan."""
     taken = {node.layer.name for node in keras_graph.layer_nodes(model)}
     chains, rows = {}, []
     for path, site in sites.items():
         reason = site.reason or "not chosen"
         if path in chosen:
-            reason = "" if path in plan else left
+            reason = "" if path in plan else dense_reason
         row = {"layer": path, "params_before": site.parameters, "params_after": site.parameters, "reason": reason}
         row |= {"macs_before": site.macs, "macs_after": site.macs}
         if path in plan:
@@ -175,7 +178,7 @@ class _Site:
             "1×1: nothing to separate": layer.kernel_size == (1, 1),
             "channels come first": layer.data_format != "channels_last",
             "its kernel has a constraint": layer.kernel_constraint is not None,
-            "its weights are quantized or have a LoRA": "float" not in layer.kernel.dtype
+            "its weights are quantized or have a LoRA": "float" not in standardize_dtype(layer.kernel.dtype)
             or getattr(layer, "lora_enabled", False),
             "it is called on images of several sizes": len({str(call[0]) for call in self.node.calls}) > 1,
         }
@@ -183,11 +186,11 @@ class _Site:
 
     @functools.cached_property
     def reason(self):
-        """Why it is left unless it is named; "" if it is converted."""
+        """Why it is skipped by default; "" if it is not."""
         if self.obstacle:
             return self.obstacle
-        before = [other for other in self.node.producers if keras_graph.is_linear(other)]
-        after = self.node.consumers if keras_graph.is_linear(self.layer) else []
+        before = [other for other in self.node.producers if keras_graph.has_linear_activation(other)]
+        after = self.node.consumers if keras_graph.has_linear_activation(self.layer) else []
         joined = [other for other in (*before, *after) if isinstance(other, _CONVOLUTIONS)]
         if joined:
             return f"no activation between it and {joined[0].name}: factorized already"
@@ -282,7 +285,7 @@ def _plan_by_macs(model, chosen, method, macs, images, multiple, options):
         raise ValueError(f"macs= needs images of a fixed size, and layer {unknown[0]!r} has none: use ratio= or ranks=")
 
     def at(site, fraction):
-        """Return (ranks, MACs) at a fraction, at least the smallest; (None, dense MACs) if that is no more."""
+        """Return (ranks, MACs) at a fraction or the smallest ranks; (None, dense MACs) if the chain is not cheaper."""
         if fraction is None:
             return None, site.macs
         share = max(fraction, _least_fraction(site, method, multiple))
@@ -306,7 +309,7 @@ def _plan_by_macs(model, chosen, method, macs, images, multiple, options):
     if total(high) <= macs:
         low = high
     while high - low > 1e-4 * high:
-        middle = (low + high) / 2 if low > 1e-6 else high / 2
+        middle = (low + high) / 2 if low > 1e-6 else high / 2  # halve first: the fraction may be very small
         low, high = (middle, high) if total(middle) <= macs else (low, middle)
     plan = {path: at(site, low)[0] for path, site in chosen.items()}
     if images is not None:

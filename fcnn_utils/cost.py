@@ -1,9 +1,10 @@
 """Count what a network costs, layer by layer: parameters, MACs and activation bytes.
 
 1 MAC is one multiply-add; FLOPs = 2 × MACs. A kernel position that overlaps the border counts in full,
-as in TensorFlow's profiler. Operations that are not MACs are counted apart, in `other_ops`: one for each
-bias addition and each activated value, two for each batch-normalised value (scale and shift), and one
-for each input value that a pooling window reads.
+as in TensorFlow's profiler. Operations that are not MACs are counted separately, in `other_ops`: one for
+each bias addition, each activated value and each addition of a merge layer, two for each normalised or
+rescaled value (scale and shift), and one for each input value that a pooling window reads. Other layers
+without weights count 0, and so do operations of `keras.ops` between layers.
 """
 
 import math
@@ -32,11 +33,11 @@ def layer_costs(model):
         layer             name of the layer
         kind              its class
         output_shape      of one image, without the batch axis
-        params            number of weights
+        params            number of weights, those of batch-norm statistics included
         trainable         number of trainable weights
         macs              multiply-adds
         other_ops         operations that are not multiply-adds (see the module)
-        activation_bytes  size of the output
+        activation_bytes  size of the output in the compute dtype; its total is a sum, not a peak
 
     Args:
         model: built, functional or Sequential.

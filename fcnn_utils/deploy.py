@@ -3,8 +3,8 @@
     run = deploy.load(keras_graph.fold_batch_norm(model), "onnxruntime")
     probabilities = run(images)
 
-The engines besides Keras are optional: pip install "fcnn-utils[export]". So are the packages with which
-`keras.Model.export` writes their files. Which of them it needs depends on the Keras backend.
+The engines besides Keras are optional: they are the extra `export` of this package. Exporting needs further packages,
+which depend on the Keras backend.
 """
 
 import importlib.util
@@ -23,6 +23,7 @@ from fcnn_utils._files import write_atomic
 ENGINES = ("keras", "onnxruntime", "openvino", "litert")
 TITLES = {"keras": "Keras", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "litert": "LiteRT"}
 _SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".xml", "litert": ".tflite"}
+_ENGINE_OF = {suffix: engine for engine, suffix in _SUFFIXES.items()}
 _FORMATS = {"onnxruntime": "onnx", "openvino": "openvino", "litert": "litert"}  # the names in keras.Model.export
 _RUNTIMES = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino",), "litert": ("ai_edge_litert",)}
 _EXPORTERS = {  # Keras backend -> engines that Keras exports to from it -> packages that this takes besides the engine
@@ -41,7 +42,8 @@ def export(model, path):
     """Write a model to a file in the format of its suffix: .onnx, .xml (OpenVINO) or .tflite (LiteRT).
 
     The file computes in float32, whatever the precision of `model`, on batches of any size. An OpenVINO
-    model is two files: the weights are in a .bin beside the .xml.
+    model is two files: the weights are in a .bin beside the .xml. Missing folders are created and existing
+    files replaced.
 
     Args:
         model: built, functional or Sequential, with one input and one output.
@@ -51,15 +53,15 @@ def export(model, path):
         The path.
 
     Raises:
-        ValueError: another suffix; a model that is not as above; a package that is not installed; a format
-            that Keras cannot write from this backend; a file that cannot be written.
+        ValueError: the suffix is another, the model is not as above, a package is not installed, Keras cannot
+            write the format from this backend, or the file cannot be written.
     """
     path = Path(path)
-    engine_of = {suffix: engine for engine, suffix in _SUFFIXES.items()}
-    engine = engine_of[check_choice("suffix of the exported file", path.suffix, engine_of)]
+    engine = _ENGINE_OF[check_choice("suffix of the exported file", path.suffix, _ENGINE_OF)]
     _check_installed(engine, exports=True)
     model = _single_precision(_check_one_input(model))
-    model(np.zeros([1, *(64 if size is None else size for size in model.inputs[0].shape[1:])], "float32"))  # Keras asks
+    # Keras exports a model only after a call; 64 stands in for a free size.
+    model(np.zeros([1, *(64 if size is None else size for size in model.inputs[0].shape[1:])], "float32"))
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / path.name
         with warnings.catch_warnings():
@@ -70,12 +72,12 @@ def export(model, path):
     return path
 
 
-def load(model, engine="keras", *, precision="float32", threads=None):
+def load(model, engine=None, *, precision="float32", threads=None):
     """Make a model ready to run in an engine.
 
     Args:
         model: built keras.Model with one input and one output, or the path of a file for the engine.
-        engine: "keras", "onnxruntime", "openvino" or "litert".
+        engine: "keras", "onnxruntime", "openvino" or "litert"; default: the engine of the file's suffix, or Keras.
         precision: "float32"; also "bfloat16" in OpenVINO, which uses it if the processor can. In Keras the
             model's own precision holds.
         threads: number of threads; default: all available processors. Keras always uses its backend's.
@@ -87,10 +89,12 @@ def load(model, engine="keras", *, precision="float32", threads=None):
         ValueError: an argument is not as above, the file does not exist, the engine is not installed, or
             Keras cannot export to it from this backend.
     """
+    is_file = isinstance(model, (str, Path))
+    if engine is None:
+        engine = _ENGINE_OF.get(Path(model).suffix, "keras") if is_file else "keras"
     check_choice("engine", engine, ENGINES)
     check_choice("precision", precision, ("float32", "bfloat16") if engine == "openvino" else ("float32",))
     threads = check_number("threads", available_cores() if threads is None else threads, int, 1, 4096)
-    is_file = isinstance(model, (str, Path))
     if is_file and not Path(model).exists():
         raise ValueError(f"there is no file {model} to load")
     if engine == "keras":
@@ -195,7 +199,4 @@ def _obstacle(engine, exports):
     missing = [name.replace("_", "-") for name in packages if importlib.util.find_spec(name) is None]
     if not missing:
         return ""
-    return (
-        f"{TITLES[engine]} needs {', '.join(missing)}: pip install {' '.join(missing)}, or for all engines "
-        'pip install "fcnn-utils[export]"'
-    )
+    return f"{TITLES[engine]} needs {', '.join(missing)}: pip install {' '.join(missing)}"

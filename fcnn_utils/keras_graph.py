@@ -1,4 +1,4 @@
-"""Inspect and rebuild the layer graph of a Keras model, and fold batch normalisations into it.
+"""Inspect and rebuild the layer graph of a Keras model, and fold batch normalisations into the layers before.
 
 The functions take functional and Sequential models, with models nested in them. A layer of a nested
 model has a path, such as `inner/conv1`. This is the only module that touches Keras internals.
@@ -70,6 +70,8 @@ def check_graph(model):
 def layer_nodes(model):
     """List every layer of a model with its calls, in the model's order; nested models give their layers.
 
+    Input layers are left out, and so are operations of `keras.ops` between layers.
+
     Args:
         model: built, functional or Sequential.
 
@@ -110,7 +112,7 @@ def input_model(model, path):
     return _input_model(model, found[check_choice("path of the layer", path, found)])
 
 
-def is_linear(operation):
+def has_linear_activation(operation):
     """Return whether an operation has the activation "linear", so that its output is not transformed."""
     return getattr(operation, "activation", None) is keras.activations.linear
 
@@ -150,7 +152,7 @@ def rebuild(model, chains, dtype=None):
     Args:
         model: built, functional or Sequential.
         chains: dict id(layer) -> list of new layers that replace it, called one after another. They must be
-            built and keep their weights. An empty list removes the layer.
+            built; their weights and dtypes are used as they are. An empty list removes the layer.
         dtype: dtype policy of the copied layers; default: each keeps its own.
 
     Returns:
@@ -169,8 +171,9 @@ def fold_batch_norm(model, dtype=None):
 
         y = γ (W x + b − μ) / √(σ² + ε) + β  =  (γ / √(σ² + ε)) W x + γ (b − μ) / √(σ² + ε) + β
 
-    This needs a layer without activation whose output only the normalisation reads, and one call of each.
-    Other normalisations stay. The outputs are equal up to rounding. Do not train the new model.
+    This needs a channels-last layer without activation and LoRA whose output only the normalisation reads,
+    one call of each, and no call with `training=True`. Other normalisations stay. The outputs are equal up to
+    rounding. Do not train the new model.
 
     Args:
         model: built, functional or Sequential.
@@ -331,7 +334,7 @@ def _folds(before, norm):
     layer = before.layer
     return (
         isinstance(layer, _FOLDABLE)
-        and is_linear(layer)
+        and has_linear_activation(layer)
         and getattr(layer, "data_format", "channels_last") == "channels_last"
         and not getattr(layer, "lora_enabled", False)
         and len(before.calls) == len(before.consumers) == 1

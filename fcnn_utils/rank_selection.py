@@ -26,7 +26,8 @@ def ranks_for_fraction(method, kernel_shape, fraction, *, cost="parameters", str
         fraction: above 0.
         cost: "parameters" or "macs".
         strides: one whole number, or one for each spatial axis; the MACs depend on them.
-        multiple: ranks are multiples of this, or their maxima. Engines are fast at multiples of 16.
+        multiple: ranks are multiples of this, or the maximum rank if that is smaller. Engines are fast at
+            multiples of 16.
 
     Returns:
         tuple of ints.
@@ -54,8 +55,8 @@ def ranks_for_fraction(method, kernel_shape, fraction, *, cost="parameters", str
 
     if share(1) > fraction:
         raise ValueError(
-            f"fraction must be at least {share(1):.4g}, the {cost} of {method.name} at rank {max(ranks_at(1))} for a "
-            f"{tuple(kernel_shape)} kernel; got {fraction!r}"
+            f"fraction must be at least {math.ceil(1e4 * share(1)) / 1e4:g}, the {cost} of {method.name} at rank "
+            f"{max(ranks_at(1))} for a {tuple(kernel_shape)} kernel; got {fraction!r}"
         )
     low, high = 1, steps + 1  # bisection: share(low) <= fraction, and share rises with the step
     while high - low > 1:
@@ -112,7 +113,7 @@ def vbmf_rank(matrix):
         return 0
     gamma2 = np.maximum(gamma2 / gamma2[0], 1e-15)  # scaled; a noise-free matrix gets noise at the level of rounding
     alpha = short / long
-    tau = 2.5129 * math.sqrt(alpha)
+    tau = 2.5129 * math.sqrt(alpha)  # from Nakajima et al. 2015
     edge = (1 + tau) * (1 + alpha / tau)
     kept = min(math.ceil(short / (1 + alpha)) - 1, short - 1)  # no more components than these can be kept
     lowest = max(gamma2[kept] / (long * edge), gamma2[kept:].mean() / long)
@@ -134,26 +135,30 @@ def vbmf_rank(matrix):
 def vbmf_tucker_ranks(kernel):
     """Return Tucker-2 ranks (R1, R2) by VBMF of a kernel's unfoldings (Kim et al. 2015, arXiv 1511.06530).
 
-    If an unfolding looks like noise its estimate is 0; a layer needs a channel, so 1 is returned.
+    If an unfolding looks like noise its estimate is 0. A layer needs a channel, so 1 is returned then. The estimates
+    are independent; a rank that is too large for the other is lowered.
 
     Raises:
         ValueError: the kernel is not (*spatial, S, T), real and finite.
     """
     kernel = factorizations.check_kernel(kernel)
-    unfoldings = (np.moveaxis(kernel, mode, 0).reshape(kernel.shape[mode], -1) for mode in (-2, -1))
-    return tuple(max(1, vbmf_rank(unfolding)) for unfolding in unfoldings)
+    area = math.prod(kernel.shape[:-2])
+    first, second = (
+        max(1, vbmf_rank(np.moveaxis(kernel, mode, 0).reshape(kernel.shape[mode], -1))) for mode in (-2, -1)
+    )
+    return min(first, area * second), min(second, area * first)
 
 
 def allocate(curves, costs, budget):
     """Choose a size for every layer within a budget, so that the sum of the predicted losses is smallest.
 
-    Between its measured points a loss curve is interpolated on logarithmic axes. Losses of layers are assumed to add
-    up. This is the multiple-choice knapsack problem; SciPy's `milp` solves it exactly.
+    Between its measured points a loss curve is interpolated on logarithmic axes. The losses of different layers are
+    assumed to add up. This is the multiple-choice knapsack problem; SciPy's `milp` solves it to 0.01% of the sum.
 
     Args:
         curves: dict path -> list of (fraction, ranks, loss), from `calibration.layer_sensitivity`.
-        costs: dict path -> function of a fraction that returns (ranks, cost); of None it returns (None, cost of the
-            dense layer).
+        costs: dict path -> function. `costs[path](fraction)` returns (ranks, cost), `costs[path](None)` returns
+            (None, cost of the dense layer).
         budget: largest sum of the costs.
 
     Returns:
@@ -167,9 +172,11 @@ def allocate(curves, costs, budget):
     if cheapest > budget:
         raise ValueError(f"budget must be at least {cheapest:,}, the cost of the cheapest choices; got {budget:,}")
     one_each = block_diag([np.ones((1, len(choices))) for choices in options.values()])
-    cost = np.array([cost / budget for choices in options.values() for _, cost, _ in choices])
+    # The solver tolerates 1e-6 in constraints and objective. Scaled like this, that is far less than one MAC.
+    cost = np.array([cost * (1e8 / budget) for choices in options.values() for _, cost, _ in choices])
     loss = np.array([loss for choices in options.values() for *_, loss in choices])
-    limits = LinearConstraint(vstack([one_each, cost]), [1] * len(options) + [0], [1] * (len(options) + 1))
+    loss *= 1e6 / max(loss.max(), 1e-9)
+    limits = LinearConstraint(vstack([one_each, cost]), [1] * len(options) + [0], [1] * len(options) + [1e8])
     taken = milp(loss, integrality=np.ones(len(loss)), bounds=Bounds(0, 1), constraints=limits).x > 0.5
     plan, start = {}, 0
     for path, choices in options.items():

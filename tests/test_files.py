@@ -2,6 +2,7 @@
 
 import errno
 import os
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,13 +16,6 @@ REMEDIES = {
     errno.EPERM: "permission denied; choose a folder .*FCNN_OUTPUT",
     errno.EIO: "Input/output error",
 }
-
-
-def raising(error):
-    def fail(*args, **kwargs):
-        raise error
-
-    return fail
 
 
 @pytest.mark.parametrize("content", [b"\x00bytes\n", "text · äöü\n"])
@@ -38,7 +32,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch, call, number):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     error = OSError(number, "Input/output error") if number else KeyboardInterrupt()
-    monkeypatch.setattr(os, call, raising(error))
+    monkeypatch.setattr(os, call, Mock(side_effect=error))
     with pytest.raises(ValueError if number else KeyboardInterrupt, match=REMEDIES.get(number)) as raised:
         _files.write_atomic(path, b"new")
     assert number is None or f"cannot write {path}: " in str(raised.value)

@@ -74,7 +74,7 @@ def test_models_that_are_no_graph_of_layers_are_rejected():
 # --- reading the graph -------------------------------------------------------------------------------------------
 
 
-def test_layer_nodes_of_branches_shared_layers_and_nested_models():
+def test_layer_nodes_of_branches_shared_layers_and_nesteds():
     nodes = nodes_by_path(branched())
     assert set(nodes) == {"first", "shared", "inner/conv", "stack/conv", "stack/r", "add", "norm", "pool"}
     assert {path for path, node in nodes.items() if len(node.calls) == 2} == {"shared"}
@@ -89,7 +89,7 @@ def test_layer_nodes_of_branches_shared_layers_and_nested_models():
     assert repr(nodes["shared"]) == "<LayerNode shared: Conv2D, (None, 8, 8, 4) -> (None, 8, 8, 4), calls: 2>"
 
 
-def test_calls_of_a_nested_model_and_of_a_layer_in_two_models_add_up():
+def test_calls_of_a_nested_and_of_a_layer_in_two_models_add_up():
     conv = layers.Conv2D(3, 3, padding="same", name="conv")
     inner = keras.Sequential([keras.Input((8, 8, 3)), conv], name="inner")
     inputs = keras.Input((8, 8, 3))
@@ -120,35 +120,35 @@ def plain(name):
     return layers.Conv2D(3, 3, padding="same", activation="tanh", name=name)
 
 
-def residual_model():
+def residual():
     x = inputs = keras.Input((6, 6, 3))
     y = layers.Dropout(0.5)(layers.ReLU()(layers.BatchNormalization()(plain("before")(x))))
     x = layers.ReLU()(recorder()(layers.Add()([keras.ops.abs(x), y])))
     return keras.Model(inputs, plain("after")(x)), "conv", 1
 
 
-def first_layer_model():
+def first():
     inputs = keras.Input((6, 6, 3))
     return keras.Model(inputs, plain("after")(recorder()(inputs))), "conv", 1
 
 
-def shared_layer_model():
-    inputs, shared = keras.Input((6, 6, 3)), recorder()
-    return keras.Model(inputs, plain("after")(shared(layers.BatchNormalization()(shared(inputs))))), "conv", 2
+def shared():
+    inputs, conv = keras.Input((6, 6, 3)), recorder()
+    return keras.Model(inputs, plain("after")(conv(layers.BatchNormalization()(conv(inputs))))), "conv", 2
 
 
-def sequential_model():
+def stacked():
     return keras.Sequential([keras.Input((6, 6, 3)), plain("before"), layers.Dropout(0.5), recorder()]), "conv", 1
 
 
-def nested_model():
+def nested():
     """A nested model called twice, once with an argument: then it normalises by the batch."""
     inner = keras.Sequential([keras.Input((6, 6, 3)), layers.BatchNormalization(), recorder()], name="inner")
     inputs = keras.Input((6, 6, 3))
     return keras.Model(inputs, inner(plain("between")(inner(inputs)), training=True)), "inner/conv", 2
 
 
-def deeply_nested_model():
+def deeply_nested():
     """Two levels, each called twice; the layer is called in both."""
     conv = recorder()
     deep = keras.Sequential([keras.Input((6, 6, 3)), plain("before"), conv], name="deep")
@@ -158,7 +158,7 @@ def deeply_nested_model():
     return keras.Model(outer, layers.Add()([inner(plain("first")(inner(outer))), outer])), "inner/deep/conv", 6
 
 
-def two_input_model():
+def two_inputs():
     """Two inputs in a dict, and a nested model that reads both."""
     pair = [keras.Input((6, 6, 3)), keras.Input((6, 6, 3))]
     inner = keras.Model(pair, recorder()(layers.Subtract()(pair)), name="inner")
@@ -167,35 +167,23 @@ def two_input_model():
     return keras.Model(inputs, layers.Add()([x, inputs["a"]])), "inner/conv", 1
 
 
-READERS = [
-    residual_model,
-    first_layer_model,
-    shared_layer_model,
-    sequential_model,
-    nested_model,
-    deeply_nested_model,
-    two_input_model,
-]
+def state(model):
+    """All that Keras knows of a model's graph: its layer nodes, and the number of links of each operation."""
+    nodes = keras_graph.layer_nodes(model)
+    operations = [node.layer for node in nodes] + (getattr(model, "_functional", None) or model).operations
+    return [repr(node) for node in nodes], [(len(x._inbound_nodes), len(x._outbound_nodes)) for x in operations]
 
 
-def links(model):
-    """Count the links that Keras keeps of each operation, also in nested models."""
-    layers_ = [node.layer for node in keras_graph.layer_nodes(model)]
-    operations = [*layers_, *(getattr(model, "_functional", None) or model).operations]
-    return [(len(one._inbound_nodes), len(one._outbound_nodes)) for one in operations]
-
-
-@pytest.mark.parametrize("make", READERS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [residual, first, shared, stacked, nested, deeply_nested, two_inputs])
 def test_input_model_computes_what_the_layer_reads(make):
     model, path, calls = make()
     randomize(model)
     rng, names = np.random.default_rng(0), [x.name for x in model.inputs]
     x = [rng.standard_normal((2, 6, 6, 3)).astype("float32") for _ in names]
     x = dict(zip(names, x, strict=True)) if len(x) > 1 else x[0]
-    before = links(model), [repr(node) for node in keras_graph.layer_nodes(model)]
+    before = state(model)
     reads = keras_graph.input_model(model, path)
-    assert (links(model), [repr(node) for node in keras_graph.layer_nodes(model)]) == before
-
+    assert state(model) == before
     for _ in range(2):  # the second time with other weights: the layers are shared
         Recorder.seen.clear()
         model(x, training=False)
@@ -219,7 +207,7 @@ def test_input_model_of_a_layer_with_several_inputs_and_of_no_layer():
 
 
 def test_a_model_can_be_rebuilt_and_read_after_input_model():
-    model, path, _ = nested_model()
+    model, path, _ = nested()
     keras_graph.input_model(model, path)
     keras_graph.input_model(model, path)
     new = keras_graph.rebuild(model, {})
@@ -378,7 +366,7 @@ def test_batch_norms_are_folded_where_that_is_exact():
     assert folded.get_layer("conv").use_bias and not model.get_layer("conv").use_bias
 
 
-def test_batch_norms_of_nested_models_and_of_one_dimension_are_folded():
+def test_batch_norms_of_nesteds_and_of_one_dimension_are_folded():
     inner = [layers.Conv1D(4, 3, name="conv"), layers.BatchNormalization(), layers.ReLU()]
     inner = keras.Sequential([keras.Input((9, 3)), *inner], name="inner")
     x = inputs = keras.Input((9, 3))

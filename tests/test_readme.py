@@ -10,8 +10,9 @@ import fcnn_utils
 from fcnn_utils import cost
 from fcnn_utils.course import data, ensembles, metrics, networks, predictions, records, thesis
 from fcnn_utils.course.data import cifar100, medmnist
+from fcnn_utils.course.paths import root
 
-README = (records.ROOT / "README.md").read_text()
+README = (root() / "README.md").read_text()
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("|")]
 
 
@@ -33,7 +34,7 @@ def test_results_table(name, monkeypatch, tmp_path):
 
 def runs_of(name, recipe):
     """Test accuracies of the committed runs, in percent."""
-    paths = sorted((records.ROOT / "results" / "cifar100" / f"simple-{name}" / recipe).glob("seed?.json"))
+    paths = sorted((root() / "results" / "cifar100" / f"simple-{name}" / recipe).glob("seed?.json"))
     return [100 * records.read(path)["test"]["top1"] for path in paths]
 
 
@@ -155,9 +156,9 @@ def test_every_module_is_in_the_docstring_of_the_package():
 
 def test_links_lead_somewhere():
     targets = re.findall(r"\]\(([^)#:\s]+)\)", README)
-    assert targets and all((records.ROOT / target).exists() for target in targets)
+    assert targets and all((root() / target).exists() for target in targets)
 
 
 def test_every_notebook_is_in_the_contents():
-    notebooks = [path.name for path in (records.ROOT / "notebooks").glob("*.ipynb")]
+    notebooks = [path.name for path in (root() / "notebooks").glob("*.ipynb")]
     assert notebooks and all(f"(notebooks/{name})" in README for name in notebooks)

@@ -34,10 +34,9 @@ def deterministic():
 
     Call it before anything is computed: JAX reads its flag when it starts, and ignores it afterwards.
 
-    - TensorFlow uses deterministic kernels, and runs one operation at a time. With two at a time the
-      gradients of the separable network differ from run to run, even on a CPU.
-    - JAX on a GPU uses kernels that add in a fixed order.
-    - PyTorch uses its deterministic algorithms.
+    TensorFlow then uses deterministic kernels, and runs one operation at a time. With two at a time the
+    gradients of the separable network differ from run to run, even on a CPU. JAX on a GPU uses kernels
+    that add in a fixed order, and PyTorch its deterministic algorithms.
 
     Raises:
         ValueError: if TensorFlow has computed something already.
@@ -144,11 +143,7 @@ def has_bfloat16():
 
 
 def precision(wanted):
-    """Keras dtype policy for a recipe's precision.
-
-    Args:
-        wanted: "float32", "mixed_bfloat16", or "auto": mixed_bfloat16 if bfloat16 is faster here.
-    """
+    """Keras dtype policy for a recipe's precision; for "auto", mixed_bfloat16 if bfloat16 is faster here."""
     if wanted == "auto":
         return "mixed_bfloat16" if has_bfloat16() else "float32"
     return wanted

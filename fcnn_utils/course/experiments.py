@@ -1,20 +1,21 @@
 """Run a training as an experiment: with a record, checkpoints, resume and kept predictions.
 
-`train` returns the record of a run from disk if the same run was made before, on any machine. So a
-course that is read on a laptop shows the numbers of a faster machine, and the record tells which.
+If the same run was made before, on any machine, `train` returns its record from disk. Therefore the
+course shows the numbers of a fast machine even on a laptop. The record names that machine.
 
 A record is a dict of JSON types:
 
-    schema, status      "complete", "running" or "diverged"
-    dataset, fingerprint, stand_in, train_images
-    model               name of the network, with its width if that is not 1: "simple-width0.6"
-    recipe, seed, precision
-    params, trainable   number of weights, and of those that are trained
-    macs                multiply-adds for one image
-    device, cores, backend, versions, python, deterministic, date, commit: see `environment.describe`
-    epochs              list of the dicts of `training.fit`
-    test                dict of `training.evaluate` on all test images; None if the recipe trains on
-                        "train", unless predictions are kept
+    schema             1
+    status             "complete", "running" or "diverged"
+    model              name of the network, with its width if that is not 1: "simple-width0.6"
+    params, trainable  number of weights, and number of those that are trained
+    macs               multiply-adds for one image
+    epochs             list of the dicts of `training.fit`
+    test               dict of `training.evaluate` on all test images; None if the recipe trains on
+                       "train", unless predictions are kept
+
+and, as their names say, dataset, fingerprint, stand_in, train_images, recipe, seed, precision, and the
+entries of `environment.describe`.
 """
 
 import dataclasses
@@ -26,7 +27,8 @@ from fcnn_utils.course import augmentation, checkpoints, environment, networks, 
 from fcnn_utils.course.recipes import get_recipe
 
 
-# parameters: `model` to `teacher` decide the run; the others say what to keep, replace and print
+# parameters: up to `teacher` they decide the run, the others what is kept, replaced and printed
+# long: half of it documents these parameters
 def train(
     model,
     dataset,
@@ -77,7 +79,7 @@ def train(
     images = len(dataset.train) + (len(dataset.validation) if recipe.train_on == "all" else 0)
     steps = training.steps_per_epoch(images, recipe)
     _files.check_writable(records.path_of(dataset.name, name, recipe.name, recipe.seed).parent)
-    model = _built(model, dataset, recipe, width)
+    model = _build(model, dataset, recipe, width)
     training.compile_model(model, recipe, steps)  # a checkpoint includes the optimizer
     record = _new_record(model, name, dataset, recipe, images)
     record["epochs"] = checkpoints.resume(model, record)
@@ -175,8 +177,8 @@ def _stored(name, dataset, recipe, needs_predictions, quiet):
     return record
 
 
-def _built(model, dataset, recipe, width):
-    """The network to train, with the generators at the recipe's seed."""
+def _build(model, dataset, recipe, width):
+    """Build the network to train, and leave all generators at the recipe's seed."""
     keras.utils.set_random_seed(recipe.seed)
     if isinstance(model, str):
         return networks.build(

@@ -8,6 +8,8 @@ within 1e-8, as rows of a float32 softmax do not. Its `calibration_curve` does n
 which the calibration error needs.
 """
 
+import warnings
+
 import numpy as np
 import pandas as pd
 from scipy import optimize, special, stats
@@ -69,7 +71,9 @@ def bootstrap_interval(statistic, *arrays, level=0.95, rounds=2000, seed=0):
 
     images = np.arange(len(arrays[0]))  # SciPy draws their numbers: then all arrays, of any shape, are drawn together
     options = {"n_resamples": rounds, "batch": 100, "vectorized": False, "method": "percentile", "rng": seed}
-    draws = stats.bootstrap((images,), on_draw, **options).bootstrap_distribution
+    with warnings.catch_warnings():  # about SciPy's own interval, which is NaN if a draw does not count
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        draws = stats.bootstrap((images,), on_draw, **options).bootstrap_distribution
     if len(failures) > rounds / 2:
         raise ValueError(f"the statistic failed for {len(failures)} of {rounds} draws: {failures[-1]}")
     low, high = np.nanquantile(draws, ((1 - level) / 2, (1 + level) / 2))

@@ -1,10 +1,10 @@
-"""What a setting may be: checks that answer a bad value with one sentence, and the parameters of the notebooks."""
+"""Parameters of the notebooks: what values they may have."""
 
 from fcnn_utils._checks import check_choice, check_number
 from fcnn_utils.course.data import medmnist
 
-# Every parameter that a notebook has: (kind, lowest, highest), or the values it may take. One name means the same
-# thing in all notebooks; 0 is the recipe's own batch size, and all images.
+# For every parameter that a notebook has: (type, lowest, highest), or the allowed values. A name means the same in all
+# notebooks. 0 stands for the recipe's own batch size, and for all images.
 PARAMETERS = {
     "SEED": (int, 0, 2**31 - 1),
     "DATASET": ("auto", "cifar100", "standin"),
@@ -30,30 +30,27 @@ def check(**values):
     """Check parameters of a notebook by name: `check(SEED=SEED, EPOCHS=EPOCHS)`.
 
     Raises:
-        ValueError: a name that no notebook has, or a value of the wrong type or outside its range.
+        ValueError: if no notebook has a parameter of this name, or its value has the wrong type or is out of range.
     """
     for name, value in values.items():
         check_choice("parameter", name, PARAMETERS)
         rule = PARAMETERS[name]
         if isinstance(rule[0], type):
             check_number(name, value, *rule)
-        elif rule == (True, False) and not isinstance(value, bool):
-            check_choice(name, str(value), rule)  # 1 equals True, and is not it
+        elif isinstance(rule[0], bool) and not isinstance(value, bool):  # 1 == True, but it is not a truth value
+            raise ValueError(f"{name} must be one of True, False; got {value!r}")
         else:
             check_choice(name, value, rule)
 
 
-def parsed(name, text):
-    """The value of parameter `name` from the command line's `text`, checked: a number, true or false, or a word.
+def parse(name, text):
+    """Convert a parameter's value from the command line, and check it: a number, true or false, or a word.
 
     Raises:
         ValueError: as `check`.
     """
-    words = {"true": True, "false": False}
-    try:
-        value = words.get(text.lower())
-        value = int(text) if value is None else value
-    except ValueError:
-        value = text
+    value = {"true": True, "false": False}.get(text.lower(), text)
+    if value is text and text.removeprefix("-").isdecimal():
+        value = int(text)
     check(**{name: value})
     return value

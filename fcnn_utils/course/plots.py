@@ -1,7 +1,7 @@
 """Figures of the course: functions that draw records and tables with matplotlib.
 
-A network has the same colour and marker in every figure. Figures are saved with 256 colours, which changes nothing
-visible and halves their size.
+A network has the same colour and marker in every figure. Figures are saved with 256 colours, which halves
+their size and changes nothing visible in plots.
 """
 
 import base64
@@ -60,13 +60,13 @@ def with_palette(png, colors=256):
         colors: size of the palette, from 2 to 256.
 
     Returns:
-        bytes of the new file, or `png` if that is not larger.
+        bytes of the new file.
     """
     picture = Image.open(io.BytesIO(png)).convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     smaller = io.BytesIO()
     picture.quantize(colors, kmeans=1, dither=Image.Dither.NONE).save(smaller, "PNG", optimize=True)
-    return min(png, smaller.getvalue(), key=len)
+    return smaller.getvalue()
 
 
 def player(animation, description):

@@ -162,7 +162,7 @@ def _training_works(models, split, recipe, scale):
 
 
 def _random_steps(model, batch, shape):
-    """Return a function that trains on random images, at least 16 of them, and returns their number."""
+    """Return a function that trains on random images, about 16 or one batch, and returns their number."""
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, *shape)).astype("float32")
     classes, steps = model.output_shape[-1], max(1, 16 // batch)

@@ -1,4 +1,4 @@
-"""Run records: one JSON file per training run. Keeps other measurements, too.
+"""Records of training runs, one JSON file each; and files of other measurements.
 
 A record is a dict of JSON types. Its path names the run: `results/DATASET/MODEL/RECIPE/seedN.json`.
 `experiments` writes records and documents their entries. New records go to `results/` in the output
@@ -17,31 +17,16 @@ from fcnn_utils.course import paths
 SCHEMA = 1
 _REQUIRED = ("schema", "dataset", "model", "recipe", "seed", "status", "epochs")
 _RENAMED = {"others_cpu": "background_load"}  # key in files of the first edition -> key now
-_TEST_COLUMNS = ("top1", "top5", "loss")
-_COLUMNS = [
-    "dataset",
-    "model",
-    "recipe",
-    "seed",
-    "status",
-    "epochs",
-    *_TEST_COLUMNS,
-    "params",
-    "macs",
-    "path",
-    "record",
-]
+_RUN = ["dataset", "model", "recipe", "seed"]  # what names a run
+_FIGURES = ["top1", "top5", "loss"]
+_COLUMNS = [*_RUN, "status", "epochs", *_FIGURES, "params", "macs", "path", "record"]
 
 
 def path_of(dataset, model, recipe, seed, folder=None):
     """Path of a complete run's record: `FOLDER/DATASET/MODEL/RECIPE/seedN.json`.
 
-    The record of a run that is not complete lies beside it, as `seedN.partial.json`.
-
-    Args:
-        dataset, model, recipe: names.
-        seed: whole number.
-        folder: default: `results` in the output folder.
+    The record of a run that is not complete lies beside it, as `seedN.partial.json`. The default of
+    `folder` is `results` in the output folder.
     """
     return Path(folder or paths.output() / "results") / dataset / model / recipe / f"seed{seed}.json"
 
@@ -111,11 +96,10 @@ def find(dataset=None, model=None, recipe=None, seed=None, status="complete", wh
     Damaged files are skipped; a line on standard output names each.
 
     Args:
-        dataset, model, recipe: names that must match; None matches every one.
-        seed: seed that must match; None matches every one.
+        dataset, model, recipe, seed: what must match; None matches every one.
         status: "complete", "running", "diverged", or None for every one.
-        where: folders to search (default: `folders()`). If two folders have a record of the same
-            run, the one in the earlier folder counts.
+        where: folders to search (default: `folders()`). If two of them have a record of the same run,
+            that in the earlier one counts.
 
     Returns:
         DataFrame with one row per run, sorted. `loss`, `top1` and `top5` are those on the test images,
@@ -132,7 +116,7 @@ def find(dataset=None, model=None, recipe=None, seed=None, status="complete", wh
     wanted = {"dataset": dataset, "model": model, "recipe": recipe, "seed": seed, "status": status}
     for column, value in wanted.items():
         frame = frame if value is None else frame[frame[column] == value]
-    return frame.sort_values(["dataset", "model", "recipe", "seed"], ignore_index=True)
+    return frame.sort_values(_RUN, ignore_index=True)
 
 
 # --- other measurements ------------------------------------------------------------------------------------------
@@ -197,9 +181,6 @@ def cached(name, compute, settings=None, recompute=False):
     return content
 
 
-# --- parts -------------------------------------------------------------------------------------------------------
-
-
 def _write_json(path, content):
     write_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
@@ -207,21 +188,15 @@ def _write_json(path, content):
 def _with_current_keys(content):
     content = {_RENAMED.get(key, key): value for key, value in content.items()}
     if isinstance(content.get("columns"), list):
-        content["columns"] = [
-            _RENAMED.get(name, name) if isinstance(name, str) else name for name in content["columns"]
-        ]
+        content["columns"] = [_RENAMED.get(str(name), name) for name in content["columns"]]
     return content
 
 
 def _row(record, path):
     test = record.get("test") or {}
-    row = {column: record.get(column) for column in _COLUMNS} | {column: test.get(column) for column in _TEST_COLUMNS}
-    return row | {
-        "recipe": record["recipe"]["name"],
-        "epochs": len(record["epochs"]),
-        "path": str(path),
-        "record": record,
-    }
+    row = {column: record.get(column) for column in _COLUMNS} | {column: test.get(column) for column in _FIGURES}
+    own = {"recipe": record["recipe"]["name"], "epochs": len(record["epochs"]), "path": str(path), "record": record}
+    return row | own
 
 
 def _read_or_report(path):
@@ -230,7 +205,3 @@ def _read_or_report(path):
     except ValueError as error:
         print(f"skipped: {error}")
         return None
-
-
-ROOT = paths.root()  # temporary, until all callers use `paths`
-output, shown = paths.output, paths.shown

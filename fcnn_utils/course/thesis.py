@@ -1,22 +1,15 @@
-"""The published tables of the thesis that this course implements, as data.
+"""The tables of the thesis that this course implements, as data.
 
 S. Kirtaniya, "Implementation of factorized convolutional neural networks and analysis of the computation with
 different models", B.Tech thesis, Indian Institute of Technology Kharagpur.
 
-Networks are called "simple", "wider_factorized" and "wider_separable"; another name is a KeyError.
+The networks are "simple", "wider_factorized" and "wider_separable"; any other name raises KeyError.
 
-Its layer tables name only classes, output shapes and parameter counts: kernel shapes and strides are inferred from
-those, and the order of 3×1 and 1×3 is not stated. Its test accuracies are whole numbers of 9,984 images (simple) and
-9,968 (the other two), not of 10,000.
+The thesis's layer tables have only classes, output shapes and parameter counts; we infer kernel shapes and strides from
+them. Its test accuracies are shares of 9,984 images (simple) and of 9,968 (the other two), not of 10,000.
 """
 
 import pandas as pd
-
-TITLES = {
-    "simple": "simple convolutional model",
-    "wider_factorized": "a wider model with simple factorized layers",
-    "wider_separable": "separable convolutional layer network",
-}
 
 _LAYERS = {
     "simple": """
@@ -55,7 +48,7 @@ PARAMS = {
     "wider_separable": (972_879, 970_567, 2_312),
 }
 
-# On the training images, after each of 5 epochs of 1,562 steps: seconds, ms per step, loss, top-1, top-5.
+# After each of 5 epochs of 1,562 steps, on the training images: seconds, ms per step, loss, top-1, top-5.
 _EPOCHS = {
     "simple": [
         (36, 23, 3.9801, 0.1236, 0.3421),
@@ -80,36 +73,36 @@ _EPOCHS = {
     ],
 }
 
-# On the test images, as printed below the training logs: top-1, top-5, loss.
+# On the test images, as printed after the training logs: top-1, top-5, loss.
 _TEST = {
     "simple": (0.31860977564102566, 0.6302083333333334, 2.879887064297994),
     "wider_factorized": (0.29253611556982345, 0.5900882825040128, 3.0202260208742193),
     "wider_separable": (0.27879213483146065, 0.5764446227929374, 3.1429175584312428),
 }
 
-# The summary table: seconds an epoch, ms per step, top-1, top-5, loss.
+# The summary table: seconds per epoch, ms per step, top-1, top-5, loss.
 _SUMMARY = {
     "simple": (33, 21, 0.318, 0.630, 2.879),
     "wider_factorized": (49, 31, 0.292, 0.590, 3.020),
     "wider_separable": (28, 18, 0.278, 0.576, 3.142),
 }
 
-# A layer's class in the tables below, and the classes of our layers that are the same thing.
-_SAME = {
-    "conv": ("Conv2D",),
-    "sep": ("SeparableConv2D",),
-    "bn": ("BatchNormalization",),
-    "relu": ("Activation",),
-    "pool": ("GlobalAveragePooling2D",),
-    "softmax": ("Activation",),
+# The kinds of layers in the thesis's tables, and the Keras classes of the same layers in our networks.
+_KERAS_CLASSES = {
+    "conv": "Conv2D",
+    "sep": "SeparableConv2D",
+    "bn": "BatchNormalization",
+    "relu": "Activation",
+    "pool": "GlobalAveragePooling2D",
+    "softmax": "Activation",
 }
 
 
 def layers(name):
-    """Layer table of the network `name`: DataFrame with kind, output_shape (without batch axis) and params."""
+    """Return a network's layer table: DataFrame with kind, output_shape (without batch axis) and params."""
     rows, shape = [], None
     for line in _LAYERS[name].strip().splitlines():
-        for entry in line.split(","):  # a shape is written where it changes
+        for entry in line.split(","):  # an entry has a shape only if the shape changes
             kind, *shapes, params = entry.split()
             shape = tuple(map(int, shapes[0].split("x"))) if shapes else shape
             rows.append((kind, shape, int(params)))
@@ -117,39 +110,39 @@ def layers(name):
 
 
 def compare(name, costs):
-    """Our layer table beside the thesis's, row by row.
+    """Compare our layer table with the thesis's, row by row.
 
     Args:
-        name: the network.
-        costs: `cost.layer_costs` of our model.
+        name: of the network.
+        costs: table of `cost.layer_costs` for our model.
 
     Returns:
-        DataFrame with our layer, kind, output_shape and params, the thesis's three (kind_thesis, …), and `equal`. A row
-        that one side lacks is there, and not equal.
+        DataFrame with our layer, kind, output_shape and params, the thesis's kind_thesis, output_shape_thesis and
+        params_thesis, and `equal`. A row that exists on one side only is included, and is not equal.
     """
     ours = costs[~costs["kind"].isin(["", "InputLayer"])].reset_index(drop=True)
     both = ours[["layer", "kind", "output_shape", "params"]].join(layers(name), rsuffix="_thesis", how="outer")
-    both["equal"] = [
-        row.kind in _SAME.get(row.kind_thesis, ())
-        and (row.output_shape, row.params) == (row.output_shape_thesis, row.params_thesis)
-        for row in both.itertuples()
-    ]
+    both["equal"] = (
+        (both["kind"] == both["kind_thesis"].map(_KERAS_CLASSES))
+        & (both["output_shape"] == both["output_shape_thesis"])
+        & (both["params"] == both["params_thesis"])
+    )
     return both
 
 
 def epochs(name):
-    """Training log: DataFrame with epoch, seconds, ms_per_step, loss, top1, top5 (shares) on the training images."""
+    """Return the training log: DataFrame with epoch, seconds, ms_per_step, loss, top1 and top5 (shares)."""
     table = pd.DataFrame(_EPOCHS[name], columns=["seconds", "ms_per_step", "loss", "top1", "top5"])
     table.insert(0, "epoch", range(1, len(table) + 1))
     return table
 
 
 def test(name):
-    """Test figures to full precision: dict of top1, top5 (shares) and loss."""
+    """Return the test results to full precision: dict of top1, top5 (shares) and loss."""
     return dict(zip(("top1", "top5", "loss"), _TEST[name], strict=True))
 
 
 def summary():
-    """Its summary table: DataFrame indexed by network, with seconds_per_epoch, ms_per_step, top1, top5 and loss."""
+    """Return the summary table: DataFrame indexed by network, with seconds_per_epoch, ms_per_step, top1, top5, loss."""
     columns = ["seconds_per_epoch", "ms_per_step", "top1", "top5", "loss"]
     return pd.DataFrame.from_dict(_SUMMARY, orient="index", columns=columns)

@@ -24,7 +24,7 @@ class Diverged(ArithmeticError):
 
 
 def fit(model, data, recipe, *, first_epoch=0, teacher=None):
-    """Train `model` in place by `recipe`: a generator that trains one epoch per step.
+    """Train `model` in place by `recipe`: a generator, whose every item is one more trained epoch.
 
     Order, augmentation and learning rate of an epoch depend on the seed and the epoch alone. Therefore
     a training can be stopped after any epoch and continued with `first_epoch`.
@@ -32,12 +32,11 @@ def fit(model, data, recipe, *, first_epoch=0, teacher=None):
     Args:
         model: built keras.Model from images to class probabilities. It is compiled here, unless
             `first_epoch` is above 0: then it must be as the epochs before left it, with its optimizer.
-        data: `data.Dataset`; or (training split, validation split), two `data.Split`, of which the
-            second may be None and both count as they are, whatever `recipe.train_on` says.
+        data: `data.Dataset`; or a pair of `data.Split`, for training and validation, which are used
+            whatever `recipe.train_on` says. The second may be None.
         recipe: `recipes.Recipe`.
         first_epoch: number of the epoch to start with, from 0.
-        teacher: keras.Model whose probabilities are a share of the target, if `recipe.distillation`
-            is above 0.
+        teacher: keras.Model that gives `recipe.distillation` of the target.
 
     Yields:
         dict for each epoch: that of `fit_epoch`; and "validation", the dict of `evaluate` on the
@@ -73,11 +72,7 @@ def fit(model, data, recipe, *, first_epoch=0, teacher=None):
 
 
 def steps_per_epoch(images, recipe):
-    """Number of whole batches in an epoch of `images` training images.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """Number of whole batches in `images` training images. Raises ValueError if there is none."""
     if images < recipe.batch_size:
         raise ValueError(f"batch_size must be at most {images}, the training images; got {recipe.batch_size}")
     return images // recipe.batch_size
@@ -133,16 +128,7 @@ def check_finite(loss, where):
 
 
 def predict(model, split, scale):
-    """Predict class probabilities.
-
-    Args:
-        model: keras.Model.
-        split: `data.Split`.
-        scale: from `augmentation.channel_statistics`.
-
-    Returns:
-        (N, classes) float64.
-    """
+    """Predict class probabilities (N, classes) float64 for the images of `split`; arguments as for `evaluate`."""
     images = augmentation.normalize(split.images, scale)
     parts = [images[start : start + _EVALUATION_BATCH] for start in range(0, len(images), _EVALUATION_BATCH)]
     return np.concatenate([model.predict_on_batch(part) for part in parts]).astype("float64")

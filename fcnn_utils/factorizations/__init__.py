@@ -1,6 +1,6 @@
 """Factorizations of convolution kernels: one class for each, from a kernel to factors to a chain of small layers.
 
-    name         class                 chain                                        exact for
+    name         class                 chain                                        can represent
     "cp"         `CP`                  1×1, k×k depthwise, 1×1                      CP rank ≤ R, space merged
     "cp4"        `CP4`                 1×1, k×1 and 1×k depthwise, 1×1              CP rank ≤ R
     "tucker"     `Tucker2`             1×1, k×k, 1×1                                multilinear ranks ≤ R1, R2
@@ -8,8 +8,9 @@
     "spatial"    `SpatialSVD`          k×1, 1×k                                     rank ≤ R as a (k S × k T) matrix
     "separable"  `DepthwiseSeparable`  k×k depthwise with R outputs a channel, 1×1  rank ≤ R, channel by channel
 
-Kernels are (*spatial, in_channels, filters), as in Keras, with zero to three spatial axes. All is NumPy in
-float64; nothing here imports Keras. To add a factorization, write a file with its class and import it here.
+Kernels are (*spatial, in_channels, filters), as in Keras, with zero to three spatial axes. Everything is computed
+in float64 by NumPy, SciPy and TensorLy's NumPy backend; nothing here imports Keras. To add a factorization, write a
+file with its class and import it here.
 """
 
 from fcnn_utils.factorizations.base import (

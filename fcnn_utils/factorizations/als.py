@@ -1,11 +1,12 @@
 """Alternating least squares for CP, with a ridge (Carroll & Chang 1970; Harshman 1970; Kolda & Bader 2009).
 
-One sweep updates every mode in turn. Mode n of a tensor X solves  min ‖X₍ₙ₎ − A Zᵀ‖² + λ ‖A‖²,  where Z is the
-Khatri-Rao product of the other factors, with columns of unit norm. In the eigenbasis of ZᵀZ = V diag(d) Vᵀ the
-solution is  A V = X₍ₙ₎ Z V / (d + λ).  Its error and its norm depend on λ only through the squared norms m of the
-columns of X₍ₙ₎ Z V, so λ can be chosen for a given error or a given norm at no cost.
+One sweep updates every mode in turn. The update of mode n of a tensor X solves  min ‖X₍ₙ₎ − A Zᵀ‖² + λ ‖A‖²,
+where Z is the Khatri-Rao product of the other factors, with columns of unit norm. In the eigenbasis of
+ZᵀZ = V diag(d) Vᵀ the solution is  A V = X₍ₙ₎ Z V / (d + λ).  Its error and its norm depend on λ only through d and
+the squared norms of the columns of X₍ₙ₎ Z V (`squares`). Therefore λ can be chosen for a given error or a given norm
+without another solve.
 
-This is kept by hand because no library has the ridge, and because it is faster than TensorLy's `parafac`.
+It is implemented here because libraries have a fixed ridge at most: TensorLy's `parafac` has `l2_reg`.
 """
 
 import math
@@ -22,9 +23,9 @@ def sweeps(tensor, factors, ridge, n_iter, tol):
     Args:
         tensor: array with two or more modes.
         factors: list of (I_n, R), one for each mode.
-        ridge: function (‖X‖², d, m) -> λ, such as `no_ridge`.
+        ridge: function (‖X‖², d (R,), squares (R,)) -> λ, such as `no_ridge`.
         n_iter: maximum number of sweeps.
-        tol: smallest decrease of the relative error that continues.
+        tol: stop when a sweep lowers the relative error by less than this.
 
     Returns:
         (factors, relative error).
@@ -90,10 +91,10 @@ def bounding_ridge(total, d, squares, squared_norm):
     return _root(lambda ridge: squared_norm - np.sum(squares / (d + ridge) ** 2), d)
 
 
-def start(tensor, rank, seed, number):
-    """Return the factors of a start: for number 0 leading singular vectors of the unfoldings, else random.
+def initial_factors(tensor, rank, seed, number):
+    """Return initial factors: leading singular vectors of the unfoldings for start number 0, else random ones.
 
-    If an unfolding has too few singular vectors, random columns fill up.
+    If an unfolding has too few singular vectors, random columns are added.
     """
     rng = np.random.default_rng([seed, number])
     factors = [rng.standard_normal((size, rank)) for size in tensor.shape]

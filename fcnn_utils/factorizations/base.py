@@ -1,16 +1,22 @@
 """What all factorizations share: ranks, factors, and the chain of small layers that the factors stand for.
 
 A kernel has the shape (*spatial, S, T): zero to three spatial axes, S input channels, T filters. A
-factorization writes it as a product of factors, and each factor is the weight of one small layer. A
-subclass describes these layers in `structure`, one entry for each:
+factorization writes it as a product of factors. Each factor is the weight of one small layer, and the
+sequence of these layers, the chain, is equivalent to the factorized kernel. A subclass describes the
+chain in `structure`, one entry for each layer, first to last:
 
     (name, factor, letters, flow)       ("core", 1, "ijab", "a->b")
 
     name     suffix of the Keras layer's name
     factor   index of the factor that is the layer's weight
-    letters  axes of that factor: i, j, k are spatial, s the input channels, t the filters, others ranks
-    flow     the channels that the layer reads, and those that it writes; a layer that writes what it
-             reads ("r->r", "s->sr") is depthwise
+    letters  axes of that factor: i, j, k are spatial, s the input channels, t the filters; other lower
+             case letters are ranks
+    flow     letters of the channels that the layer reads, and of those that it writes. A layer that
+             writes what it reads ("r->r", "s->sr") is depthwise
+
+Rules: the letters of a factor are its spatial letters, those it reads, and those it writes. There is at
+least one rank; ranks are given in the alphabetical order of their letters. The last layer is not
+depthwise and writes "t". A factor may have its spatial axes merged into one, if they come first.
 
 Everything else follows from this: the rebuilt kernel (an einsum over the letters), the number of
 parameters and MACs, the Keras layers and their weights, and the factor that `calibration` refits.
@@ -19,21 +25,20 @@ This module does not use Keras.
 
 import dataclasses
 import math
-import operator
 
 import numpy as np
 
 from fcnn_utils._checks import check_number
 from fcnn_utils.factorizations.chain import SPATIAL, ChainLayer, place_strides
 
-FACTORIZATIONS = {}  # name -> class; a subclass with a name enters itself
+FACTORIZATIONS = {}  # name -> class; a subclass that sets a name registers itself
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Factorization:
     """A kernel in factors. `decompose` of a subclass makes one.
 
-    A subclass sets `name` and defines `structure`, `_max_ranks` and `_factors`.
+    A subclass sets `name` and defines `structure`, `_max_ranks` and `_factors` (or `decompose`).
 
     Attributes:
         kernel_shape: (*spatial, S, T) of the dense kernel.
@@ -48,10 +53,17 @@ class Factorization:
     kernel_norm: float
 
     name = ""
+    is_exact = True  # whether `max_ranks` represents every kernel exactly
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
-        if cls.name:
+        for name, _, letters, flow in cls.structure("ij"):
+            reads, writes = flow.split("->")
+            if set(letters) - set("ij") != set(reads + writes):
+                raise TypeError(f"{cls.__name__}: the letters {letters!r} of layer {name!r} do not fit {flow!r}")
+        if writes != "t" or reads == "t":
+            raise TypeError(f"{cls.__name__}: the last layer must write 't' and not be depthwise; got {flow!r}")
+        if "name" in vars(cls):
             FACTORIZATIONS[cls.name] = cls
 
     # --- what a subclass defines -----------------------------------------------------------------
@@ -63,12 +75,12 @@ class Factorization:
 
     @classmethod
     def _max_ranks(cls, kernel_shape):
-        """Return the ranks that are enough for every kernel of this (checked) shape, as a tuple of ints."""
+        """Return the largest useful ranks for kernels of this (checked) shape, as a tuple of ints."""
         raise NotImplementedError
 
     @classmethod
     def _factors(cls, kernel, ranks, **options):
-        """Return the factors of a checked kernel at checked ranks."""
+        """Return the list of factors, float64 arrays, of a checked kernel at checked ranks."""
         raise NotImplementedError
 
     # --- making one ------------------------------------------------------------------------------
@@ -82,18 +94,24 @@ class Factorization:
             ranks: an int if the method has one rank, a sequence of ints if it has several.
             options: of the method; see the class.
 
+        Returns:
+            An instance of the class.
+
         Raises:
-            ValueError: the kernel, a rank or an option is not allowed.
+            ValueError: the kernel, a rank or the value of an option is not allowed.
         """
         kernel = check_kernel(kernel)
         return cls.from_factors(kernel, cls._factors(kernel, cls.check_ranks(kernel.shape, ranks), **options))
 
     @classmethod
     def from_factors(cls, kernel, factors):
-        """Wrap given factors of `kernel`, and measure their error."""
-        result = cls(kernel.shape, tuple(factors), 0.0, float(np.linalg.norm(kernel)))
+        """Make an instance from factors of `kernel`, (*spatial, S, T), and measure its error."""
+        norm = float(np.linalg.norm(kernel))
+        result = cls(np.shape(kernel), tuple(factors), 0.0, norm)
         error = float(np.linalg.norm(kernel - result.to_kernel()))
-        return dataclasses.replace(result, relative_error=error / result.kernel_norm if error else 0.0)
+        if error == 0:
+            return result
+        return dataclasses.replace(result, relative_error=error / norm if norm else math.inf)
 
     # --- ranks and costs, without a kernel -------------------------------------------------------
 
@@ -111,8 +129,7 @@ class Factorization:
 
         Raises:
             ValueError: the number of ranks is wrong; a rank is not a whole number from 1 to its maximum; or
-                the ranks do not go together (a rank beside another can be at most the product of the other
-                axes of their factor).
+                the ranks are inconsistent (a rank must not exceed the product of the other axes of its factor).
         """
         largest = cls.max_ranks(kernel_shape)
         given = cls._as_ranks(ranks, len(largest), f", at most {largest}")
@@ -124,7 +141,7 @@ class Factorization:
                 high = layer.parameters // layer.sizes[letter]
                 if layer.sizes[letter] > high:
                     raise ValueError(
-                        f"{cls.name} ranks {given} do not go together: the rank {layer.sizes[letter]} of the "
+                        f"{cls.name} ranks {given} are inconsistent: the rank {layer.sizes[letter]} of the "
                         f"{layer.name} layer can be at most {high}"
                     )
         return given
@@ -159,7 +176,7 @@ class Factorization:
 
     @classmethod
     def count_macs(cls, kernel_shape, ranks, strides=1):
-        """Return the MACs of the chain for one output position of the whole.
+        """Return the MACs of the chain for one output position.
 
         Multiplied by the output's height and width this gives the MACs for an image whose size the strides
         divide, with `same` padding. A layer before a stride works at more positions.
@@ -203,9 +220,8 @@ class Factorization:
 
     def to_kernel(self):
         """Rebuild the dense kernel (*spatial, S, T) from the factors."""
-        chain = sorted(self.layers, key=operator.attrgetter("factor"))
-        equation = ",".join(layer.letters for layer in chain)
-        factors = [self._factor(layer) for layer in chain]
+        equation = ",".join(layer.letters for layer in self.layers)
+        factors = [self._factor(layer) for layer in self.layers]
         return np.einsum(f"{equation}->{self._kernel_letters}", *factors, optimize=True)
 
     def layer_weights(self):
@@ -213,26 +229,18 @@ class Factorization:
         return [layer.keras_kernel(self.factors[layer.factor]) for layer in self.layers]
 
     def basis(self):
-        """Return what all layers but the last make of the values of a patch.
-
-        The last layer combines these: the kernel as a matrix is `basis() @ last_factor()`.
+        """Return the matrix B of all layers but the last: the kernel as a matrix is B @ `last_factor()`.
 
         Returns:
-            (prod(spatial) · S, F) array.
+            (prod(spatial) · S, F) array; F is the number of values that the last layer reads for one output.
         """
         *others, last = self.layers
-        columns, equation, factors = "", [], []
-        for layer in others:
-            equation.append(layer.letters)
-            factors.append(self._factor(layer))
-        for letter in last.letters.replace("t", ""):
-            if letter in self._kernel_letters:  # the last layer reads every position along this axis
-                equation.append(letter + letter.upper())
-                factors.append(np.eye(last.sizes[letter]))
-                letter = letter.upper()
-            columns += letter
-        rows = self._kernel_letters[:-1]
-        product = np.einsum(f"{','.join(equation)}->{rows}{columns}", *factors, optimize=True)
+        rows, reads = self._kernel_letters[:-1], last.letters.replace("t", "")
+        own = [letter for letter in reads if letter in rows]  # the last layer reads every position along these
+        terms = [layer.letters for layer in others] + [letter + letter.upper() for letter in own]
+        factors = [self._factor(layer) for layer in others] + [np.eye(last.sizes[letter]) for letter in own]
+        columns = "".join(letter.upper() if letter in own else letter for letter in reads)
+        product = np.einsum(f"{','.join(terms)}->{rows}{columns}", *factors, optimize=True)
         return product.reshape(math.prod(self.kernel_shape[:-1]), -1)
 
     def last_factor(self):

@@ -81,11 +81,18 @@ class ChainLayer:
 
 
 def place_strides(chain, strides):
-    """Return the strides that each layer of a chain takes, a list of tuples.
+    """Distribute the strides of a convolution over the layers of its chain.
 
     A layer takes the stride of the axes along which its kernel extends, so that `same` padding falls where
-    the dense layer's does. TensorFlow's depthwise layers want equal strides: such a layer takes the greatest
+    the dense layer's does. TensorFlow's depthwise layers require equal strides: such a layer takes the greatest
     common divisor, and a later layer takes what is left.
+
+    Args:
+        chain: sequence of `ChainLayer`, of which the last is not depthwise.
+        strides: one whole number, or one for each spatial axis.
+
+    Returns:
+        list of tuples, the strides of each layer.
 
     Raises:
         ValueError: the strides are not whole numbers of at least 1.

@@ -3,9 +3,9 @@
     CP    K[i, j, s, t] = Σ_r  A[(i, j), r] · C[s, r] · D[t, r]               the spatial axes are one mode
     CP4   K[i, j, s, t] = Σ_r  A[i, r] · B[j, r] · C[s, r] · D[t, r]          each axis is a mode
 
-It is computed by alternating least squares (`als`), the best of several starts. The components of a plain
-result may grow without bound and cancel (degeneracy: de Silva & Lim 2008), and fine-tuning then diverges.
-`max_norm` bounds them.
+It is computed by alternating least squares (`als`), from one or several starts. The components of a plain result
+may grow without bound and cancel (degeneracy: de Silva & Lim 2008). Fine-tuning may then diverge (Phan et al. 2020,
+arXiv 2008.05441). `max_norm` bounds them.
 """
 
 import functools
@@ -23,16 +23,16 @@ class CP(Factorization):
     """CP with merged spatial axes: 1×1 S→R, k×k depthwise, 1×1 R→T.
 
     Factors: A (prod(spatial), R), C (S, R), D (T, R); without spatial axes C and D only. Components are
-    sorted by falling norm, and a component's norm is spread evenly over its vectors.
+    sorted by descending norm, and a component's norm is spread evenly over its vectors.
 
     Options of `decompose`:
-        n_starts: number of starts. The first uses the singular vectors of the unfoldings, the others are random.
-        seed: of the random numbers.
-        n_iter: maximum number of sweeps for a start.
-        tol: a start ends when a sweep lowers the relative error by less than this.
-        max_norm: bound of the root of the sum of squared component norms over ‖K‖, at least 1; None for no
-            bound. If the best start exceeds it, `error_preserving_correction` lowers the norms at 1% more
-            error. If that is not enough, the bound is enforced and the error may rise further.
+        n_starts: number of starts (1). The first uses singular vectors of the unfoldings, the others are random.
+        seed: seed of the random numbers (0).
+        n_iter: maximum number of sweeps for a start (100).
+        tol: a start ends when a sweep lowers the relative error by less than this (1e-5).
+        max_norm: largest allowed `total_norm`, at least 1; None for no bound (None). If the best start exceeds
+            it, `error_preserving_correction` lowers the norms at 1% more error. If that is not enough, the
+            bound is enforced and the error may rise further.
 
     At the largest rank the exact decomposition is written down without iteration.
     """
@@ -67,7 +67,7 @@ class CP(Factorization):
         tensor = cls._modes(kernel)
         if rank == cls.max_ranks(kernel.shape)[0]:
             return cls.from_factors(kernel, als.exact_factors(tensor))
-        starts = [als.start(tensor, rank, seed, number) for number in range(n_starts)]
+        starts = [als.initial_factors(tensor, rank, seed, number) for number in range(n_starts)]
         fits = [als.sweeps(tensor, factors, als.no_ridge, n_iter, tol) for factors in starts]
         best = cls.from_factors(kernel, min(fits, key=lambda fit: fit[1])[0])
         if max_norm is None or not best.kernel_norm or best.total_norm <= max_norm:
@@ -90,7 +90,7 @@ class CP(Factorization):
 
     @property
     def component_norms(self):
-        """(R,) Frobenius norms of the rank-one components, falling."""
+        """(R,) Frobenius norms of the rank-one components, in descending order."""
         return math.prod(np.linalg.norm(factor, axis=0) for factor in self.factors)
 
     @property
@@ -100,12 +100,12 @@ class CP(Factorization):
 
     @property
     def degeneracy(self):
-        """Largest component norm over ‖K‖: about 1 if nothing cancels, tens and more if degenerate."""
+        """Largest component norm over ‖K‖: at most 1 for orthogonal components, tens and more if they cancel."""
         return float(self.component_norms.max()) / self.kernel_norm if self.kernel_norm else 0.0
 
     @property
     def noise_sensitivity(self):
-        """Expected ‖ΔK‖² over ‖K‖² if every value of the factors gets independent noise of variance 1.
+        """Expected ‖ΔK‖² / ‖K‖² per unit of noise variance on every value of the factors, to first order.
 
         For modes n of size I_n (Phan et al. 2020, arXiv 2008.05441):  Σ_r Σ_n  I_n Π_{m≠n} ‖a_r^(m)‖² / ‖K‖²
         """
@@ -159,9 +159,9 @@ def error_preserving_correction(kernel, decomposition, *, error=None, n_iter=100
         decomposition: a `CP` or `CP4` of it.
         error: relative error allowed, at least that of the decomposition; default: 1.01 times it.
         n_iter: maximum number of sweeps.
-        tol: the sweeps end when one lowers the norms by a smaller share. If the allowed error is tiny, progress
-            is slow: use a smaller `tol` and a larger `n_iter`.
-        until: the sweeps also end when `total_norm` is this low.
+        tol: stop when a sweep lowers `total_norm` by a smaller share than this. If the allowed error is tiny,
+            progress is slow: use a smaller `tol` and a larger `n_iter`.
+        until: stop when `total_norm` is this low.
 
     Returns:
         Decomposition of the same class and rank.
@@ -180,7 +180,7 @@ def error_preserving_correction(kernel, decomposition, *, error=None, n_iter=100
         raise ValueError(f"the decomposition is of a {decomposition.kernel_shape} kernel; this one is {kernel.shape}")
     error = 1.01 * decomposition.relative_error if error is None else error
     check_number("error", error, float, decomposition.relative_error * (1 - 1e-9), math.inf)
-    if error < 1e-12:  # exact up to rounding: there is nothing to give
+    if error < 1e-12:  # exact up to rounding: no error to trade for smaller norms
         return decomposition
     norm, before = decomposition.kernel_norm, decomposition.total_norm
     ridge = functools.partial(als.preserving_ridge, squared_error=(error * norm) ** 2)

@@ -1,7 +1,7 @@
 """Factorizations by truncated SVDs: the spatial SVD and the depthwise separable layer.
 
-Both are the best of their form in the Frobenius norm (Eckart & Young 1936). Each singular value is spread evenly
-over both factors.
+Both minimise the Frobenius error among factorizations of their form and rank (Eckart & Young 1936). The square root
+of each singular value goes into each factor.
 """
 
 import math
@@ -46,7 +46,7 @@ class SpatialSVD(Factorization):
 class DepthwiseSeparable(Factorization):
     """k×k depthwise with R outputs per channel, then 1×1 to T (Guo et al. 2018, arXiv 1808.05517).
 
-        K[i, j, s, t] = Σ_m  D[i, j, s, m] · P[s, m, t]
+        K[i, j, s, t] = Σ_r  D[i, j, s, r] · P[s, r, t]
 
     A truncated SVD of the (prod(spatial), T) matrix of each input channel. Factors: D (*spatial, S, R),
     P (S, R, T). The rank R is the depth multiplier.

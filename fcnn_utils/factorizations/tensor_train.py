@@ -13,7 +13,7 @@ _RANKS = "abcd"
 class TensorTrain(Factorization):
     """Tensor train over the modes S, spatial axes, T: 1×1 S→R1, k×1 R1→R2, 1×k R2→R3, 1×1 R3→T.
 
-    Factors: G1 (S, R1), one (R_n, size, R_n+1) for each spatial axis, and the last (R, T). Computed by
+    Factors: G1 (S, R1), one (R_{n}, size, R_{n+1}) for each spatial axis, and the last (R, T). Computed by
     successive truncated SVDs (Oseledets 2011; for layers Novikov et al. 2015, arXiv 1509.06569). For four modes
     the error is at most √3 times the best.
     """
@@ -22,13 +22,12 @@ class TensorTrain(Factorization):
 
     @classmethod
     def structure(cls, spatial):
-        names = AXIS_NAMES[len(spatial)]
-        along = [
-            (names[axis], axis + 1, f"{_RANKS[axis]}{letter}{_RANKS[axis + 1]}", f"{_RANKS[axis]}->{_RANKS[axis + 1]}")
-            for axis, letter in enumerate(spatial)
-        ]
+        entries = [("in", 0, "sa", "s->a")]
+        for axis, letter in enumerate(spatial):
+            a, b = _RANKS[axis : axis + 2]
+            entries.append((AXIS_NAMES[len(spatial)][axis], axis + 1, f"{a}{letter}{b}", f"{a}->{b}"))
         last = _RANKS[len(spatial)]
-        return [("in", 0, "sa", "s->a"), *along, ("out", len(spatial) + 1, f"{last}t", f"{last}->t")]
+        return [*entries, ("out", len(spatial) + 1, f"{last}t", f"{last}->t")]
 
     @classmethod
     def _max_ranks(cls, kernel_shape):

@@ -30,7 +30,7 @@ def installed_paths(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def small_dataset():
+def dataset():
     """80 training, 20 validation and 50 test images of 8×8 pixels, 10 classes in 2 superclasses."""
     rng = np.random.default_rng(0)
 

@@ -1,9 +1,8 @@
 """State of a run on disk: `fcnn_utils.course.checkpoints`. Whole runs that are stopped are in test_experiments.py."""
 
 import errno
-import io
 import json
-import os
+from unittest.mock import Mock
 
 import keras
 import numpy as np
@@ -55,13 +54,8 @@ def assert_not_resumed(**changes):
 # --- checkpoints -------------------------------------------------------------------------------------------------
 
 
-def test_files_of_a_run_lie_beside_its_record(output):
-    folder = output / "results" / "standin" / "tiny" / "fast"
-    assert checkpoints.file_of(record(), "checkpoint.npz") == folder / "seed3.checkpoint.npz"
-    assert checkpoints.file_of(record(), "keras").parent == records.write(record()).parent
-
-
-def test_without_a_checkpoint_nothing_is_resumed():
+def test_files_of_a_run_lie_beside_its_record_and_without_one_nothing_is_resumed():
+    assert checkpoints.file_of(record(), "keras") == records.write(record()).with_name("seed3.keras")
     assert_not_resumed()
 
 
@@ -102,29 +96,19 @@ def test_checkpoint_of_other_settings_is_not_loaded(capsys, changes):
     assert capsys.readouterr().out == f"{path} belongs to other settings: starting anew\n"
 
 
-def archive(**arrays):
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    return content.getvalue()
-
-
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "no record", "no JSON", "an array short"])
 def test_damaged_checkpoint_is_named_and_not_loaded(capsys, damage):
     checkpoints.save(network(0), record())
     path = checkpoints.file_of(record(), "checkpoint.npz")
-    content = path.read_bytes()
-    with np.load(path) as file:
-        arrays = dict(file)
+    content, arrays = path.read_bytes(), dict(np.load(path))
     assert json.loads(str(arrays["record"])) == record()
-    damaged = {
-        "truncated": content[: len(content) // 2],
-        "empty": b"",
-        "text": b"not an archive",
-        "no record": archive(v0=np.zeros(3)),
-        "no JSON": archive(**arrays | {"record": "{"}),
-        "an array short": archive(**{name: array for name, array in arrays.items() if name != "v1"}),
-    }
-    path.write_bytes(damaged[damage])
+    if damage in ("truncated", "empty", "text"):
+        path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"not an archive"}[damage])
+    elif damage == "no JSON":
+        np.savez(path, **arrays | {"record": "{"})
+    else:
+        del arrays["record" if damage == "no record" else "v1"]
+        np.savez(path, **arrays)
     assert_not_resumed()
     printed = capsys.readouterr().out
     assert printed.startswith(f"{path} is damaged (") and printed.endswith("): starting anew\n")
@@ -133,12 +117,8 @@ def test_damaged_checkpoint_is_named_and_not_loaded(capsys, damage):
 def test_failed_write_keeps_the_earlier_checkpoint(monkeypatch):
     model = network(0)
     checkpoints.save(model, record())
-
-    def full(*args):
-        raise OSError(errno.ENOSPC, "full")
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr("os.fsync", Mock(side_effect=OSError(errno.ENOSPC, "full")))
         with pytest.raises(ValueError, match="checkpoint.npz: the disk is full"):
             checkpoints.save(network(1), record(epochs=[]))
     fresh = network(2)
@@ -162,12 +142,8 @@ def test_network_is_kept_without_its_optimizer(kind, monkeypatch):
     assert type(kept) is type(model) and not kept.compiled and model.compiled
     images = np.random.default_rng(5).normal(size=(3, 4, 4, 1)).astype("float32")
     np.testing.assert_array_equal(kept(images), model(images))
-
-    def read_only(*args):
-        raise OSError(errno.EROFS, "read-only")
-
     content = path.read_bytes()
-    monkeypatch.setattr(os, "replace", read_only)
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError(errno.EROFS, "read-only")))
     with pytest.raises(ValueError, match="seed3.keras: the folder is read-only"):
         checkpoints.keep(network(1), record())
     assert sorted(path.name for path in folder.iterdir()) == ["seed3.keras", "seed3.partial.json"]

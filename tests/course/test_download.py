@@ -1,4 +1,4 @@
-"""Tests of `fcnn_utils.course.data.download`, and of the downloads of both data sets, with a server on this machine."""
+"""Tests of downloads, with a server on this machine."""
 
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ CHECKSUM = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
 
 @pytest.fixture
 def serve(tmp_path, monkeypatch):
-    """Start a server that answers each request by `answer(handler)`; returns its address. The home folder is empty."""
+    """Start a server that calls `answer(handler)`, and return its address. Home is empty."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name in ("KERAS_HOME", "FCNN_DATA_DIR", "FCNN_DOWNLOAD_SECONDS"):
@@ -92,7 +92,7 @@ def test_file_is_written_with_progress(serve, tmp_path, capsys):
 
 def test_verified_file_is_not_downloaded_again(serve, tmp_path):
     (tmp_path / "file").write_bytes(CONTENT)
-    fetch("a set", serve(lambda handler: pytest.fail("a request was sent")), CHECKSUM, tmp_path / "file", "advice")
+    fetch("a set", serve(reply(b"another file", None)), CHECKSUM, tmp_path / "file", "advice")
 
 
 FAILURES = {
@@ -152,7 +152,7 @@ def test_interrupted_download_leaves_no_file(serve, tmp_path, monkeypatch):
 
 @pytest.fixture
 def archive(serve, monkeypatch):
-    """A small archive with the layout of CIFAR-100's, published on the local server. Returns the list of requests."""
+    """Serve a small archive with the layout of CIFAR-100's. Returns the list of requests."""
     packed, requests = io.BytesIO(), []
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         for name in ("meta", "test", "train"):

@@ -48,7 +48,13 @@ def test_description_has_all_entries_of_a_record():
 
 
 def test_summary_has_device_cores_backend_and_the_date_of_a_record():
-    here = {"device": "CPU X", "cores": 2, "backend": "jax", "versions": {"keras": "3.15.1"}, "date": "2025-01-02T03:04"}
+    here = {
+        "device": "CPU X",
+        "cores": 2,
+        "backend": "jax",
+        "versions": {"keras": "3.15.1"},
+        "date": "2025-01-02T03:04",
+    }
     assert environment.summary(here) == "CPU X · 2 cores · Keras 3.15.1 on jax"
     assert environment.summary(here | {"cores": 1}) == "CPU X · 1 core · Keras 3.15.1 on jax"
     assert environment.summary(here | {"epochs": []}) == "CPU X · 2 cores · Keras 3.15.1 on jax · 2025-01-02"

@@ -1,12 +1,12 @@
 """Runs with records, checkpoints and kept predictions: `fcnn_utils.course.experiments`.
 
-The networks have a hundred weights, because how a run is kept, stopped and resumed does not depend on
-what it learns.
+The networks are tiny, because how a run is kept, stopped and resumed does not depend on what it learns.
 """
 
 import dataclasses
 import json
 import shutil
+from unittest.mock import DEFAULT, Mock
 
 import keras
 import numpy as np
@@ -14,31 +14,13 @@ import pytest
 from keras import layers
 
 from fcnn_utils import cost
-from fcnn_utils.course import (
-    augmentation,
-    checkpoints,
-    environment,
-    experiments,
-    networks,
-    paths,
-    predictions,
-    records,
-    training,
-)
+from fcnn_utils.course import augmentation, checkpoints, environment, experiments, networks, predictions, records
+from fcnn_utils.course import training as loop
 from fcnn_utils.course.recipes import RECIPES
 
 RECIPE = RECIPES["fast"].replace(epochs=3, batch_size=50, precision="float32", learning_rate=0.05)
 SHORT = RECIPE.replace(epochs=1)
-
-
-@pytest.fixture(scope="module")
-def dataset(small_dataset):
-    return small_dataset
-
-
-@pytest.fixture(autouse=True)
-def course(course_folder):
-    return course_folder
+pytestmark = pytest.mark.usefixtures("course_folder")
 
 
 def network(seed=0):
@@ -49,61 +31,34 @@ def network(seed=0):
     return keras.Sequential([*stack, layers.Dense(10, activation="softmax")], name="tiny")
 
 
-def path_of(recipe=RECIPE, model="tiny", seed=0):
-    return records.path_of("standin-100", model, recipe.name, seed)
-
-
-def is_complete(recipe=RECIPE):
-    return records.lookup("standin-100", "tiny", recipe.name, 0) != (None, None)
-
-
 def files(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def stop_at(patch, where, name, call):
-    """Interrupt the `call`-th call of the function `name`, before it does anything."""
-    original, calls = getattr(where, name), []
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    patch.setattr(where, name, interrupted)
-
-
-def train_interrupted(where, name, call, dataset, recipe=RECIPE, **options):
-    """Train until the `call`-th call of the function `name`."""
+def train_until(where, name, call, dataset, recipe=RECIPE, **options):
+    """Interrupt a training at the `call`-th call of the function `name`, before it does anything."""
+    interrupted = Mock(wraps=getattr(where, name), side_effect=[DEFAULT] * (call - 1) + [KeyboardInterrupt])
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, where, name, call)
+        patch.setattr(where, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             experiments.train(network(), dataset, recipe, **options)
-    assert not is_complete(recipe)
+    assert records.find().empty  # no complete run
 
 
 @pytest.fixture
-def trained_epochs(monkeypatch):
-    """List of the epochs, from 0, that are trained from now on."""
-    original, epochs = training.fit_epoch, []
-
-    def fit_epoch(model, batches, steps, epoch=0):
-        epochs.append(epoch)
-        return original(model, batches, steps, epoch)
-
-    monkeypatch.setattr(training, "fit_epoch", fit_epoch)
-    return epochs
+def fit_epoch(monkeypatch):
+    """Mock that counts the epochs that are trained."""
+    monkeypatch.setattr(loop, "fit_epoch", Mock(wraps=loop.fit_epoch))
+    return loop.fit_epoch
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, dataset):
     """An uninterrupted run: (model, record, output folder)."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder, model = tmp_path_factory.mktemp("whole"), network()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FCNN_OUTPUT", str(folder))
-        patch.setattr(paths, "root", lambda: folder / "course")
-        model = network()
+        patch.setattr("fcnn_utils.course.paths.root", lambda: None)
         return model, experiments.train(model, dataset, RECIPE), folder
 
 
@@ -111,7 +66,7 @@ def whole(tmp_path_factory, dataset):
 def done(whole, output):
     """Path of the uninterrupted run's record, copied to the output folder of this test."""
     shutil.copytree(whole[2], output)
-    return path_of()
+    return records.path_of("standin-100", "tiny", RECIPE.name, 0)
 
 
 def assert_same_run(model, record, whole):
@@ -150,35 +105,30 @@ def test_record_has_all_documented_entries(whole, dataset):
 def test_lines_describe_the_run(whole):
     record = whole[1]
     row = record["epochs"][1] | {"loss": 4.5678, "top1": 0.12345, "top5": 0.5, "seconds": 61.4, "ms_per_step": 7.6}
-    line = experiments.progress_line(record, row)
-    assert line.startswith(f"tiny · {RECIPE.name} · epoch 2/3 · loss 4.568 · top-1 12.3% · top-5 50.0% · 61 s · 8 ms")
-    assert "· validation 25.0% ·" in experiments.progress_line(record, row | {"validation": {"top1": 0.25}})
+    start = f"tiny · {RECIPE.name} · epoch 2/3 · loss 4.568 · top-1 12.3% · top-5 50.0%"
+    assert experiments.progress_line(record, row) == f"{start} · 61 s · 8 ms/step"
+    line = experiments.progress_line(record, row | {"validation": {"top1": 0.25}})
+    assert line == f"{start} · validation 25.0% · 61 s · 8 ms/step"
     result = {"top1": 0.0123, "top5": 0.2, "images": 10_000}
-    line = experiments.result_line(record | {"test": result})
     start = f"tiny · {RECIPE.name} · seed 0: top-1 1.2%, top-5 20.0% on 10,000"
-    assert line.startswith(f"{start} test images of standin-100 (one seed; {environment.summary(record)}, float32")
-    epochs = [row | {"validation": result}]
-    assert experiments.result_line(record | {"test": None, "epochs": epochs}).startswith(f"{start} validation images")
+    end = f"images of standin-100 (one seed; {environment.summary(record)}, float32)"
+    assert experiments.result_line(record | {"test": result}) == f"{start} test {end}"
+    chosen = record | {"test": None, "epochs": [row | {"validation": result}]}
+    assert experiments.result_line(chosen) == f"{start} validation {end}"
 
 
-def test_run_is_read_instead_of_trained(dataset, whole, done, course, trained_epochs, capsys):
+def test_run_is_read_instead_of_trained(dataset, whole, done, course_folder, fit_epoch, capsys):
     model = network(seed=9)
-    before = network(seed=9)
     assert experiments.train(model, dataset, RECIPE) == {"schema": 1} | whole[1]
     assert f"read from {done}" in capsys.readouterr().out
     experiments.train(model, dataset, RECIPE, quiet=True)
     assert not capsys.readouterr().out
-    assert_equal_weights(model, before)
+    assert_equal_weights(model, network(seed=9))
     with pytest.raises(ValueError, match="its predictions were not kept: pass retrain=True to replace it"):
-        experiments.train(network(), dataset, RECIPE, save_predictions=True)
-    done.rename(course.parent / "moved")
-    assert trained_epochs == []
-
-
-def test_run_of_the_course_is_read_if_there_is_no_nearer_one(dataset, whole, course, trained_epochs):
-    shutil.copytree(whole[2] / "results", course / "results")
-    assert experiments.train(network(), dataset, RECIPE)["test"] == whole[1]["test"]
-    assert trained_epochs == []
+        experiments.train(model, dataset, RECIPE, save_predictions=True)
+    shutil.move(done.parents[3], course_folder / "results")
+    assert experiments.train(model, dataset, RECIPE)["test"] == whole[1]["test"]  # of the course, if none is nearer
+    fit_epoch.assert_not_called()
 
 
 def test_retraining_replaces_the_record(dataset, whole, done):
@@ -191,24 +141,18 @@ def test_retraining_replaces_the_record(dataset, whole, done):
     assert json.loads(done.read_text()) == {"schema": 1} | again and files(done.parent) == ["seed0.json"]
 
 
-def test_other_settings_or_data_under_the_same_name_are_rejected(dataset, done, trained_epochs):
-    for setting, value in (("learning_rate", 0.06), ("shift", 0), ("epochs", 4)):
+def test_record_of_other_settings_or_data_is_rejected_and_a_missing_setting_is_the_default(dataset, done, fit_epoch):
+    record = json.loads(done.read_text())
+    del record["recipe"]["distillation"], record["recipe"]["clip_norm"]  # written before these settings existed
+    done.write_text(json.dumps(record))
+    assert experiments.train(network(), dataset, RECIPE)["test"] == record["test"]
+    for setting, value in (("learning_rate", 0.06), ("shift", 0), ("epochs", 4), ("clip_norm", 1.0)):
         with pytest.raises(ValueError, match=f"another recipe, {setting}; pass retrain=True to replace it") as error:
             experiments.train(network(), dataset, dataclasses.replace(RECIPE, **{setting: value}))
         assert str(done) in str(error.value)
     with pytest.raises(ValueError, match="another fingerprint; pass retrain=True"):
         experiments.train(network(), dataclasses.replace(dataset, test=dataset.validation), RECIPE)
-    assert trained_epochs == []
-
-
-def test_record_that_lacks_a_new_setting_counts_as_its_default(dataset, done, trained_epochs):
-    record = json.loads(done.read_text())
-    del record["recipe"]["distillation"], record["recipe"]["clip_norm"]
-    done.write_text(json.dumps(record))
-    assert experiments.train(network(), dataset, RECIPE)["test"] == record["test"]
-    with pytest.raises(ValueError, match="another recipe, clip_norm"):
-        experiments.train(network(), dataset, dataclasses.replace(RECIPE, clip_norm=1.0))
-    assert trained_epochs == []
+    fit_epoch.assert_not_called()
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------
@@ -234,172 +178,143 @@ def test_train_rejects_bad_arguments(dataset, output, arguments, options, messag
     assert not output.exists()
 
 
-def test_output_that_cannot_be_written_is_found_before_training(dataset, output, trained_epochs):
+def test_output_that_cannot_be_written_is_found_before_training(dataset, output, fit_epoch):
     output.write_text("a file where a folder should be")
     with pytest.raises(ValueError, match="cannot write"):
         experiments.train(network(), dataset, RECIPE)
-    assert trained_epochs == []
+    fit_epoch.assert_not_called()
 
 
-def test_function_makes_the_network_from_the_seed_if_there_is_no_record(dataset, whole, trained_epochs):
-    seeds = []
-
-    def make(seed):
-        seeds.append(seed)
-        return network(seed)
-
-    first = experiments.train(make, dataset, SHORT, 3, name="made")
-    second = experiments.train(make, dataset, SHORT, 3, name="made")
+def test_function_makes_the_network_from_the_seed_if_there_is_no_record(dataset, whole):
+    make = Mock(side_effect=network)
+    first, second = (experiments.train(make, dataset, SHORT, 3, name="made") for _ in range(2))
     direct = experiments.train(network(3), dataset, SHORT, 3)  # another seed is another run
-    assert seeds == [3] and trained_epochs == [0, 0] and first["model"] == "made"
+    make.assert_called_once_with(3)
+    assert first["model"] == "made" and first["seed"] == first["recipe"]["seed"] == 3
     assert second["test"] == first["test"] == direct["test"]
-    assert first["seed"] == first["recipe"]["seed"] == 3
     assert first["epochs"][0]["loss"] != whole[1]["epochs"][0]["loss"]
 
 
-def test_network_is_built_by_its_name_as_the_recipe_says_and_kept(dataset):
-    """At rate 0 the kept network is the built one. Its scale is that of the recipe."""
-    keras.utils.set_random_seed(2)
-    recipe = SHORT.replace(learning_rate=0, initialization="he", head_scale=3.0, precision="mixed_bfloat16")
+def test_network_is_built_by_its_name_as_the_recipe_says(dataset, monkeypatch):
+    monkeypatch.setattr(loop, "fit", lambda *arguments, **options: iter(()))  # keeps the network as it is built
+    recipe = RECIPE.replace(initialization="he", head_scale=3.0, precision="mixed_bfloat16")
     record = experiments.train("wider_separable", dataset, recipe, 2, width=0.05, save_model=True)
-    assert (record["model"], record["precision"]) == ("wider_separable-width0.05", "mixed_bfloat16")
     keras.utils.set_random_seed(2)
     options = {"width": 0.05, "initialization": "he", "head_scale": 3.0}
     fresh = networks.build("wider_separable", (8, 8, 3), 10, **options)
+    assert (record["model"], record["precision"]) == ("wider_separable-width0.05", "mixed_bfloat16")
     assert (record["params"], record["seed"]) == (fresh.count_params(), 2)
     kept = experiments.load_trained(record["model"], "standin-100", recipe.name, 2)
-    assert not kept.compiled and kept.get_layer("bn6").gamma.numpy().tolist() == [3.0] * 10
-    for weight, expected in zip(kept.weights, fresh.weights, strict=True):
-        if "moving" not in weight.name:
-            np.testing.assert_array_equal(weight, expected)
-    assert files(path_of(recipe, record["model"], 2).parent) == ["seed2.json", "seed2.keras"]
+    assert not kept.compiled and kept.get_layer("sep1").dtype_policy.name == "mixed_bfloat16"
+    assert_equal_weights(kept, fresh)
+    path = records.path_of("standin-100", record["model"], recipe.name, 2)
+    assert files(path.parent) == ["seed2.json", "seed2.keras"]
 
 
-def test_kept_network_is_the_trained_one_and_the_nearest_is_loaded(dataset, course):
-    model = network()
-    record = experiments.train(model, dataset, SHORT, save_model=True)
+def test_kept_network_is_the_trained_one_and_the_nearest_is_loaded(dataset, course_folder):
+    model, other = network(), network(seed=1)
+    record = experiments.train(model, dataset, SHORT, save_model=True, save_predictions=True)
+    assert list(predictions.load("standin-100", "tiny", SHORT.name)) == ["test"]  # not of images that are trained on
+    run = ("standin-100", "tiny", SHORT.name, 0)
+    near, far = (records.path_of(*run, folder).with_suffix(".keras") for folder in (None, course_folder / "results"))
+    far.parent.mkdir(parents=True)
+    other.save(far)
     kept = experiments.load_trained("tiny", "standin-100", SHORT.name)
     assert_equal_weights(kept, model)
-    found = training.evaluate(kept, dataset.test, augmentation.channel_statistics(dataset))
+    found = loop.evaluate(kept, dataset.test, augmentation.channel_statistics(dataset))
     assert found["correct_by_class"] == record["test"]["correct_by_class"]
-    far = records.path_of("standin-100", "tiny", SHORT.name, 0, course / "results").with_suffix(".keras")
-    far.parent.mkdir(parents=True)
-    network(seed=1).save(far)
-    assert_equal_weights(experiments.load_trained("tiny", "standin-100", SHORT.name), model)
-    path_of(SHORT).with_suffix(".keras").unlink()
-    assert_equal_weights(experiments.load_trained("tiny", "standin-100", SHORT.name), network(seed=1))
+    near.unlink()
+    assert_equal_weights(experiments.load_trained("tiny", "standin-100", SHORT.name), other)
     far.unlink()
     assert experiments.load_trained("tiny", "standin-100", SHORT.name) is None
 
 
-# --- predictions -------------------------------------------------------------------------------------------------
-
-
-def test_predictions_are_kept_after_every_cycle(dataset):
-    recipe, model = RECIPE.replace(epochs=4, cycles=2, train_on="train", batch_size=40), network()
-    record = experiments.train(model, dataset, recipe, save_predictions=True)
-    said = predictions.load("standin-100", "tiny", recipe.name)
-    assert said["validation"].shape == (2, 20, 10) and said["test"].shape == (2, 50, 10)
-    scale = augmentation.channel_statistics(dataset)
-    for split in said:  # the last ones are those of the network as it is now
-        exact = training.predict(model, getattr(dataset, split), scale)
-        np.testing.assert_allclose(said[split][-1], predictions.decode(predictions.encode(exact)), rtol=1e-5)
-        assert not np.allclose(said[split][0], said[split][-1], rtol=0.01)
-    right = said["test"][-1].argmax(axis=1) == dataset.test.fine
-    assert record["test"]["top1"] == right.mean() and record["epochs"][-1]["validation"]["images"] == 20
-    assert record["train_images"] == 80
-    without = experiments.train(network(), dataset, recipe, retrain=True)
-    assert without["test"] is None and without["epochs"][-1]["validation"] == record["epochs"][-1]["validation"]
-
-
-def test_interrupted_run_has_the_predictions_of_an_uninterrupted_one(dataset, output):
-    recipe = RECIPE.replace(epochs=4, cycles=2)
-    experiments.train(network(), dataset, recipe, save_predictions=True)
-    whole = predictions.load("standin-100", "tiny", recipe.name)
-    assert list(whole) == ["test"]  # not of the images that are trained on
-    shutil.rmtree(output)
-    train_interrupted(checkpoints, "save", 4, dataset, recipe, save_predictions=True)  # the last cycle's are written
-    experiments.train(network(), dataset, recipe, save_predictions=True)
-    again = predictions.load("standin-100", "tiny", recipe.name)["test"]
-    np.testing.assert_allclose(again, whole["test"], rtol=1e-3)
-    assert files(output) == ["seed0.json", "seed0.predictions.npz"]
+def test_run_that_chooses_settings_is_not_tested_and_its_teacher_is_used(dataset):
+    recipe = SHORT.replace(distillation=0.5, train_on="train")
+    with pytest.raises(ValueError, match="give a teacher"):
+        experiments.train(network(), dataset, recipe)
+    record = experiments.train(network(), dataset, recipe, teacher=network(1))
+    assert record["test"] is None and record["train_images"] == 80
+    assert record["epochs"][0]["validation"]["images"] == 20
 
 
 # --- interrupted and diverged runs -------------------------------------------------------------------------------
 
 
+def test_predictions_are_kept_after_every_cycle_even_if_the_run_is_interrupted(dataset, output):
+    recipe, model = RECIPE.replace(epochs=4, cycles=2, train_on="train", batch_size=40), network()
+    record = experiments.train(model, dataset, recipe, save_predictions=True)
+    kept = predictions.load("standin-100", "tiny", recipe.name)
+    assert kept["validation"].shape == (2, 20, 10) and kept["test"].shape == (2, 50, 10)
+    scale = augmentation.channel_statistics(dataset)
+    for split in kept:  # the last ones are those of the network as it is now
+        exact = loop.predict(model, getattr(dataset, split), scale)
+        np.testing.assert_allclose(kept[split][-1], predictions.decode(predictions.encode(exact)), rtol=1e-5)
+        assert not np.allclose(kept[split][0], kept[split][-1], rtol=0.01)
+    right = kept["test"][-1].argmax(axis=1) == dataset.test.fine
+    assert record["test"]["top1"] == right.mean() and record["epochs"][-1]["validation"]["images"] == 20
+
+    shutil.rmtree(output)
+    train_until(predictions, "keep", 2, dataset, recipe, save_predictions=True)
+    train_until(checkpoints, "save", 1, dataset, recipe, save_predictions=True)  # the last cycle's are written
+    experiments.train(network(), dataset, recipe, save_predictions=True)
+    again = predictions.load("standin-100", "tiny", recipe.name)
+    for split in kept:
+        np.testing.assert_allclose(again[split], kept[split], rtol=1e-3)
+    assert files(output) == ["seed0.json", "seed0.predictions.npz"]
+
+
 @pytest.mark.parametrize(
-    "where, name, call, left",
+    "where, name, call, written, left",
     [
-        (training, "fit_epoch", 1, [0, 1, 2]),
-        (training, "fit_epoch", 2, [1, 2]),
-        (checkpoints, "save", 2, [1, 2]),
-        (records, "write", 2, [2]),
-        (training, "evaluate", 1, []),
+        pytest.param(loop, "fit_epoch", 1, [], [0, 1, 2], id="epoch 1"),
+        pytest.param(loop, "fit_epoch", 2, [1], [1, 2], id="epoch 2"),
+        pytest.param(checkpoints, "save", 2, [1], [1, 2], id="checkpoint 2"),
+        pytest.param(records, "write", 2, [1], [2], id="record 2"),
+        pytest.param(loop, "evaluate", 1, [3], [], id="evaluation"),
+        pytest.param(loop, "fit_epoch", 3, [2], [0, 1, 2], id="damaged checkpoint"),
     ],
-    ids=["epoch 1", "epoch 2", "checkpoint 2", "record 2", "evaluation"],
 )
 def test_interrupted_run_continues_as_if_it_had_not_been(
-    dataset, whole, output, trained_epochs, capsys, where, name, call, left
+    dataset, whole, output, fit_epoch, capsys, request, where, name, call, written, left
 ):
-    train_interrupted(where, name, call, dataset)
-    found = records.find(status="running")["epochs"].tolist()
-    assert found == {"fit_epoch": [1] * (call > 1), "save": [1], "write": [1], "evaluate": [3]}[name]
-    trained_epochs.clear()
-    capsys.readouterr()
+    train_until(where, name, call, dataset)
+    assert records.find(status="running")["epochs"].tolist() == written
+    if "damaged" in request.node.callspec.id:
+        (path,) = output.rglob("*.checkpoint.npz")
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    fit_epoch.reset_mock()
     model = network()
     if len(left) < 3:  # other weights to start from: those of the checkpoint count
         model.set_weights([weight + 1 for weight in model.get_weights()])
     record = experiments.train(model, dataset, RECIPE)
-    assert trained_epochs == left
+    assert [call.args[3] for call in fit_epoch.call_args_list] == left
     assert_same_run(model, record, whole)
     assert files(output) == ["seed0.json"]
     assert (f"going on after epoch {3 - len(left)}" in capsys.readouterr().out) == (len(left) < 3)
 
 
-def test_run_with_a_damaged_checkpoint_starts_anew(dataset, whole, trained_epochs, capsys):
-    train_interrupted(training, "fit_epoch", 2, dataset)
-    path = path_of().with_suffix(".checkpoint.npz")
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    trained_epochs.clear()
-    model = network()
-    record = experiments.train(model, dataset, RECIPE)
-    assert trained_epochs == [0, 1, 2] and f"{path} is damaged" in capsys.readouterr().out
-    assert_same_run(model, record, whole)
-
-
-@pytest.mark.parametrize("epoch", [1, 3])
-def test_diverged_run_keeps_its_epochs_and_continues_after_them(dataset, whole, monkeypatch, epoch):
-    original = training.fit_epoch
+def test_diverged_run_keeps_its_epochs_and_continues_after_them(dataset, whole, monkeypatch):
+    original = loop.fit_epoch
 
     def fit_epoch(model, *arguments):
         row = original(model, *arguments)
-        if row["epoch"] == epoch:
+        if row["epoch"] == 2:
             model.weights[0].assign(np.full(model.weights[0].shape, np.nan))
         return row
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "fit_epoch", fit_epoch)
-        with pytest.raises(training.Diverged, match="lower learning rate.* kept in .*seed0.partial.json"):
+        patch.setattr(loop, "fit_epoch", fit_epoch)
+        with pytest.raises(loop.Diverged, match="lower learning rate.* kept in .*seed0.partial.json"):
             experiments.train(network(), dataset, RECIPE)
-    assert records.find(status="diverged")["epochs"].tolist() == [epoch - 1] and not is_complete()
+    assert records.find(status="diverged")["epochs"].tolist() == [1] and records.find().empty
     model = network()
     assert_same_run(model, experiments.train(model, dataset, RECIPE), whole)
     assert len(records.find(status="diverged")) == 0
 
 
 def test_run_whose_test_loss_is_not_finite_is_not_complete(dataset, monkeypatch):
-    original = training.evaluate
-    monkeypatch.setattr(training, "evaluate", lambda *arguments: original(*arguments) | {"loss": np.inf})
-    with pytest.raises(training.Diverged, match="on the test images"):
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments: {"loss": np.inf})
+    with pytest.raises(loop.Diverged, match="on the test images"):
         experiments.train(network(), dataset, SHORT)
-    assert records.find(status="diverged")["epochs"].tolist() == [1] and not is_complete(SHORT)
-
-
-def test_teacher_reaches_the_training(dataset):
-    recipe = SHORT.replace(distillation=0.5)
-    with pytest.raises(ValueError, match="give a teacher"):
-        experiments.train(network(), dataset, recipe)
-    taught = experiments.train(network(), dataset, recipe, teacher=network(1))
-    plain = experiments.train(network(), dataset, SHORT)
-    assert taught["epochs"][0]["loss"] != plain["epochs"][0]["loss"]
+    assert records.find(status="diverged")["epochs"].tolist() == [1] and records.find().empty

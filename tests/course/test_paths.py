@@ -21,7 +21,9 @@ def test_root_is_the_checkout_of_the_package(other_course, monkeypatch):
     assert paths.root() == Path(__file__).resolve().parents[2]
 
 
-def test_root_of_an_installed_package_is_the_nearest_course_upwards(installed_paths, other_course, tmp_path, monkeypatch):
+def test_root_of_an_installed_package_is_the_nearest_course_upwards(
+    installed_paths, other_course, tmp_path, monkeypatch
+):
     for folder in (other_course, other_course / "notebooks"):
         monkeypatch.chdir(folder)
         assert installed_paths.root() == other_course

@@ -1,4 +1,4 @@
-"""Tests of `fcnn_utils.course.data.standin`: generated images, and that better networks learn them better."""
+"""Tests of `fcnn_utils.course.data.standin`: bytes, statistics, and what networks learn."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_images_do_not_depend_on_global_seed():
 
 
 def test_pixel_means_of_a_class_are_nearly_constant():
-    """The mean of 50 images of a class is noise around the tint: its patterns have random positions and signs."""
+    """The mean image of a class is noise around the tint: positions and signs are random."""
     (images, fine, coarse), _ = standin.generate(50, 1)
     tints = np.stack([images[coarse == label].mean(axis=(0, 1, 2)) for label in range(20)])
     assert 4 < np.ptp(tints, axis=0).min() <= np.ptp(tints, axis=0).max() < 30  # present, and faint
@@ -57,7 +57,7 @@ def test_grey_pixel_means_do_not_depend_on_the_class():
 
 
 def accuracy(dataset, filters, rate, epochs):
-    """Test accuracy in percent of a small network with one strided convolution per number in `filters`."""
+    """Test accuracy in percent of a network with one strided convolution per entry of `filters`."""
     import keras  # here, because the other tests of this file need no Keras
 
     keras.utils.set_random_seed(0)

@@ -15,11 +15,6 @@ PLAIN = RECIPE.replace(schedule="constant", label_smoothing=0.0, momentum=0.0)
 
 
 @pytest.fixture(scope="module")
-def dataset(small_dataset):
-    return small_dataset
-
-
-@pytest.fixture(scope="module")
 def scale(dataset):
     return augmentation.channel_statistics(dataset)
 
@@ -58,23 +53,18 @@ def with_nan(model, count=None):
 
 
 def test_fit_yields_a_row_per_epoch_and_validates_if_settings_are_chosen(dataset, scale):
-    model = linear()
+    model, again, figures = linear(), linear(), {"loss", "cross_entropy", "top1", "top5"}
     rows = list(training.fit(model, dataset, RECIPE.replace(train_on="train")))
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     for row in rows:
-        assert row.keys() == {"epoch", "loss", "cross_entropy", "top1", "top5", "seconds", "ms_per_step"} | {
-            "first_step_ms",
-            "background_load",
-            "validation",
-        }
+        times = {"seconds", "ms_per_step", "first_step_ms", "background_load"}
+        assert row.keys() == {"epoch", "validation"} | figures | times
         assert 0 <= row["top1"] <= row["top5"] <= 1 and 0 <= row["background_load"] <= 1
         assert row["ms_per_step"] > 0 and 0 < row["first_step_ms"] <= 1e3 * row["seconds"]
     final = training.evaluate(model, dataset.validation, scale, dataset.coarse_names)
     assert rows[-1]["validation"] == final != rows[0]["validation"]
     assert final["images"] == 20 and final["top1_by_superclass"].keys() == {"low", "high"}
-
     pair = (dataset.train, dataset.validation)  # the same training, whatever the recipe trains on
-    again = linear()
     losses = [row["validation"]["loss"] for row in training.fit(again, pair, RECIPE)]
     assert losses == pytest.approx([row["validation"]["loss"] for row in rows], rel=1e-5)
     assert_equal_weights(again, model, rtol=1e-5, atol=1e-6)
@@ -167,6 +157,7 @@ def test_step_changes_every_layer_of_the_thesis_networks(name):
     keras.utils.set_random_seed(0)
     model = networks.build(name, (16, 16, 3), 10, width=0.05)
     training.compile_model(model, PLAIN, 1)
+    model.run_eagerly = True  # faster for one step
     before = model.get_weights()
     rng = np.random.default_rng(0)
     batch = rng.standard_normal((4, 16, 16, 3)).astype("float32"), np.eye(10, dtype="float32")[:4]
@@ -206,7 +197,9 @@ def test_long_gradient_is_clipped_to_the_norm_of_the_recipe():
         before = model.get_weights()
         training.compile_model(model, PLAIN.replace(learning_rate=1.0, clip_norm=clip), 1)
         model.train_on_batch(images, np.eye(10, dtype="float32"))
-        moved[clip] = np.concatenate([(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)])
+        moved[clip] = np.concatenate(
+            [(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)]
+        )
     length = {clip: np.linalg.norm(change) for clip, change in moved.items()}
     assert length[0.1] == pytest.approx(0.1, rel=1e-4) and length[0.0] > 1
     np.testing.assert_allclose(moved[0.0], moved[1e5], atol=1e-6)
@@ -259,13 +252,10 @@ def test_one_cycle_rises_linearly_and_falls_along_half_a_cosine(warmup):
     np.testing.assert_allclose(rates(recipe, 10), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_cycles_repeat_the_one_cycle_schedule():
+def test_cycles_repeat_one_cycle_and_other_rates_follow_their_formulas():
+    """Inverse time: 0.5 / (1 + 0.5 / 2 × step), half of it after 4 steps, a third after 8."""
     once, thrice = (RECIPES["fast"].replace(epochs=2 * cycles, cycles=cycles) for cycles in (1, 3))
     np.testing.assert_allclose(rates(thrice, 5)[:-1], np.tile(rates(once, 5)[:-1], 3), rtol=1e-6)
-
-
-def test_constant_and_inverse_time_rates_follow_their_formulas():
-    """Inverse time: 0.5 / (1 + 0.5 / 2 × step), half of it after 4 steps, a third after 8."""
     np.testing.assert_allclose(rates(PLAIN.replace(epochs=2), 3), [0.05] * 7, rtol=1e-6)
     found = rates(RECIPE.replace(schedule="inverse_time", epochs=2, learning_rate=0.5), 4)
     np.testing.assert_allclose(np.array(found)[[0, 4, 8]], [0.5, 0.25, 0.5 / 3], rtol=1e-6)

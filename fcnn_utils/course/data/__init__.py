@@ -1,12 +1,12 @@
-"""Load image data sets: CIFAR-100 (Krizhevsky 2009), the 2-D sets of MedMNIST (Yang et al. 2023), stand-ins.
+"""Load images: CIFAR-100 (Krizhevsky 2009), MedMNIST (Yang et al. 2023), generated stand-ins.
 
-`load("cifar100")` and `load("pneumoniamnist")` read files on this machine, or download them. `load("standin")` and
-`load("greystandin")` generate images and need no files. `load("auto")` takes CIFAR-100 if it is available, otherwise
-the stand-in, and prints which.
+`load("cifar100")` and `load("pneumoniamnist")` read files on this machine, or download them.
+`load("standin")` and `load("greystandin")` generate images and need no files. `load("auto")` takes
+CIFAR-100 if it is available, otherwise the stand-in, and prints which.
 
-Images are sorted by a hash of their pixels, so splits, subsets and fingerprints do not depend on the order of the
-files. The validation split of CIFAR-100 and its stand-in is a fixed tenth of the training images of each class.
-MedMNIST has its own validation images.
+Images are sorted by a hash of their pixels, so splits, subsets and fingerprints do not depend on
+the order of the files. The validation split of CIFAR-100 and its stand-in is a fixed tenth of the
+training images of each class. MedMNIST has its own validation images.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ NAMES = ("cifar100", *medmnist.SETS, *STAND_INS, "auto")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    """Images (N, H, W, C) uint8 with their labels `fine` (class) and `coarse` (superclass), (N,) int64.
+    """Images (N, H, W, C) uint8 with (N,) int64 labels: `fine` (class), `coarse` (superclass).
 
     The arrays are read-only. In a data set without superclasses, both labels are equal.
     """
@@ -46,7 +46,7 @@ class Split:
         return f"Split: {len(self):,} images of {size} pixels, {len(np.unique(self.fine))} classes"
 
     def first(self, count):
-        """Return the first `count` images as a `Split`, taken from the classes in turn (balanced classes).
+        """Return a `Split` with the first `count` images, taken from the classes in turn.
 
         Raises:
             ValueError: if the split has fewer images.
@@ -55,10 +55,11 @@ class Split:
         return self._take(np.sort(np.lexsort((self.fine, _rank_in_class(self.fine)))[:count]))
 
     def sample(self, count, seed):
-        """Return `count` random images as a `Split`, drawn without replacement and without regard to the class.
+        """Return a `Split` with `count` random images, drawn regardless of class without replacement.
 
         Raises:
-            ValueError: if the split has fewer images, or the seed is not a whole number from 0 to 2³¹ − 1.
+            ValueError: if the split has fewer images, or the seed is not a whole number from 0 to
+                2³¹ − 1.
         """
         check_number("number of images", count, int, 1, len(self))
         check_number("seed", seed, int, 0, 2**31 - 1)
@@ -76,8 +77,8 @@ class Split:
 class Dataset:
     """Training, validation and test splits, with the names of the classes and superclasses.
 
-    `name` is "cifar100-2000" for a subset of CIFAR-100 with 2,000 training and validation images. `source` says in
-    words where the images come from.
+    `name` is "cifar100-2000" for a subset of CIFAR-100 with 2,000 training and validation images.
+    `source` says in words where the images come from.
     """
 
     name: str
@@ -99,7 +100,7 @@ class Dataset:
 
     @property
     def stand_in(self):
-        """True for generated images. Accuracies on them are no results on the data set that they replace."""
+        """True for generated images: accuracies on them are no results on real images."""
         return self._base_name in STAND_INS
 
     @functools.cached_property
@@ -114,7 +115,7 @@ class Dataset:
 
     @property
     def everything(self):
-        """Training and validation images as one `Split`, for a final training with settings already chosen."""
+        """Training and validation images as one `Split`, for a final training."""
         pairs = zip(self.train._arrays, self.validation._arrays, strict=True)
         return Split(*(np.concatenate(pair) for pair in pairs))
 
@@ -129,7 +130,8 @@ class Dataset:
         """Return a smaller `Dataset` with balanced classes.
 
         Args:
-            train: training and validation images together, at least 10. The validation share stays the same.
+            train: training and validation images together, at least 10. The validation share stays
+                the same.
             test: test images.
 
         Raises:
@@ -151,9 +153,11 @@ def load(name, train_images=0, test_images=0, *, or_stand_in=False):
     """Load a data set by name. Download it if it is not on this machine.
 
     Args:
-        name: one of `NAMES`: "cifar100", a key of `medmnist.SETS`, "standin" (replaces CIFAR-100), "greystandin"
-            (replaces PneumoniaMNIST), or "auto" (CIFAR-100 if it is available, otherwise "standin").
-        train_images: number of training and validation images together (see `Dataset.subset`); 0 means all.
+        name: one of `NAMES`: "cifar100", a key of `medmnist.SETS`, "standin" (replaces CIFAR-100),
+            "greystandin" (replaces PneumoniaMNIST), or "auto" (CIFAR-100 if it is available,
+            otherwise "standin").
+        train_images: number of training and validation images together (see `Dataset.subset`); 0
+            means all.
         test_images: number of test images; 0 means all.
         or_stand_in: if the data set is not available, print a notice and use its stand-in.
 
@@ -161,8 +165,8 @@ def load(name, train_images=0, test_images=0, *, or_stand_in=False):
         Dataset.
 
     Raises:
-        ValueError: if the name is unknown, the data set is not available, its files are damaged, or it has fewer
-            images than requested.
+        ValueError: if the name is unknown, the data set is not available, its files are damaged, or
+            it has fewer images than requested.
     """
     path = locate(name, or_stand_in)
     if path is None and name in ("greystandin", *medmnist.SETS):
@@ -189,7 +193,8 @@ def locate(name, or_stand_in=False):
         CIFAR-100's folder, MedMNIST's file, or None for a stand-in.
 
     Raises:
-        ValueError: if the name is unknown, or the data set is neither on this machine nor downloadable.
+        ValueError: if the name is unknown, or the data set is neither on this machine nor
+            downloadable.
     """
     check_choice("dataset", name, NAMES)
     if name in STAND_INS:
@@ -207,7 +212,7 @@ def locate(name, or_stand_in=False):
 
 
 def _assemble(name, source, splits, fine_names, coarse_names=None):
-    """Build a `Dataset` from (images, fine labels[, coarse labels]) of training, (validation) and testing."""
+    """Build a `Dataset` from the arrays of training, validation (optional) and testing."""
     first, *others = (_sorted_split(*arrays) for arrays in splits)
     if len(others) == 1:  # no validation images: hold out the first tenth of each class
         tenth = np.bincount(first.fine)[first.fine] // 10

@@ -1,7 +1,7 @@
 """Find, download and read the files of CIFAR-100 (Krizhevsky 2009).
 
-The official batches are pickles. A pickle can name any function, and loading it calls that function. Therefore the
-batches are read by an unpickler that builds NumPy arrays and nothing else.
+The official batches are pickles. A pickle can name any function, and loading it calls that
+function. Therefore the batches are read by an unpickler that builds NumPy arrays and nothing else.
 """
 
 import os
@@ -22,7 +22,8 @@ _ADVICE = "to continue without it, choose the stand-in (--dataset standin)"
 def find():
     """Return the folder with the extracted batches (`train`, `test`, `meta`), None if there is none.
 
-    The folders searched are `$FCNN_DATA_DIR`, Keras's data folder and `./data`, and their usual subfolders.
+    The folders searched are `$FCNN_DATA_DIR`, Keras's data folder and `./data`, and their usual
+    subfolders.
 
     Raises:
         Unavailable: if `$FCNN_DATA_DIR` is set and none of these folders has the batches.
@@ -55,7 +56,7 @@ def _keras_datasets():
 
 
 def _unpack(archive, action, pup):
-    """Unpack to a temporary folder, then rename: an interrupted run leaves no truncated batch in place."""
+    """Unpack to a temporary folder, then rename it: an interrupted run leaves no half batch."""
     import pooch  # slow to import; see `download.fetch`
 
     target = _keras_datasets() / "cifar-100-python-target" / "cifar-100-python"
@@ -73,7 +74,8 @@ def read(folder):
         ((training, testing), fine names, coarse names). `read_batch` describes the first two.
 
     Raises:
-        ValueError: if a file is damaged or is not a file of CIFAR-100; the message says which, and what to do.
+        ValueError: if a file is damaged or is not a file of CIFAR-100; the message says which, and
+            what to do.
     """
     meta = _unpickle(folder / "meta")
     fine_names = _names(meta, "fine_label_names", 100, folder / "meta")
@@ -86,14 +88,16 @@ def read_batch(path, per_class):
     """Read the images and labels of one batch.
 
     Args:
-        path: `Path` of a pickle whose `data` is (N, 3072) uint8: the red, green and blue planes of each image.
+        path: `Path` of a pickle whose `data` is (N, 3072) uint8: the red, green and blue planes of
+            each image.
         per_class: number of images that the batch must have of each of the 100 classes.
 
     Returns:
         images (N, 32, 32, 3) uint8, fine labels (N,), coarse labels (N,).
 
     Raises:
-        ValueError: if the file cannot be read or is not such a batch; the message says why, and what to do.
+        ValueError: if the file cannot be read or is not such a batch; the message says why, and
+            what to do.
     """
     batch = _unpickle(path)
     try:

@@ -30,8 +30,8 @@ class _TimedProgressBar(tqdm):
 def fetch(what, url, checksum, path, advice, processor=None):
     """Download one file, verify its checksum, and only then give it its name.
 
-    pooch downloads to a temporary name and deletes that file if the checksum differs. Therefore the login page of a
-    network, or half a file, is never left under the name of the data set.
+    pooch downloads to a temporary name and deletes that file if the checksum differs. Therefore the
+    login page of a network, or half a file, is never left under the name of the data set.
 
     Args:
         what: name of the data set, for the messages.
@@ -42,8 +42,8 @@ def fetch(what, url, checksum, path, advice, processor=None):
         processor: pooch processor that unpacks the file.
 
     Raises:
-        Unavailable: if the download fails, the server is silent for 20 seconds, or the download takes longer than
-            `$FCNN_DOWNLOAD_SECONDS` (default: 900).
+        Unavailable: if the download fails, the server is silent for 20 seconds, or the download
+            takes longer than `$FCNN_DOWNLOAD_SECONDS` (default: 900).
         ValueError: if `$FCNN_DOWNLOAD_SECONDS` is not a positive, finite number.
     """
     import pooch  # takes as long as NumPy to import, and most calls find their files on the disk

@@ -1,7 +1,8 @@
-"""Find, download and read the 2-D sets of MedMNIST v2 at 28×28 (Yang et al. 2023, Scientific Data 10:41).
+"""Find, download and read the 2-D sets of MedMNIST v2 (Yang et al. 2023, Scientific Data 10:41).
 
-Each set is one npz file. Addresses, checksums and class names are those of the `medmnist` package 3.0.2. That package
-is not used because it needs PyTorch. ChestMNIST is left out because its images have several labels each.
+Each set is one npz file of 28×28 images. Addresses, checksums and class names are those of the
+`medmnist` package 3.0.2. That package is not used because it needs PyTorch. ChestMNIST is left out
+because its images have several labels each.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ _URL = "https://zenodo.org/records/10519652/files/{}.npz?download=1"
 
 @dataclasses.dataclass(frozen=True)
 class MedMNIST:
-    """One set: MD5 of the official file, image channels, numbers of training, validation, test images, class names."""
+    """One set: MD5 of the official file, channels, counts of the three splits, class names."""
 
     md5: str
     channels: int
@@ -91,14 +92,16 @@ def download(name):
 
 
 def read(name, path):
-    """Read the file `path` of the set `name`. A file with another MD5 than the official one is allowed.
+    """Read the file `path` of the set `name`, which need not be the official file.
 
     Returns:
-        (splits, official). The splits are (images, labels) for training, validation and testing, with images
-        (N, 28, 28, 1 or 3) uint8 and labels (N,) int64. Official tells whether the MD5 is that of the official file.
+        (splits, official). The splits are (images, labels) for training, validation and testing,
+        with images (N, 28, 28, 1 or 3) uint8 and labels (N,) int64. Official tells whether the MD5
+        is that of the official file.
 
     Raises:
-        ValueError: if the file is damaged or is not this set; the message gives both MD5s, and what to do.
+        ValueError: if the file is damaged or is not this set; the message gives both MD5s, and what
+            to do.
     """
     known = SETS[name]
     try:
@@ -119,7 +122,7 @@ def read(name, path):
 
 
 def _check_split(known, part, count, images, labels):
-    """Return images (count, 28, 28, channels) and labels (count,) int64 if they are those of the set `known`."""
+    """Return images (count, 28, 28, channels) and labels (count,) int64 after checking them."""
     shape = (28, 28) if known.channels == 1 else (28, 28, 3)
     if images.dtype != np.uint8 or images.shape[1:] != shape:
         wanted = ", ".join(map(str, ("N", *shape)))

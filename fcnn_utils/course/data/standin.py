@@ -1,16 +1,19 @@
-"""Generate stand-in images that a network can learn, for use where the real data sets are not available.
+"""Generate stand-in images that a network can learn, for use without the real data sets.
 
-`generate` replaces CIFAR-100: 100 classes in 20 superclasses, 32×32×3. A superclass is a texture, and a class is
-one of five glyphs on that texture. The texture fills the image from a random position, light on dark or dark on light.
-Three copies of the glyph lie on it at random positions. Noise and a faint tint of the superclass are added. A single
-pixel therefore says little about the class: a linear classifier finds only the tint. A network must detect small
-patterns anywhere in the image and combine them.
+`generate` replaces CIFAR-100: 100 classes in 20 superclasses, 32×32×3. A superclass is a texture,
+and a class is one of five glyphs on that texture. The texture fills the image from a random
+position, light on dark or dark on light. Three copies of the glyph lie on it at random positions.
+Noise and a faint tint of the superclass are added. A single pixel therefore says little about the
+class: a linear classifier finds only the tint. A network must detect small patterns anywhere in the
+image and combine them.
 
-`grey` replaces PneumoniaMNIST: two classes in the ratio 1 to 3, 28×28×1. Each image has bands, like ribs, at a random
-height. The first class has at most one spot on them, the second class two to four. The spots of an image are all
-brighter or all darker than the bands, and the mean brightness is random.
+`grey` replaces PneumoniaMNIST: two classes in the ratio 1 to 3, 28×28×1. Each image has bands, like
+ribs, at a random height. The first class has at most one spot on them, the second class two to
+four. The spots of an image are all brighter or all darker than the bands, and the mean brightness
+is random.
 
-All values are integers from a generator with a fixed algorithm, so the bytes are the same on every machine.
+All values are integers from a generator with a fixed algorithm, so the bytes are the same on every
+machine.
 """
 
 import numpy as np
@@ -29,7 +32,8 @@ def generate(per_class, test_per_class):
         per_class, test_per_class: numbers of training and test images of each class.
 
     Returns:
-        [(images, fine, coarse) for training, the same for testing]: images (N, 32, 32, 3) uint8, labels (N,).
+        [(images, fine, coarse) for training, the same for testing]: images (N, 32, 32, 3) uint8,
+        labels (N,).
     """
     random = np.random.RandomState(SEED)
     textures = _blocks(random.permutation(2**9 - 2)[:20] + 1, 3)  # (20, 9, 9) of 0 and 1
@@ -46,7 +50,8 @@ def grey(counts=((300, 900), (40, 120), (100, 300))):
     """Generate the stand-in for PneumoniaMNIST.
 
     Args:
-        counts: numbers of images of the first and the second class, for training, validation and testing.
+        counts: numbers of images of the first and the second class, for training, validation and
+            testing.
 
     Returns:
         [(images, labels) for each of `counts`]: images (N, 28, 28, 1) uint8, labels (N,).
@@ -77,22 +82,33 @@ def _draw_grey(labels, random):
 
 def _draw(fine, textures, glyphs, tints, random):
     """Draw an image for each label: (N,) -> (N, 32, 32, 3) uint8."""
-    count, side = len(fine), np.arange(32)
-    row, column = random.randint(0, 9, (2, count, 1)) + side  # textures have period 9
-    pattern = textures[fine[:, None, None] // 5, row[:, :, None] % 9, column[:, None, :] % 9]  # (N, 32, 32)
+    count = len(fine)
+    offset = random.randint(0, 9, (2, count, 1))  # (row, column): textures have period 9
     sign = random.choice([-1, 1], (count, 1, 1))
+    corners = [random.randint(0, 32 - 9, (2, count, 1, 1)) for _ in range(3)]  # (top, left) of each glyph
+    images = np.empty((count, 32, 32, 3), "uint8")
+    for start in range(0, count, 100):  # all at once would take 900 MB and several times longer
+        part = slice(start, start + 100)
+        at = [corner[:, part] for corner in corners]
+        noiseless = _draw_part(fine[part], textures, glyphs, tints, offset[:, part], sign[part], at)
+        images[part] = np.clip(noiseless + random.randint(-24, 25, noiseless.shape), 0, 255)
+    return images
+
+
+def _draw_part(fine, textures, glyphs, tints, offset, sign, corners):
+    side = np.arange(32)
+    row, column = offset + side
+    pattern = textures[fine[:, None, None] // 5, row[:, :, None] % 9, column[:, None, :] % 9]  # (N, 32, 32)
     images = 128 + (sign * (2 * pattern - 1) * 36)[..., None] + tints[fine // 5][:, None, None, :]
-    for _ in range(3):
-        top, left = random.randint(0, 32 - 9, (2, count, 1, 1))
+    for top, left in corners:
         inside = np.stack(np.broadcast_arrays(side[:, None] - top, side - left))  # (2, N, 32, 32)
         on = ((inside >= 0) & (inside < 9)).all(axis=0)
         stamp = glyphs[fine[:, None, None] % 5, *np.clip(inside, 0, 8)]
         images[on] = 128 + (2 * stamp[on] - 1)[:, None] * np.array([90, 70, -80])
-    images += random.randint(-24, 25, images.shape)
-    return np.clip(images, 0, 255).astype("uint8")
+    return images
 
 
 def _blocks(codes, scale):
-    """Draw the 9 bits of each code as 3×3 cells of `scale` pixels: (N, 3·scale, 3·scale) of 0 and 1."""
+    """Draw the 9 bits of each code as 3×3 cells: (N, 3·scale, 3·scale) of 0 and 1."""
     bits = (np.asarray(codes)[:, None] >> np.arange(8, -1, -1)) & 1
     return bits.reshape(-1, 3, 3).repeat(scale, axis=1).repeat(scale, axis=2)

@@ -1,4 +1,4 @@
-"""The thesis's tables: `fcnn_utils.course.thesis`. They agree with each other, and a comparison finds what differs."""
+"""The thesis's tables: `fcnn_utils.course.thesis`. They agree with each other, and `compare` finds every difference."""
 
 import math
 
@@ -7,9 +7,7 @@ import pytest
 from fcnn_utils.course import thesis
 
 NETWORKS = ["simple", "wider_factorized", "wider_separable"]
-
-# The kinds of our layers, as `cost.layer_costs` names them.
-OURS = {
+KINDS = {
     "conv": "Conv2D",
     "sep": "SeparableConv2D",
     "bn": "BatchNormalization",
@@ -19,10 +17,10 @@ OURS = {
 }
 
 
-def costs(name):
-    """A cost table as of a network of ours that has the thesis's layers."""
+def cost_table(name):
+    """A table as of `cost.layer_costs`, for a network of ours with exactly the thesis's layers."""
     table = thesis.layers(name)
-    table["kind"] = table["kind"].map(OURS)
+    table["kind"] = table["kind"].map(KINDS)
     table.insert(0, "layer", [f"layer{number}" for number in range(len(table))])
     table.loc[len(table)] = ["total", "", (100,), table["params"].sum()]
     table.loc[-1] = ["image", "InputLayer", (32, 32, 3), 0]
@@ -33,45 +31,32 @@ def truncated(value, digits):
     return math.floor(value * 10**digits) / 10**digits
 
 
-# --- basic -------------------------------------------------------------------------------------------------------
+# --- the tables agree --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "name, rows, convolutions", [("simple", 29, 9), ("wider_factorized", 22, 8), ("wider_separable", 20, 6)]
 )
-def test_tables_have_their_rows(name, rows, convolutions):
+def test_layer_tables_have_their_rows(name, rows, convolutions):
     table = thesis.layers(name)
     assert table.columns.tolist() == ["kind", "output_shape", "params"]
     assert len(table) == rows and table["kind"].isin(["conv", "sep"]).sum() == convolutions
     assert table["kind"].tolist()[-2:] == ["pool", "softmax"] and table["output_shape"].iloc[-1] == (100,)
-    assert thesis.epochs(name)["epoch"].tolist() == [1, 2, 3, 4, 5]
-    assert thesis.test(name).keys() == {"top1", "top5", "loss"}
-
-
-def test_every_table_has_the_three_networks():
-    assert thesis.summary().index.tolist() == list(thesis.PARAMS) == list(thesis.TITLES) == NETWORKS
-
-
-# --- correct -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_totals_are_the_sums_of_the_layers(name):
+def test_totals_are_sums_of_layers(name):
     table, (total, trainable, fixed) = thesis.layers(name), thesis.PARAMS[name]
-    assert table["params"].sum() == total == trainable + fixed
-    assert 2 * fixed == table.loc[table["kind"] == "bn", "params"].sum()  # two of four vectors are moving averages
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_normalisation_has_four_values_a_channel(name):
-    table = thesis.layers(name)
     norms = table[table["kind"] == "bn"]
+    assert table["params"].sum() == total == trainable + fixed
     assert norms["params"].tolist() == [4 * shape[-1] for shape in norms["output_shape"]]
+    assert norms["params"].sum() == 2 * fixed  # two of its four vectors are moving averages
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_summary_is_the_logs_and_the_test_cut_off(name):
+def test_summary_is_truncated_log_and_test(name):
     row, log, test = thesis.summary().loc[name], thesis.epochs(name), thesis.test(name)
+    assert thesis.summary().index.tolist() == list(thesis.PARAMS) == NETWORKS
     for key in ("top1", "top5", "loss"):
         assert row[key] == truncated(test[key], 3)
     assert row["seconds_per_epoch"] == truncated(log["seconds"].mean(), 0)
@@ -79,13 +64,14 @@ def test_summary_is_the_logs_and_the_test_cut_off(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_logs_agree_with_themselves(name):
+def test_training_logs_are_consistent(name):
     log = thesis.epochs(name)
-    assert log["loss"].is_monotonic_decreasing
+    assert log["epoch"].tolist() == [1, 2, 3, 4, 5] and log["loss"].is_monotonic_decreasing
     assert log["top1"].is_monotonic_increasing and log["top5"].is_monotonic_increasing
     assert (log["top1"] < log["top5"]).all() and log["top5"].max() < 1
-    per_epoch = log["ms_per_step"] * 1562 / 1000  # the steps of an epoch
-    assert (abs(per_epoch - log["seconds"]) <= 1562 / 1000 / 2 + 0.5).all()  # both are rounded
+    steps = 1562
+    rounding = steps / 1000 / 2 + 0.5  # of the ms and of the seconds
+    assert (abs(log["ms_per_step"] * steps / 1000 - log["seconds"]) <= rounding).all()
 
 
 @pytest.mark.parametrize("name, images", [("simple", 9984), ("wider_factorized", 9968), ("wider_separable", 9968)])
@@ -95,43 +81,38 @@ def test_test_accuracies_are_whole_numbers_of_images(name, images):
         assert abs(count - round(count)) < 1e-9
 
 
+# --- the comparison ----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_thesiss_own_layers_compare_equal(name):
-    both = thesis.compare(name, costs(name))
+def test_compare_accepts_a_network_only_as_itself(name):
+    both = thesis.compare(name, cost_table(name))
     assert len(both) == len(thesis.layers(name)) and both["equal"].all()
     assert both["layer"].tolist() == [f"layer{number}" for number in range(len(both))]
+    assert not any(thesis.compare(name, cost_table(other))["equal"].all() for other in NETWORKS if other != name)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("column, value", [("params", 1), ("output_shape", (32, 32, 1)), ("kind", "DepthwiseConv2D")])
-def test_a_changed_row_is_found(name, column, value):
-    table = costs(name)
-    table.at[4, column] = value  # after the row of the input
+def test_compare_finds_changed_row(name, column, value):
+    table = cost_table(name)
+    table.at[4, column] = value  # row 0 is the input
     assert (~thesis.compare(name, table)["equal"]).to_numpy().nonzero()[0].tolist() == [3]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_row_that_we_lack_is_found(name):
-    table = costs(name)
-    last = thesis.compare(name, table.drop(index=len(table) - 2))  # the softmax, the last row before the total
-    assert len(last) == len(thesis.layers(name))
-    assert last["equal"].tolist() == [True] * (len(last) - 1) + [False]
-    assert last["kind_thesis"].iloc[-1] == "softmax"
-    first = thesis.compare(name, table.drop(index=1))
-    assert len(first) == len(thesis.layers(name)) and not first["equal"].iloc[0] and not first["equal"].iloc[-1]
+def test_compare_finds_row_that_we_lack(name):
+    table, rows = cost_table(name), len(thesis.layers(name))
+    without_last = thesis.compare(name, table.drop(index=len(table) - 2))  # the softmax
+    assert without_last["equal"].tolist() == [True] * (rows - 1) + [False]
+    assert without_last["kind_thesis"].iloc[-1] == "softmax"
+    without_first = thesis.compare(name, table.drop(index=1))
+    assert len(without_first) == rows and not without_first["equal"].iloc[[0, -1]].any()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_row_that_the_thesis_lacks_is_found(name):
-    table = costs(name)
+def test_compare_finds_row_that_the_thesis_lacks(name):
+    table, rows = cost_table(name), len(thesis.layers(name))
     table.loc[len(table) - 1.5] = ["extra", "Activation", (100,), 0]  # before the total
     both = thesis.compare(name, table.sort_index(ignore_index=True))
-    assert len(both) == len(thesis.layers(name)) + 1
-    assert both["equal"].tolist() == [True] * (len(both) - 1) + [False]
-    assert both["layer"].iloc[-1] == "extra"
-
-
-def test_networks_are_not_mistaken_for_each_other():
-    for name in NETWORKS:
-        for other in NETWORKS:
-            assert thesis.compare(name, costs(other))["equal"].all() == (name == other)
+    assert both["equal"].tolist() == [True] * rows + [False] and both["layer"].iloc[-1] == "extra"

@@ -63,9 +63,9 @@ from IPython.core.interactiveshell import InteractiveShell
 sys.modules["google.colab"] = types.ModuleType("google.colab")
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in str(finder)]  # the course is not here
 InteractiveShell.instance().run_cell(sys.argv[1]).raise_error()
-import fcnn_utils.course.records
+import fcnn_utils.course.paths
 
-print(fcnn_utils.course.records.ROOT)
+print(fcnn_utils.course.paths.root())
 """
 
 

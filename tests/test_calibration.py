@@ -1,0 +1,285 @@
+"""Calibration on unlabelled images, compared with least squares, moments and losses computed by hand."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from fcnn_utils import calibration, compress, factorizations, keras_graph, rank_selection
+
+
+def network(activation="relu", use_bias=True, nested=False):
+    """Two convolutions with batch norms and random weights; the second can be in a nested model, `inner`."""
+
+    def block(x, number):
+        x = layers.Conv2D(8, 3, padding="same", use_bias=use_bias, name=f"conv{number}")(x)
+        return layers.Activation(activation)(layers.BatchNormalization(name=f"bn{number}")(x))
+
+    inputs = keras.Input((10, 9, 6))
+    x = block(inputs, 1)
+    if nested:
+        inner_in = keras.Input(x.shape[1:])
+        x = keras.Model(inner_in, block(inner_in, 2), name="inner")(x)
+    else:
+        x = block(x, 2)
+    x = layers.Dense(5, activation="softmax")(layers.GlobalAveragePooling2D()(x))
+    model = with_random_weights(keras.Model(inputs, x))
+    calibration.reestimate(model, pictures())  # statistics that training on such images would have left
+    return model
+
+
+def with_random_weights(model):
+    rng = np.random.default_rng(0)
+    for weight in model.trainable_variables:
+        scale = 0.1 if "kernel" in weight.path else 0.3
+        weight.assign(rng.normal(1.0 if "gamma" in weight.path else 0.0, scale, weight.shape))
+    return model
+
+
+def pictures(count=64, seed=1):
+    """Make smooth images: neighbouring pixels and channels resemble each other."""
+    noise = np.random.default_rng(seed).standard_normal((count, 12, 11, 6))
+    smooth = sum(noise[:, i : i + 10, j : j + 9] for i, j in itertools.product(range(3), range(3)))
+    return (smooth + 2 * smooth.mean(axis=-1, keepdims=True)).astype("float32")
+
+
+def convolutions(model):
+    return [node for node in keras_graph.layer_nodes(model) if isinstance(node.layer, layers.Conv2D)]
+
+
+def numpy_outputs(model, images):
+    return keras.ops.convert_to_numpy(model(images, training=False))
+
+
+def reads(model, name, images):
+    return numpy_outputs(keras.Model(model.input, model.get_layer(name).input), images)
+
+
+def makes(model, name, images):
+    return numpy_outputs(keras.Model(model.input, model.get_layer(name).output), images)
+
+
+def patches(x):
+    """Return what a 3×3 kernel with `same` padding reads, (N h w, 9 S)."""
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))  # (N, h, w, S, 3, 3)
+    return windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 9 * x.shape[-1]).astype(float)
+
+
+def least_squares_fit(features, target):
+    return features @ np.linalg.lstsq(features, target, rcond=None)[0]
+
+
+def with_ones(rows):
+    return np.c_[rows, np.ones(len(rows))]
+
+
+def spoil(layer):
+    rng = np.random.default_rng(0)
+    layer.set_weights([weight + rng.normal(0, 1, weight.shape) for weight in layer.get_weights()])
+
+
+# --- images ------------------------------------------------------------------------------------------------------
+
+
+def test_images_that_the_model_does_not_take_are_rejected():
+    model = keras.Sequential([keras.Input((10, 9, 6)), layers.Flatten()])
+    for bad in (np.zeros((3, 10, 9)), np.zeros((3, 10, 9, 5)), np.zeros((0, 10, 9, 6)), [np.nan]):
+        with pytest.raises(ValueError, match=r"finite numbers of the shape \(N, 10, 9, 6\), at least one; got \("):
+            calibration.check_images(model, bad)
+    with pytest.raises(ValueError, match="finite numbers"):
+        calibration.check_images(model, np.full((1, 10, 9, 6), np.inf))
+    one, two = keras.Input((4, 4, 3), name="a"), keras.Input((4, 4, 3), name="b")
+    pair = keras.Model([one, two], layers.Add()([one, two]), name="pair")
+    with pytest.raises(ValueError, match="one input; 'pair' has 2"):
+        calibration.check_images(pair, np.zeros((1, 4, 4, 3)))
+
+
+# --- batch-norm statistics ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [100, 300])  # fewer than a batch, and not a multiple of one
+def test_reestimated_statistics_are_those_of_the_images(count):
+    model, images = network(), pictures(count, seed=5)
+    frozen = model.get_layer("bn2")
+    frozen.trainable, before = False, frozen.get_weights()[2]
+    calibration.reestimate(model, images)
+    x = reads(model, "bn1", images)
+    mean, variance = model.get_layer("bn1").get_weights()[2:]
+    batches = [x[start : start + 128] for start in range(0, count, 128)]
+    assert np.allclose(mean, x.mean(axis=(0, 1, 2)), atol=1e-4)
+    expected = sum(len(batch) * batch.var(axis=(0, 1, 2)) for batch in batches) / count
+    assert np.allclose(variance, expected, rtol=1e-3)
+    assert (frozen.trainable, frozen.momentum, model.get_layer("bn1").momentum) == (False, 0.99, 0.99)
+    assert not np.allclose(frozen.get_weights()[2], before)  # frozen means: not changed by training
+
+
+def test_reestimate_leaves_a_model_without_batch_norms_alone():
+    inputs = keras.Input((10, 9, 6))
+    model = keras.Model(inputs, layers.Conv2D(3, 3)(inputs))
+    before = model.get_weights()
+    calibration.reestimate(model, pictures(4))
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+
+
+# --- refitted factors --------------------------------------------------------------------------------------------
+
+
+def test_moments_are_those_of_the_patches_that_a_layer_reads():
+    model, images = network(), pictures(200)
+    mean, covariance = calibration.patch_moments(model, convolutions(model)[1], images)
+    used = 16 * -(-(20 * 72 + 1) // (16 * 90))  # it stops when it has seen 20 patches for each value of a patch
+    x = patches(reads(model, "conv2", images[:used]))
+    assert np.allclose(mean, x.mean(axis=0), atol=1e-4) and np.allclose(covariance, np.cov(x.T, bias=True), atol=1e-3)
+
+
+def test_a_refitted_kernel_is_the_least_squares_fit_of_the_outputs():
+    model, images = network(), pictures()
+    kernel = model.get_layer("conv2").get_weights()[0].astype(float)
+    x = patches(reads(model, "conv2", images))
+    moments, target = (x.mean(axis=0), np.cov(x.T, bias=True)), x @ kernel.reshape(-1, 8)
+    for method in factorizations.FACTORIZATIONS:
+        ranks = rank_selection.ranks_for_fraction(method, kernel.shape, 0.4)
+        result = factorizations.decompose(kernel, method, ranks)
+        refitted, shift = calibration.refit_kernel(kernel, result, moments)
+        found = x @ refitted.reshape(-1, 8) + shift
+        assert np.allclose(found, least_squares_fit(with_ones(x @ result.basis()), target), atol=2e-3 * target.std())
+        plain = x @ result.to_kernel().reshape(-1, 8)
+        assert np.mean((found - target) ** 2) < 0.9 * np.mean((plain - target) ** 2)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_refitting_restores_a_spoilt_last_layer(use_bias):
+    """At full rank the dense output can be met, so least squares must meet it."""
+    model, images = network(use_bias=use_bias), pictures()
+    name = "conv2" if use_bias else "bn2"  # without a bias, the batch norm's mean takes its place
+    expected = makes(model, name, images)
+    for method in ("cp", "tt", "spatial", "separable"):
+        whole = factorizations.get(method).max_ranks((3, 3, 8, 8))
+        new, _ = compress.factorize(model, method, ranks={"conv2": whole})
+        spoil(new.get_layer("conv2"))
+        spoilt = np.abs(expected - makes(new, name, images)).max()
+        calibration.refit_layers(new, model, images)
+        assert np.abs(expected - makes(new, name, images)).max() < 1e-2 * spoilt
+        variances = [one.get_layer("bn2").get_weights()[3] for one in (model, new)]
+        assert np.array_equal(*variances)  # those of the dense network
+
+
+def test_refitting_corrects_the_errors_of_the_layers_before():
+    """The second chain's last layer is the least-squares fit, by hand, of the dense output to what it reads: the output
+    of the first, truncated chain. So it is nearer than a fit that assumes an undamaged input."""
+    model, images, given = network(), pictures(), {"conv1": 5, "conv2": 5}
+    plain, _ = compress.factorize(model, "cp", ranks=given)
+    corrected, _ = compress.factorize(model, "cp", ranks=given, images=images)
+    features, target = reads(corrected, "conv2", images).reshape(-1, 5), makes(model, "conv2", images).reshape(-1, 8)
+    best = least_squares_fit(with_ones(features.astype(float)), target)
+    assert np.allclose(makes(corrected, "conv2", images).reshape(-1, 8), best, atol=1e-2 * target.std())
+
+    alone = keras_graph.rebuild(model, {})  # each layer refitted to what it reads in the dense network
+    for node, rank in zip(convolutions(model), given.values(), strict=True):
+        kernel, bias = node.layer.get_weights()
+        result = factorizations.decompose(kernel, "cp", rank, max_norm=1.0)
+        refitted, shift = calibration.refit_kernel(kernel, result, calibration.patch_moments(model, node, images))
+        alone.get_layer(node.path).set_weights([refitted, bias + shift])
+    unseen = pictures(seed=2)
+    expected = makes(model, "conv2", unseen)
+    errors = [np.mean((makes(one, "conv2", unseen) - expected) ** 2) for one in (corrected, alone, plain)]
+    assert errors[0] < errors[1] < 0.75 * errors[2]
+
+
+def test_refitting_a_shared_layer_fits_all_its_calls():
+    inputs = keras.Input((10, 9, 6))
+    shared = layers.Conv2D(6, 3, padding="same", activation="tanh", name="shared")
+    model = with_random_weights(keras.Model(inputs, shared(shared(inputs))))
+    new, _ = compress.factorize(model, "cp", ranks={"shared": 4})
+    images = pictures()
+    features, dense_inputs = (keras_graph.input_model(one, "shared")(images) for one in (new, model))
+    features, dense_inputs = (list(map(keras.ops.convert_to_numpy, each)) for each in (features, dense_inputs))
+    kernel, bias = shared.get_weights()
+    target = np.concatenate([patches(x) @ kernel.reshape(-1, 6) + bias for x in dense_inputs])
+    rows = with_ones(np.concatenate([x.reshape(-1, 4) for x in features]).astype(float))
+    calibration.refit_layers(new, model, images)
+    weights, bias = new.get_layer("shared").get_weights()
+    found = rows @ np.r_[weights.reshape(4, 6), bias[None]]
+    assert np.allclose(found, least_squares_fit(rows, target), atol=1e-2 * target.std())
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_nested_model_is_calibrated_as_a_flat_one(use_bias):
+    images, found = pictures(), []
+    for nested in (False, True):
+        model = network(use_bias=use_bias, nested=nested)
+        paths = ["conv1", "inner/conv2" if nested else "conv2"]
+        curves = calibration.layer_sensitivity(model, "spatial", images, convolutions(model), [0.3, 0.6])
+        assert list(curves) == paths
+        new, _ = compress.factorize(model, "cp", ranks=dict.fromkeys(paths, 5), images=images)
+        refitted = numpy_outputs(new, images)
+        calibration.reestimate(new, pictures(seed=3))
+        found.append((list(curves.values()), refitted, numpy_outputs(new, images)))
+        assert not np.allclose(refitted, found[-1][2], atol=1e-4)
+    (flat, *flat_outputs), (nested, *nested_outputs) = found
+    assert np.allclose([loss for curve in flat for *_, loss in curve], [loss for curve in nested for *_, loss in curve])
+    for one, other in zip(flat_outputs, nested_outputs, strict=True):
+        assert np.allclose(one, other, atol=1e-5)
+
+
+# --- sensitivity -------------------------------------------------------------------------------------------------
+
+
+def test_layer_sensitivity_is_the_divergence_after_replacing_one_kernel():
+    """Each kernel alone replaced by what the module says, in a model of its own."""
+    model, images = network(), pictures()
+    before = model.get_weights()
+    curves = calibration.layer_sensitivity(model, "spatial", images, convolutions(model), [0.001, 0.3, 0.6])
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+    assert list(curves) == ["conv1", "conv2"]
+    fractions = [[fraction for fraction, _, _ in curve] for curve in curves.values()]
+    assert fractions == [[0.3, 0.6]] * 2  # 0.001 is below rank 1
+    assert all(curve[0][2] > curve[1][2] > 0 for curve in curves.values())
+
+    other, node = network(), convolutions(model)[1]
+    kernel, bias = node.layer.get_weights()
+    result = factorizations.decompose(kernel, "spatial", curves["conv2"][0][1])
+    kernel, shift = calibration.refit_kernel(kernel, result, calibration.patch_moments(model, node, images))
+    other.get_layer("conv2").set_weights([kernel, bias + shift])
+    p, q = (numpy_outputs(one, images).astype(float) for one in (model, other))
+    assert curves["conv2"][0][2] == pytest.approx(np.mean(np.sum(p * np.log(p / q), axis=1)), rel=1e-3)
+
+
+def test_without_a_bias_the_mean_of_the_batch_norm_takes_the_shift():
+    with_bias, without = network(), network(use_bias=False)
+    for layer, other in zip(without.layers, with_bias.layers, strict=True):
+        other.set_weights([*layer.get_weights(), *([np.zeros(8)] if isinstance(layer, layers.Conv2D) else [])])
+    curves = []
+    for model in (with_bias, without):
+        before = model.get_weights()
+        curves.append(calibration.layer_sensitivity(model, "spatial", pictures(), convolutions(model), [0.3, 0.6]))
+        assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+    for path in ("conv1", "conv2"):
+        for one, other in zip(curves[0][path], curves[1][path], strict=True):
+            assert one[2] == pytest.approx(other[2], rel=1e-3) and one[:2] == other[:2]
+
+
+@pytest.mark.parametrize("container", [list, dict])
+def test_without_probabilities_the_loss_is_the_relative_squared_change_of_all_outputs(container):
+    """Without a bias or a norm, the output itself is fitted, with its mean."""
+    inputs = keras.Input((10, 9, 6))
+    y = layers.Conv2D(8, 3, padding="same", use_bias=False, name="conv")(inputs)
+    outputs = {"a": y, "b": layers.GlobalAveragePooling2D()(y)}
+    model = with_random_weights(keras.Model(inputs, outputs if container is dict else list(outputs.values())))
+    (node, *_), images = convolutions(model), pictures(16) + 1  # whose mean counts; one batch, which is read whole
+    ((_, ranks, loss),) = calibration.layer_sensitivity(model, "spatial", images, [node], [0.3])["conv"]
+    kernel = node.layer.get_weights()[0]
+    rows, basis = patches(images), factorizations.decompose(kernel, "spatial", ranks).basis()
+    y = rows @ kernel.reshape(-1, 8)
+    fit = least_squares_fit(rows @ basis, y)
+    y, fit = (np.c_[x.reshape(16, -1), x.reshape(16, 90, 8).mean(axis=1)] for x in (y, fit))
+    assert loss == pytest.approx(np.mean((fit - y) ** 2) / np.var(y), rel=1e-3)
+
+
+def test_rank_one_is_tried_where_all_fractions_are_too_small():
+    model = network()
+    curves = calibration.layer_sensitivity(model, "tt", pictures(8), convolutions(model)[:1], [1e-6, 1e-5])
+    assert [ranks for _, ranks, _ in curves["conv1"]] == [(1, 1, 1)]

@@ -1,0 +1,425 @@
+"""Trained networks factorized: the new network's outputs, costs, report, options and budgets."""
+
+import resource
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from fcnn_utils import compress, cost, factorizations, keras_graph
+
+METHODS = list(factorizations.FACTORIZATIONS)
+
+
+def with_random_weights(model, seed=0):
+    """Give a model weights of the size that a trained network has, with moving variances above zero."""
+    rng = np.random.default_rng(seed)
+    for node in keras_graph.layer_nodes(model):
+        for weight in node.layer.weights:
+            if "kernel" in weight.path:
+                weight.assign(rng.normal(0, (2 / np.prod(weight.shape[:-1])) ** 0.5, weight.shape))
+            else:
+                weight.assign(rng.uniform(0.5, 1.5, weight.shape))
+    return model
+
+
+def wave(x):
+    return keras.ops.sin(3 * x)
+
+
+def make_zoo():
+    """Every kind of convolution and connection: branches, shared, nested, strided, dilated, grouped, depthwise, 1×1."""
+    inner_in = keras.Input((6, 8, 8))
+    y = layers.Conv2D(8, 3, padding="same", dilation_rate=2, activation="relu", name="conv")(inner_in)
+    inner = keras.Model(inner_in, y, name="inner")
+    stack = keras.Sequential([layers.Conv2D(8, (1, 3), padding="same", name="conv"), layers.ReLU()], name="stack")
+    shared = layers.Conv2D(8, 3, padding="same", activation="tanh", name="shared")
+    x = inputs = keras.Input((11, 16, 3))
+    x = layers.Conv2D(8, 5, strides=2, padding="same", use_bias=False, name="first")(x)
+    x = layers.ReLU()(layers.BatchNormalization(name="norm")(x))
+    x = layers.Add()([shared(shared(x)), inner(x), stack(x), layers.Conv2D(8, 1, name="point", activation="relu")(x)])
+    x = layers.Conv2D(8, 3, groups=2, padding="same", activation="relu", name="grouped")(x)
+    x = layers.DepthwiseConv2D(3, padding="same", activation="relu", name="depthwise")(x)
+    x = layers.Conv2D(12, 3, strides=(2, 1), activation=layers.LeakyReLU(0.1), name="last")(x)
+    return with_random_weights(keras.Model(inputs, layers.GlobalAveragePooling2D()(x), name="zoo"))
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    """One for all tests: `factorize` does not change it."""
+    return make_zoo()
+
+
+def small_model(*stack):
+    """Make a functional model of these layers on images (8, 8, 4)."""
+    x = inputs = keras.Input((8, 8, 4))
+    for layer in stack:
+        x = layer(x)
+    return with_random_weights(keras.Model(inputs, x))
+
+
+def images(model, count=4, seed=0):
+    return np.random.default_rng(seed).standard_normal((count, *model.inputs[0].shape[1:])).astype("float32")
+
+
+def outputs(model, x):
+    """Return the outputs without compilation, which takes longer than a few images."""
+    return keras.ops.convert_to_numpy(model(x, training=False))
+
+
+def distance(one, other, x=None):
+    """Return the largest difference of the outputs, relative to the largest output of the first."""
+    x = images(one) if x is None else x
+    y, z = outputs(one, x), outputs(other, x)
+    return float(np.abs(y - z).max() / np.abs(y).max())
+
+
+def full_ranks(model, method):
+    return {
+        node.path: factorizations.get(method).max_ranks(tuple(node.layer.kernel.shape))
+        for node in keras_graph.layer_nodes(model)
+        if type(node.layer) is layers.Conv2D and node.layer.kernel_size != (1, 1) and node.layer.groups == 1
+    }
+
+
+def macs(model):
+    return cost.total_costs(model)["macs"]
+
+
+def smallest_budget(model, **options):
+    with pytest.raises(ValueError, match="macs must be at least ([0-9,]+), with cp at rank") as refusal:
+        compress.factorize(model, "cp", macs=1, **options)
+    return int(str(refusal.value).split("at least ")[1].split(", with")[0].replace(",", ""))
+
+
+def assert_loads_without_custom_objects(model, x, folder):
+    assert {type(node.layer).__module__.split(".")[0] for node in keras_graph.layer_nodes(model)} == {"keras"}
+    model.save(folder / "model.keras")
+    expected = outputs(model, x)
+    loaded = outputs(keras.saving.load_model(folder / "model.keras"), x)
+    assert np.allclose(loaded, expected, rtol=1e-4, atol=1e-6) and expected.std() > 1e-4
+
+
+# --- the new network computes what it should ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_network_is_the_same_at_full_rank_and_that_of_the_rebuilt_kernels_if_truncated(zoo, method):
+    new, report = compress.factorize(zoo, method, ranks=full_ranks(zoo, method))
+    assert (report["reason"] == "").sum() == 5 and distance(zoo, new) < 1e-4
+    options = {"n_iter": 20} if method in ("cp", "cp4") else {}
+    new, report = compress.factorize(zoo, method, ratio=0.6, **options)
+    expected = keras_graph.rebuild(zoo, {})
+    nodes = {node.path: node.layer for node in keras_graph.layer_nodes(expected)}
+    options |= {"max_norm": 1.0} if options else {}
+    for path, ranks in report[report["reason"] == ""].set_index("layer")["ranks"].items():
+        kernel, *bias = nodes[path].get_weights()
+        nodes[path].set_weights([factorizations.decompose(kernel, method, ranks, **options).to_kernel(), *bias])
+    assert distance(expected, new) < 1e-4 and distance(zoo, new) > 1e-3
+
+
+def test_the_original_is_not_changed_and_shares_nothing(zoo):
+    before = zoo.get_weights()
+    new, _ = compress.factorize(zoo, ratio=0.5, images=images(zoo, 20))
+    new.set_weights([weight * 0 for weight in new.get_weights()])
+    assert all(np.array_equal(a, b) for a, b in zip(zoo.get_weights(), before, strict=True))
+
+
+def test_layer_by_layer_gives_the_same_as_all_at_once(zoo):
+    given = {"first": 5, "shared": 6, "inner/conv": 7, "last": 8}
+    at_once, _ = compress.factorize(zoo, "cp", ranks=given)
+    in_turn = zoo
+    for path, rank in given.items():
+        in_turn, report = compress.factorize(in_turn, "cp", ranks={path: rank})
+        assert report["reason"].eq("").sum() == 1
+    assert distance(at_once, in_turn) < 1e-6
+
+
+def test_with_images_the_outputs_are_nearer(zoo):
+    """Chosen ranks and refitted factors, on images of their own, against one ratio and the weights alone."""
+    budget, unseen = 0.4 * macs(zoo), images(zoo, 200, 2)
+    plain, _ = compress.factorize(zoo, "cp", macs=budget)
+    aware, _ = compress.factorize(zoo, "cp", macs=budget, images=images(zoo, 100, 1))
+    assert macs(aware) <= budget
+    expected, *others = (outputs(one, unseen) for one in (zoo, plain, aware))
+    errors = [np.mean((output - expected) ** 2) for output in others]
+    assert errors[1] < 0.2 * errors[0]
+
+
+def test_a_factorized_network_is_saved_and_loaded_and_its_batch_norms_fold(zoo, tmp_path):
+    new, _ = compress.factorize(zoo, "cp", ratio=0.5, layers=["first", "shared", "inner/conv"])
+    assert_loads_without_custom_objects(new, images(zoo), tmp_path)
+    folded = keras_graph.fold_batch_norm(new)
+    assert not [n for n in keras_graph.layer_nodes(folded) if isinstance(n.layer, layers.BatchNormalization)]
+    assert distance(new, folded) < 1e-4
+
+
+def test_a_sequential_network_stays_sequential():
+    stack = [layers.Conv2D(6, 3, name="a", activation="relu"), layers.Conv2D(6, 3, name="b")]
+    model = with_random_weights(keras.Sequential([keras.Input((8, 8, 4)), *stack]))
+    new, _ = compress.factorize(model, "tt", ranks=full_ranks(model, "tt"))
+    assert isinstance(new, keras.Sequential) and {"a", "b"} <= {layer.name for layer in new.layers}
+    assert distance(model, new) < 1e-4
+
+
+def test_a_factorization_is_added_by_one_class():
+    """The mean over space, with rank 1: a depthwise box filter and a 1×1 layer."""
+
+    class Mean(factorizations.Factorization):
+        name = "mean"
+
+        @classmethod
+        def structure(cls, spatial):
+            return [("box", 0, f"{spatial}sr", "s->sr"), ("out", 1, "srt", "sr->t")]
+
+        @classmethod
+        def _max_ranks(cls, kernel_shape):
+            return (1,)
+
+        @classmethod
+        def _factors(cls, kernel, ranks):
+            return [np.ones((*kernel.shape[:-1], 1)), kernel.mean(axis=(0, 1))[:, None]]
+
+    try:
+        model = small_model(layers.Conv2D(6, 3, strides=2, padding="same", activation="relu", name="conv"))
+        kernel, bias = model.get_layer("conv").get_weights()
+        new, report = compress.factorize(model, "mean", ratio=0.5)
+        assert report["method"].tolist() == ["mean"] and report["ranks"].tolist() == [(1,)]
+        assert report["params_after"].tolist() == [9 * 4 + 4 * 6 + 6] and report["macs_after"].sum() == macs(new)
+        expected = keras_graph.rebuild(model, {})
+        expected.get_layer("conv").set_weights([np.broadcast_to(kernel.mean(axis=(0, 1)), kernel.shape), bias])
+        assert [layer.name for layer in new.layers[1:]] == ["conv_box", "conv"]
+        assert distance(expected, new) < 1e-5 and distance(model, new) > 1e-2
+        x = images(model, 50) * np.reshape([1, 10] * 4, (8, 1, 1))  # every second row counts
+        refitted, _ = compress.factorize(model, "mean", macs=macs(new), images=x)
+        assert distance(model, refitted, x) < 0.9 * distance(model, new, x)
+    finally:
+        del factorizations.FACTORIZATIONS["mean"]
+    assert list(factorizations.FACTORIZATIONS) == METHODS
+
+
+# --- what is kept, and what is left ------------------------------------------------------------------------------
+
+
+def test_options_of_the_layer_are_kept():
+    options = {"kernel_regularizer": "l2", "bias_regularizer": "l1", "activity_regularizer": "l2", "name": "conv"}
+    layer = layers.Conv2D(
+        6, 3, strides=2, activation="elu", dtype="mixed_bfloat16", bias_constraint="non_neg", **options
+    )
+    model = small_model(layer, layers.ReLU(name="conv_in"))  # a name that the chain cannot have then
+    layer.trainable = False
+    new, _ = compress.factorize(model, "cp", ranks={"conv": 4})
+    enter, depthwise, last = (new.get_layer(name) for name in ("conv_in_", "conv_depthwise", "conv"))
+    assert last.activation is keras.activations.elu and enter.activation is keras.activations.linear
+    assert depthwise.strides == (2, 2) and last.output.shape == layer.output.shape
+    assert all(part.dtype_policy.name == "mixed_bfloat16" for part in (enter, depthwise, last))
+    assert not any(part.trainable for part in (enter, depthwise, last)) and new.get_layer("conv_in").trainable
+    assert enter.kernel_regularizer.l2 == depthwise.depthwise_regularizer.l2 == last.kernel_regularizer.l2 > 0
+    assert last.bias_regularizer.l1 > 0 and last.activity_regularizer.l2 > 0 and enter.activity_regularizer is None
+    assert isinstance(last.bias_constraint, keras.constraints.NonNeg)
+
+
+def test_initializers_and_activations_that_a_file_could_not_hold():
+    """An array of the dense kernel's shape is left out; a function that Keras does not know by name is passed on."""
+    array = keras.initializers.Constant(np.full((3, 3, 4, 6), 0.5, "float32"))
+    layer = layers.Conv2D(6, 3, kernel_initializer=array, bias_initializer="ones", activation=wave, name="conv")
+    model = small_model(layer, layers.BatchNormalization())
+    new, _ = compress.factorize(model, "tucker", ranks={"conv": (4, 6)})
+    last = new.get_layer("conv")
+    assert last.activation is wave and isinstance(last.bias_initializer, keras.initializers.Ones)
+    assert distance(model, new) < 1e-4
+
+
+def test_every_convolution_is_reported_with_its_costs(zoo):
+    new, report = compress.factorize(zoo, "cp", ratio=0.5)
+    report = report.set_index("layer")
+    nodes = keras_graph.layer_nodes(zoo)
+    assert list(report.index) == [node.path for node in nodes if "conv" in type(node.layer).__name__.lower()]
+    converted = report[report["reason"] == ""]
+    assert set(converted.index) == {"inner/conv", "shared", "last", "stack/conv"}
+    assert (converted["params_after"] < converted["params_before"]).all() and (converted["method"] == "cp").all()
+    assert converted["relative_error"].between(0, 1).all() and converted["degeneracy"].between(0, 1).all()
+    reasons = report["reason"].to_dict()
+    assert reasons["first"].startswith("reads 3 channels") and reasons["point"].startswith("1×1")
+    assert (reasons["grouped"], reasons["depthwise"]) == ("grouped", "depthwise")
+    for column, model in (("before", zoo), ("after", new)):
+        rest = [node.layer for node in keras_graph.layer_nodes(model) if not hasattr(node.layer, "kernel")]
+        assert report[f"macs_{column}"].sum() == macs(model)
+        params = cost.total_costs(model)["params"] - sum(layer.count_params() for layer in rest)
+        assert report[f"params_{column}"].sum() == params
+
+
+def test_convolutions_that_cannot_be_factorized_are_left_with_the_reason():
+    class Own(layers.Conv2D):
+        pass
+
+    def conv(name, kind=layers.Conv2D, filters=4, **options):
+        return kind(filters, 3, padding="same", activation="relu", name=name, **options)
+
+    tuned, several = conv("tuned"), conv("several")
+    stack = [conv("bound", kernel_constraint="max_norm"), conv("first", filters=8, data_format="channels_first")]
+    stack += [conv("transposed", layers.Conv2DTranspose), conv("separable", layers.SeparableConv2D), conv("own", Own)]
+    model = small_model(*stack, tuned, several, layers.MaxPooling2D(), several, conv("plain"))
+    tuned.enable_lora(2)
+    _, report = compress.factorize(model, "tucker", ratio=0.5)
+    reasons = report.set_index("layer")["reason"].to_dict()
+    expected = {"bound": "constraint", "first": "channels come first", "transposed": "transposed", "own": "a Own, not"}
+    expected |= {"separable": "separable already", "tuned": "LoRA", "several": "images of several sizes", "plain": ""}
+    assert reasons.keys() == expected.keys()
+    assert all(expected[path] in reasons[path] for path in expected) and reasons["plain"] == ""
+
+
+@pytest.mark.parametrize("method", ["cp", "tucker", "spatial"])
+def test_a_second_time_leaves_what_is_factorized_unless_it_is_named(zoo, method):
+    once, _ = compress.factorize(zoo, method, ratio=0.6, layers=["shared", "last"])
+    _, report = compress.factorize(once, method, ratio=0.6)
+    reasons = report.set_index("layer")["reason"]
+    parts = [path for path in reasons.index if path.startswith(("shared", "last"))]
+    assert len(parts) >= 4 and all(reasons[path] for path in parts) and reasons["inner/conv"] == ""
+    named = [path for path in parts if "factorized already" in reasons[path]]
+    if method != "cp":  # the core of a Tucker, the column of a spatial one are kernels that can be factorized again
+        whole = {path: ranks for path, ranks in full_ranks(once, "tt").items() if path in named}
+        again, _ = compress.factorize(once, "tt", ranks=whole)
+        assert len(again.layers) > len(once.layers) and distance(once, again) < 1e-4
+
+
+# --- budgets -----------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_is_kept_and_used(zoo):
+    for share in (0.9, 0.6, 0.4):
+        budget = share * macs(zoo)
+        used = macs(compress.factorize(zoo, "spatial", macs=budget)[0])
+        assert 0.85 * budget < used <= budget  # one rank more is some percent of so small a network
+    untouched, report = compress.factorize(zoo, "cp", macs=1e12)
+    assert distance(zoo, untouched) == 0 and (report["reason"] != "").all()
+    smallest = smallest_budget(zoo)
+    assert macs(compress.factorize(zoo, macs=smallest)[0]) == smallest
+    with pytest.raises(ValueError, match="macs must be at least"):
+        compress.factorize(zoo, macs=smallest - 1)
+
+
+def test_a_budget_that_leaves_no_choice_is_kept_with_images_too():
+    """A small layer's rank 1 is a large share of it: curves around the common ratio say nothing about it."""
+    sizes = {"few": 4, "more": 64, "most": 64}
+    model = small_model(*(layers.Conv2D(sizes[name], 3, activation="relu", name=name) for name in sizes))
+    smallest = smallest_budget(model)
+    for share in (1.0, 1.001, 1.3):
+        new, _ = compress.factorize(model, "cp", macs=np.int64(share * smallest), images=images(model, 20))
+        assert macs(new) <= share * smallest
+
+
+def test_a_budget_needs_images_of_a_fixed_size():
+    inputs = keras.Input((None, None, 8))
+    model = keras.Model(inputs, layers.Conv2D(8, 3, name="conv")(inputs))
+    with pytest.raises(ValueError, match="layer 'conv' has none: use ratio= or ranks="):
+        compress.factorize(model, macs=1e6)
+    new, report = compress.factorize(model, ratio=0.5)
+    assert np.isnan(report["macs_after"][0]) and new(np.zeros((1, 9, 7, 8), "float32")).shape == (1, 7, 5, 8)
+    strided = keras.Model(inputs, layers.Conv2D(8, 3, strides=2, padding="same", name="conv")(inputs))
+    with pytest.raises(ValueError, match="layer 'conv': .* image of a fixed size"):
+        compress.factorize(strided, "cp4", ratio=0.5)
+
+
+def test_ranks_are_multiples_of_a_step(zoo):
+    for arguments in ({"ratio": 0.6}, {"macs": 0.6 * macs(zoo)}):
+        _, report = compress.factorize(zoo, "cp", multiple=4, **arguments)
+        assert {rank % 4 for (rank,) in report["ranks"].dropna()} == {0}
+    assert smallest_budget(zoo, multiple=4) > smallest_budget(zoo)
+    with pytest.raises(ValueError, match="ratio 0.05 is below what cp takes at rank 16 in every layer"):
+        compress.factorize(zoo, "cp", ratio=0.05, multiple=16)
+
+
+def test_uniform_uses_one_ratio_although_there_are_images(zoo):
+    budget, x = 0.5 * macs(zoo), images(zoo, 20)
+    without, with_images, chosen = (
+        compress.factorize(zoo, "cp", macs=budget, **options)[1]["ranks"].tolist()
+        for options in ({}, {"images": x, "uniform": True}, {"images": x})
+    )
+    assert str(without) == str(with_images) != str(chosen)
+
+
+# --- what is rejected --------------------------------------------------------------------------------------------
+
+
+def test_invalid_arguments_are_rejected_with_what_is_allowed(zoo):
+    for arguments, message in (
+        ({}, "give one of ratio=, ranks= and macs="),
+        ({"ratio": 0.5, "macs": 1e6}, "give one of ratio=, ranks= and macs="),
+        ({"ratio": 0}, "ratio must be a number between"),
+        ({"ratio": 1.1}, "ratio must be a number between"),
+        ({"ratio": 0.001}, "ratio 0.001 is below what cp takes at rank 1"),
+        ({"macs": "few"}, "macs must be a number between"),
+        ({"method": "svd", "ratio": 0.5}, "method must be one of"),
+        ({"ratio": 0.5, "layers": ["shared", "nope"]}, "'nope' is not a convolution of model 'zoo'.*inner/conv"),
+        ({"ratio": 0.5, "layers": []}, "name at least one layer"),
+        ({"ratio": 0.5, "layers": "point"}, "layer 'point' can't be factorized: 1×1"),
+        ({"ratio": 0.5, "layers": "grouped"}, "layer 'grouped' can't be factorized: grouped"),
+        ({"ratio": 0.5, "layers": "depthwise"}, "layer 'depthwise' can't be factorized: depthwise"),
+        ({"ranks": {"shared": 1000}}, "rank of cp for a .* kernel must be a whole number between 1 and"),
+        ({"ranks": {"shared": 3}, "layers": ["shared"]}, "leave out layers="),
+        ({"ratio": 0.5, "images": np.zeros((2, 3))}, r"images must be .* \(N, 11, 16, 3\), at least one; got \(2, 3\)"),
+        ({"ratio": 0.5, "multiple": 0}, "multiple must be a whole number between"),
+        ({"ratio": 0.5, "uniform": "yes"}, "uniform must be one of True, False; got 'yes'"),
+        ({"ratio": 0.5, "max_norm": 0.1}, "max_norm must be a number"),
+    ):
+        with pytest.raises(ValueError, match=message) as refusal:
+            compress.factorize(zoo, **arguments)
+        assert "\n" not in str(refusal.value)
+    for model, message in (
+        (keras.Sequential([layers.Conv2D(4, 3)]), "is not built"),
+        (small_model(layers.Flatten()), "no convolution to factorize .*it has none at all"),
+        (small_model(layers.Conv2D(4, 1, name="point")), "no convolution to factorize .*point: 1×1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compress.factorize(model, ratio=0.5)
+
+
+# --- networks of keras.applications ------------------------------------------------------------------------------
+
+NETWORKS = {"MobileNetV2": 1, "ResNet50": 17, "VGG16": 13, "DenseNet121": 59, "EfficientNetB0": 1}  # k×k convolutions
+
+
+def application(name):
+    keras.utils.set_random_seed(0)
+    model = getattr(keras.applications, name)(weights=None, input_shape=(64, 64, 3), classes=10)
+    return model, np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
+
+
+def assert_the_same_at_full_rank(name, method):
+    model, x = application(name)
+    new, report = compress.factorize(model, method, ranks=full_ranks(model, method))
+    assert (report["reason"] == "").sum() == NETWORKS[name]
+    assert set(report["reason"]) <= {"", "1×1: nothing to separate", "depthwise", "grouped"}
+    reads = [keras.Model(one.input, one.layers[-1].input) for one in (model, new)]  # random logits hardly differ
+    assert distance(*reads, x) < 1e-3
+
+
+def test_a_network_of_keras_applications_is_the_same_at_full_rank():
+    assert_the_same_at_full_rank("MobileNetV2", "tucker")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["spatial", "tucker", "tt"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_keras_applications_are_the_same_at_full_rank(name, method):
+    assert_the_same_at_full_rank(name, method)
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_keras_applications_take_five_minutes_and_eight_gigabytes_at_most(name, tmp_path):
+    """At a quarter of their parameters: the limits are for ResNet50; the others are smaller."""
+    (model, x), count = application(name), NETWORKS[name]
+    start = time.perf_counter()
+    named = None if count > 1 else list(full_ranks(model, "cp"))  # the only one reads three channels
+    new, report = compress.factorize(model, "cp", ratio=0.25, layers=named)
+    assert time.perf_counter() - start < 300
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    assert peak < 8e9
+    assert (report["reason"] == "").sum() == count - (count > 1)
+    assert_loads_without_custom_objects(new, x, tmp_path)
+    assert distance(new, keras_graph.fold_batch_norm(new), x) < 1e-4

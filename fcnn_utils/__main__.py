@@ -22,6 +22,9 @@ def main(arguments=None):
     except ValueError as error:
         print(f"fcnn_utils: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as missing:
+        print(f'fcnn_utils: this command needs {missing.name}: pip install ".[course]" in a clone', file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped; run the same command to continue from here", file=sys.stderr)
         return _STOPPED

@@ -1,9 +1,6 @@
 """Factorized convolutions as Keras layers, compared with Keras's dense layer; costs, options and saved models."""
 
 import math
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -81,17 +78,12 @@ def test_full_rank_chains_equal_the_dense_layer(case):
 
 
 def test_chain_costs_agree_with_the_costs_of_the_built_layers(case):
-    kernel_shape, geometry, inputs, expected, chains = case
-    positions = math.prod(expected.shape[1:3])
+    kernel_shape, geometry, inputs, _, chains = case
     for method, y in chains.items():
         cls, model = factorizations.get(method), keras.Model(inputs, y)
         ranks, total = cls.max_ranks(kernel_shape), cost.total_costs(model)
         assert total["params"] == cls.count_parameters(kernel_shape, ranks) + kernel_shape[-1]
         assert total["macs"] == blocks.chain_macs(cls.chain(kernel_shape, ranks), inputs.shape[1:3], **geometry)
-        divided = all(size % stride == 0 for size, stride in zip(inputs.shape[1:3], geometry["strides"], strict=True))
-        padded = any(layer.name.endswith("_pad") for layer in model.layers)
-        if geometry["padding"] == "same" and divided and not padded:
-            assert total["macs"] == positions * cls.count_macs(kernel_shape, ranks, geometry["strides"])
 
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1), (4, 2)])
@@ -309,25 +301,13 @@ def every_block():
     return keras.Model(inputs, blocks.factorized_conv(x, "cp4", 6, 3, 4, strides=(2, 1), name="strided"))
 
 
-LOAD = """
-import sys, keras, numpy as np
-assert not any(name.startswith("fcnn_utils") for name in sys.modules)
-x = np.load(sys.argv[2])
-np.save(sys.argv[3], keras.ops.convert_to_numpy(keras.saving.load_model(sys.argv[1])(x)))
-"""
-
-
-def test_saved_blocks_load_in_a_fresh_process_without_custom_objects(tmp_path):
-    """With the same backend, without this package."""
+def test_saved_blocks_load_without_custom_objects(tmp_path):
     model, x = every_block(), random(2, 6, 6, 6)
+    assert {type(layer).__module__.split(".")[0] for layer in model.layers} == {"keras"}
     model.set_weights([0.4 * random(*weight.shape, seed=n) for n, weight in enumerate(model.weights)])
     model.save(tmp_path / "model.keras")
-    np.save(tmp_path / "x.npy", x)
-    paths = [str(tmp_path / name) for name in ("model.keras", "x.npy", "y.npy")]
-    environment = os.environ | {"KERAS_BACKEND": keras.config.backend()}
-    subprocess.run([sys.executable, "-c", LOAD, *paths], check=True, env=environment, cwd=tmp_path)
-    there, here = np.load(tmp_path / "y.npy"), keras.ops.convert_to_numpy(model(x))
-    assert here.std() > 1e-3 and np.allclose(there, here, atol=1e-5)
+    loaded, expected = keras.saving.load_model(tmp_path / "model.keras")(x), model(x)
+    assert keras.ops.std(expected) > 1e-3 and largest_differences(expected, [loaded])[0] < 1e-5
 
 
 def test_every_block_is_counted_and_takes_a_training_step():

@@ -1,6 +1,5 @@
 """Trained networks factorized: the new network's outputs, costs, report, options and budgets."""
 
-import resource
 import sys
 import time
 
@@ -26,11 +25,8 @@ def with_random_weights(model, seed=0):
     return model
 
 
-def wave(x):
-    return keras.ops.sin(3 * x)
-
-
-def make_zoo():
+@pytest.fixture(scope="module")  # one for all tests: `factorize` does not change it
+def zoo():
     """Every kind of convolution and connection: branches, shared, nested, strided, dilated, grouped, depthwise, 1×1."""
     inner_in = keras.Input((6, 8, 8))
     y = layers.Conv2D(8, 3, padding="same", dilation_rate=2, activation="relu", name="conv")(inner_in)
@@ -45,12 +41,6 @@ def make_zoo():
     x = layers.DepthwiseConv2D(3, padding="same", activation="relu", name="depthwise")(x)
     x = layers.Conv2D(12, 3, strides=(2, 1), activation=layers.LeakyReLU(0.1), name="last")(x)
     return with_random_weights(keras.Model(inputs, layers.GlobalAveragePooling2D()(x), name="zoo"))
-
-
-@pytest.fixture(scope="module")
-def zoo():
-    """One for all tests: `factorize` does not change it."""
-    return make_zoo()
 
 
 def small_model(*stack):
@@ -75,6 +65,10 @@ def distance(one, other, x=None):
     x = images(one) if x is None else x
     y, z = outputs(one, x), outputs(other, x)
     return float(np.abs(y - z).max() / np.abs(y).max())
+
+
+def squared_error(one, other, x):
+    return np.mean((outputs(one, x) - outputs(other, x)) ** 2)
 
 
 def full_ranks(model, method):
@@ -124,7 +118,7 @@ def test_the_network_is_the_same_at_full_rank_and_that_of_the_rebuilt_kernels_if
 def test_the_original_is_not_changed_and_shares_nothing(zoo):
     before = zoo.get_weights()
     new, _ = compress.factorize(zoo, ratio=0.5, images=images(zoo, 20))
-    new.set_weights([weight * 0 for weight in new.get_weights()])
+    new.set_weights([0 * weight for weight in new.get_weights()])
     assert all(np.array_equal(a, b) for a, b in zip(zoo.get_weights(), before, strict=True))
 
 
@@ -133,20 +127,21 @@ def test_layer_by_layer_gives_the_same_as_all_at_once(zoo):
     at_once, _ = compress.factorize(zoo, "cp", ranks=given)
     in_turn = zoo
     for path, rank in given.items():
-        in_turn, report = compress.factorize(in_turn, "cp", ranks={path: rank})
-        assert report["reason"].eq("").sum() == 1
+        in_turn, _ = compress.factorize(in_turn, "cp", ranks={path: rank})
     assert distance(at_once, in_turn) < 1e-6
 
 
-def test_with_images_the_outputs_are_nearer(zoo):
-    """Chosen ranks and refitted factors, on images of their own, against one ratio and the weights alone."""
-    budget, unseen = 0.4 * macs(zoo), images(zoo, 200, 2)
-    plain, _ = compress.factorize(zoo, "cp", macs=budget)
-    aware, _ = compress.factorize(zoo, "cp", macs=budget, images=images(zoo, 100, 1))
-    assert macs(aware) <= budget
-    expected, *others = (outputs(one, unseen) for one in (zoo, plain, aware))
-    errors = [np.mean((output - expected) ** 2) for output in others]
-    assert errors[1] < 0.2 * errors[0]
+def test_images_bring_the_outputs_nearer(zoo):
+    """With images the ranks are chosen, unless `uniform`, and the factors refitted; compared on unseen images."""
+    budget, x, unseen = 0.4 * macs(zoo), images(zoo, 100, 1), images(zoo, 200, 2)
+    ranks, errors = [], []
+    for options in ({}, {"images": x, "uniform": True}, {"images": x}):
+        new, report = compress.factorize(zoo, "cp", macs=budget, **options)
+        assert macs(new) <= budget
+        ranks.append(report["ranks"].dropna().to_dict())
+        errors.append(squared_error(zoo, new, unseen))
+    assert ranks[0] == ranks[1] != ranks[2]
+    assert errors[2] < errors[1] < errors[0] and errors[2] < 0.2 * errors[0]
 
 
 def test_a_factorized_network_is_saved_and_loaded_and_its_batch_norms_fold(zoo, tmp_path):
@@ -184,7 +179,7 @@ def test_a_factorization_is_added_by_one_class():
             return [np.ones((*kernel.shape[:-1], 1)), kernel.mean(axis=(0, 1))[:, None]]
 
     try:
-        model = small_model(layers.Conv2D(6, 3, strides=2, padding="same", activation="relu", name="conv"))
+        model = small_model(layers.Conv2D(6, 3, strides=2, padding="same", name="conv"))
         kernel, bias = model.get_layer("conv").get_weights()
         new, report = compress.factorize(model, "mean", ratio=0.5)
         assert report["method"].tolist() == ["mean"] and report["ranks"].tolist() == [(1,)]
@@ -193,9 +188,9 @@ def test_a_factorization_is_added_by_one_class():
         expected.get_layer("conv").set_weights([np.broadcast_to(kernel.mean(axis=(0, 1)), kernel.shape), bias])
         assert [layer.name for layer in new.layers[1:]] == ["conv_box", "conv"]
         assert distance(expected, new) < 1e-5 and distance(model, new) > 1e-2
-        x = images(model, 50) * np.reshape([1, 10] * 4, (8, 1, 1))  # every second row counts
+        x = images(model, 50)
         refitted, _ = compress.factorize(model, "mean", macs=macs(new), images=x)
-        assert distance(model, refitted, x) < 0.9 * distance(model, new, x)
+        assert macs(refitted) == macs(new) and squared_error(model, refitted, x) < squared_error(model, new, x)
     finally:
         del factorizations.FACTORIZATIONS["mean"]
     assert list(factorizations.FACTORIZATIONS) == METHODS
@@ -205,10 +200,9 @@ def test_a_factorization_is_added_by_one_class():
 
 
 def test_options_of_the_layer_are_kept():
-    options = {"kernel_regularizer": "l2", "bias_regularizer": "l1", "activity_regularizer": "l2", "name": "conv"}
-    layer = layers.Conv2D(
-        6, 3, strides=2, activation="elu", dtype="mixed_bfloat16", bias_constraint="non_neg", **options
-    )
+    options = {"kernel_regularizer": "l2", "bias_regularizer": "l1", "activity_regularizer": "l2"}
+    options |= {"strides": 2, "activation": "elu", "dtype": "mixed_bfloat16", "bias_constraint": "non_neg"}
+    layer = layers.Conv2D(6, 3, name="conv", **options)
     model = small_model(layer, layers.ReLU(name="conv_in"))  # a name that the chain cannot have then
     layer.trainable = False
     new, _ = compress.factorize(model, "cp", ranks={"conv": 4})
@@ -224,6 +218,10 @@ def test_options_of_the_layer_are_kept():
 
 def test_initializers_and_activations_that_a_file_could_not_hold():
     """An array of the dense kernel's shape is left out; a function that Keras does not know by name is passed on."""
+
+    def wave(x):
+        return keras.ops.sin(3 * x)
+
     array = keras.initializers.Constant(np.full((3, 3, 4, 6), 0.5, "float32"))
     layer = layers.Conv2D(6, 3, kernel_initializer=array, bias_initializer="ones", activation=wave, name="conv")
     model = small_model(layer, layers.BatchNormalization())
@@ -235,8 +233,7 @@ def test_initializers_and_activations_that_a_file_could_not_hold():
 
 def test_every_convolution_is_reported_with_its_costs(zoo):
     new, report = compress.factorize(zoo, "cp", ratio=0.5)
-    report = report.set_index("layer")
-    nodes = keras_graph.layer_nodes(zoo)
+    report, nodes = report.set_index("layer"), keras_graph.layer_nodes(zoo)
     assert list(report.index) == [node.path for node in nodes if "conv" in type(node.layer).__name__.lower()]
     converted = report[report["reason"] == ""]
     assert set(converted.index) == {"inner/conv", "shared", "last", "stack/conv"}
@@ -246,10 +243,10 @@ def test_every_convolution_is_reported_with_its_costs(zoo):
     assert reasons["first"].startswith("reads 3 channels") and reasons["point"].startswith("1×1")
     assert (reasons["grouped"], reasons["depthwise"]) == ("grouped", "depthwise")
     for column, model in (("before", zoo), ("after", new)):
-        rest = [node.layer for node in keras_graph.layer_nodes(model) if not hasattr(node.layer, "kernel")]
-        assert report[f"macs_{column}"].sum() == macs(model)
-        params = cost.total_costs(model)["params"] - sum(layer.count_params() for layer in rest)
-        assert report[f"params_{column}"].sum() == params
+        costs = cost.layer_costs(model).iloc[:-1]
+        costs = costs[costs["kind"].isin(["Conv2D", "DepthwiseConv2D"])]
+        assert report[f"macs_{column}"].sum() == costs["macs"].sum() == macs(model)
+        assert report[f"params_{column}"].sum() == costs["params"].sum()
 
 
 def test_convolutions_that_cannot_be_factorized_are_left_with_the_reason():
@@ -333,15 +330,6 @@ def test_ranks_are_multiples_of_a_step(zoo):
         compress.factorize(zoo, "cp", ratio=0.05, multiple=16)
 
 
-def test_uniform_uses_one_ratio_although_there_are_images(zoo):
-    budget, x = 0.5 * macs(zoo), images(zoo, 20)
-    without, with_images, chosen = (
-        compress.factorize(zoo, "cp", macs=budget, **options)[1]["ranks"].tolist()
-        for options in ({}, {"images": x, "uniform": True}, {"images": x})
-    )
-    assert str(without) == str(with_images) != str(chosen)
-
-
 # --- what is rejected --------------------------------------------------------------------------------------------
 
 
@@ -350,32 +338,25 @@ def test_invalid_arguments_are_rejected_with_what_is_allowed(zoo):
         ({}, "give one of ratio=, ranks= and macs="),
         ({"ratio": 0.5, "macs": 1e6}, "give one of ratio=, ranks= and macs="),
         ({"ratio": 0}, "ratio must be a number between"),
-        ({"ratio": 1.1}, "ratio must be a number between"),
         ({"ratio": 0.001}, "ratio 0.001 is below what cp takes at rank 1"),
-        ({"macs": "few"}, "macs must be a number between"),
         ({"method": "svd", "ratio": 0.5}, "method must be one of"),
         ({"ratio": 0.5, "layers": ["shared", "nope"]}, "'nope' is not a convolution of model 'zoo'.*inner/conv"),
         ({"ratio": 0.5, "layers": []}, "name at least one layer"),
         ({"ratio": 0.5, "layers": "point"}, "layer 'point' can't be factorized: 1×1"),
         ({"ratio": 0.5, "layers": "grouped"}, "layer 'grouped' can't be factorized: grouped"),
-        ({"ratio": 0.5, "layers": "depthwise"}, "layer 'depthwise' can't be factorized: depthwise"),
         ({"ranks": {"shared": 1000}}, "rank of cp for a .* kernel must be a whole number between 1 and"),
         ({"ranks": {"shared": 3}, "layers": ["shared"]}, "leave out layers="),
         ({"ratio": 0.5, "images": np.zeros((2, 3))}, r"images must be .* \(N, 11, 16, 3\), at least one; got \(2, 3\)"),
         ({"ratio": 0.5, "multiple": 0}, "multiple must be a whole number between"),
         ({"ratio": 0.5, "uniform": "yes"}, "uniform must be one of True, False; got 'yes'"),
         ({"ratio": 0.5, "max_norm": 0.1}, "max_norm must be a number"),
+        ({"ratio": 0.5, "model": keras.Sequential([layers.Conv2D(4, 3)])}, "is not built"),
+        ({"ratio": 0.5, "model": small_model(layers.Flatten())}, "no convolution to factorize .*none at all"),
+        ({"ratio": 0.5, "model": small_model(layers.Conv2D(4, 1, name="point"))}, "no convolution .*point: 1×1"),
     ):
         with pytest.raises(ValueError, match=message) as refusal:
-            compress.factorize(zoo, **arguments)
+            compress.factorize(**{"model": zoo} | arguments)
         assert "\n" not in str(refusal.value)
-    for model, message in (
-        (keras.Sequential([layers.Conv2D(4, 3)]), "is not built"),
-        (small_model(layers.Flatten()), "no convolution to factorize .*it has none at all"),
-        (small_model(layers.Conv2D(4, 1, name="point")), "no convolution to factorize .*point: 1×1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            compress.factorize(model, ratio=0.5)
 
 
 # --- networks of keras.applications ------------------------------------------------------------------------------
@@ -389,7 +370,13 @@ def application(name):
     return model, np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
 
 
-def assert_the_same_at_full_rank(name, method):
+FULL = [
+    pytest.param(name, method, marks=pytest.mark.full) for name in NETWORKS for method in ("spatial", "tucker", "tt")
+]
+
+
+@pytest.mark.parametrize(("name", "method"), [("MobileNetV2", "tucker"), *FULL])
+def test_networks_of_keras_applications_are_the_same_at_full_rank(name, method):
     model, x = application(name)
     new, report = compress.factorize(model, method, ranks=full_ranks(model, method))
     assert (report["reason"] == "").sum() == NETWORKS[name]
@@ -398,28 +385,18 @@ def assert_the_same_at_full_rank(name, method):
     assert distance(*reads, x) < 1e-3
 
 
-def test_a_network_of_keras_applications_is_the_same_at_full_rank():
-    assert_the_same_at_full_rank("MobileNetV2", "tucker")
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("method", ["spatial", "tucker", "tt"])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_networks_of_keras_applications_are_the_same_at_full_rank(name, method):
-    assert_the_same_at_full_rank(name, method)
-
-
 @pytest.mark.bench
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_keras_applications_take_five_minutes_and_eight_gigabytes_at_most(name, tmp_path):
     """At a quarter of their parameters: the limits are for ResNet50; the others are smaller."""
+    import resource  # Windows has none
+
     (model, x), count = application(name), NETWORKS[name]
     start = time.perf_counter()
     named = None if count > 1 else list(full_ranks(model, "cp"))  # the only one reads three channels
     new, report = compress.factorize(model, "cp", ratio=0.25, layers=named)
     assert time.perf_counter() - start < 300
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    assert peak < 8e9
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) < 8e9
     assert (report["reason"] == "").sum() == count - (count > 1)
     assert_loads_without_custom_objects(new, x, tmp_path)
     assert distance(new, keras_graph.fold_batch_norm(new), x) < 1e-4

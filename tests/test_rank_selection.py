@@ -5,15 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from fcnn_utils import factorizations
-from fcnn_utils.rank_selection import (
-    allocate,
-    break_even_ranks,
-    error_curve,
-    ranks_for_fraction,
-    vbmf_rank,
-    vbmf_tucker_ranks,
-)
+from fcnn_utils import factorizations, rank_selection
+from fcnn_utils.rank_selection import allocate, ranks_for_fraction, vbmf_rank, vbmf_tucker_ranks
 
 METHODS = list(factorizations.FACTORIZATIONS)
 
@@ -47,11 +40,11 @@ def test_ranks_for_a_fraction_are_the_largest_that_fit(method, cost):
 def test_break_even_ranks_in_closed_form(shape):
     kh, kw, s, t = shape
     dense = kh * kw * s * t
-    assert break_even_ranks("cp", shape) == ((dense - 1) // (kh * kw + s + t),)
-    assert break_even_ranks("cp4", shape) == ((dense - 1) // (kh + kw + s + t),)
-    assert break_even_ranks("spatial", shape) == (min((dense - 1) // (kh * s + kw * t), kh * s, kw * t),)
+    assert rank_selection.break_even_ranks("cp", shape) == ((dense - 1) // (kh * kw + s + t),)
+    assert rank_selection.break_even_ranks("cp4", shape) == ((dense - 1) // (kh + kw + s + t),)
+    assert rank_selection.break_even_ranks("spatial", shape) == (min((dense - 1) // (kh * s + kw * t), kh * s, kw * t),)
     with pytest.raises(ValueError, match="fraction must be at least"):
-        break_even_ranks("cp", (1, 1, 2, 2))
+        rank_selection.break_even_ranks("cp", (1, 1, 2, 2))
 
 
 def test_a_large_fraction_gives_the_exact_ranks():
@@ -80,7 +73,9 @@ def test_invalid_arguments_are_rejected():
 
 
 def test_error_falls_as_the_fraction_grows():
-    table = error_curve(np.random.default_rng(0).standard_normal((3, 3, 12, 16)), "tucker", [0.1, 0.3, 0.6, 2.0])
+    table = rank_selection.error_curve(
+        np.random.default_rng(0).standard_normal((3, 3, 12, 16)), "tucker", [0.1, 0.3, 0.6, 2.0]
+    )
     assert (table["share"].diff()[1:] > 0).all() and (table["relative_error"].diff()[1:] < 0).all()
     assert (table["share"][:3] <= [0.1, 0.3, 0.6]).all() and table["relative_error"][3] < 1e-12
     assert table["ranks"][3] == (12, 16) and table["parameters"][3] == 12 * 12 + 9 * 12 * 16 + 16 * 16

@@ -26,21 +26,3 @@ from fcnn_utils.factorizations.cp import CP, CP4, error_preserving_correction
 from fcnn_utils.factorizations.svd import DepthwiseSeparable, SpatialSVD
 from fcnn_utils.factorizations.tensor_train import TensorTrain
 from fcnn_utils.factorizations.tucker import Tucker2
-
-__all__ = [
-    "CP",
-    "CP4",
-    "FACTORIZATIONS",
-    "ChainLayer",
-    "DepthwiseSeparable",
-    "Factorization",
-    "SpatialSVD",
-    "TensorTrain",
-    "Tucker2",
-    "check_kernel",
-    "check_kernel_shape",
-    "decompose",
-    "error_preserving_correction",
-    "get",
-    "place_strides",
-]

@@ -40,6 +40,7 @@ _SMALLEST = 1e-9  # a fraction of the parameters that every smallest rank exceed
 
 
 # parameters: the front door; a call sets one of ratio, ranks and macs, and few of the rest
+# long: half of it is the docstring
 def factorize(
     model,
     method="cp",
@@ -51,6 +52,7 @@ def factorize(
     images=None,
     uniform=False,
     multiple=1,
+    seed=0,
     **options,
 ):
     """Replace convolutions of a trained model by factorized ones that carry its weights.
@@ -74,7 +76,8 @@ def factorize(
             fitted to what the layers compute on them (`calibration.refit_layers`).
         uniform: with `macs` and `images`, use one ratio for all layers.
         multiple: with `ratio` or `macs`, ranks are multiples of this (or the maximum rank). 16 suits processors.
-        options: of the decomposition, such as `seed` of a CP, whose norms are bounded by `max_norm=1.0` by default.
+        seed: seed of the random numbers in a CP's starts.
+        options: of the decomposition. A CP's norms are bounded by `max_norm=1.0` by default.
 
     Returns:
         (new model, report). The report is a DataFrame with a row for each convolution: layer, method, ranks,
@@ -89,6 +92,7 @@ def factorize(
     keras_graph.check_graph(model)
     method = factorizations.get(method)
     check_number("multiple", multiple, int, 1, 4096)
+    check_number("seed", seed, int, 0, 2**31 - 1)
     check_choice("uniform", uniform, (True, False))
     if sum(value is not None for value in (ratio, ranks, macs)) != 1:
         raise ValueError("give one of ratio=, ranks= and macs=")
@@ -97,7 +101,8 @@ def factorize(
     if images is not None:
         images = calibration.check_images(model, images)
     if issubclass(method, factorizations.CP):
-        options = {"max_norm": 1.0} | options
+        options = {"max_norm": 1.0, "seed": seed} | options
+    method.check_options(options)
 
     nodes = keras_graph.layer_nodes(model)
     sites = {node.path: _Site(node) for node in nodes if isinstance(node.layer, _CONVOLUTIONS)}

@@ -24,6 +24,7 @@ This module does not use Keras.
 """
 
 import dataclasses
+import inspect
 import math
 
 import numpy as np
@@ -102,6 +103,16 @@ class Factorization:
         """
         kernel = check_kernel(kernel)
         return cls.from_factors(kernel, cls._factors(kernel, cls.check_ranks(kernel.shape, ranks), **options))
+
+    @classmethod
+    def check_options(cls, options):
+        """Raise ValueError if a key of the dict `options` is not an option of `decompose`."""
+        overridden = cls.decompose.__func__ is not Factorization.decompose.__func__
+        parameters = inspect.signature(cls.decompose if overridden else cls._factors).parameters.values()
+        allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        for name in options:
+            if name not in allowed:
+                raise ValueError(f"{cls.name} has no option {name!r}; it has {', '.join(allowed) or 'none'}")
 
     @classmethod
     def from_factors(cls, kernel, factors):
@@ -301,7 +312,9 @@ def decompose(kernel, method, ranks, **options):
     Raises:
         ValueError: an argument is not allowed.
     """
-    return get(method).decompose(kernel, ranks, **options)
+    method = get(method)
+    method.check_options(options)
+    return method.decompose(kernel, ranks, **options)
 
 
 def check_kernel(kernel):

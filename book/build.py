@@ -1,11 +1,12 @@
 """Render the course: `make book` -> build/book/html, a site that needs no network, and build/book/course.pdf.
 
-The notebooks are rendered as they are committed; nothing is run. What they say once is collected here: what each wants
-to be known first into the map of the course, their symbols into a page of notation, their figures' captions into a list
-of figures and the images' alternative texts, their references into one bibliography. The interface comes from the
-docstrings of `fcnn_utils`.
+The notebooks are rendered as they are committed; nothing is executed. Some of their contents are collected on pages of
+their own: the prerequisites as a map of the course, the symbols as a page of notation, the captions as a list of figures
+(and as alternative texts of the images), the references as one bibliography. The interface comes from the docstrings of
+`fcnn_utils`.
 """
 
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -21,12 +22,11 @@ import fcnn_utils
 from fcnn_utils.course import paths, runner
 
 HERE = Path(__file__).resolve().parent
-BUILD = paths.root() / "build" / "book"
+BUILD = HERE.parent / "build" / "book"
 SOURCE = BUILD / "source"
-MENTION = r"(?<!\*\*)Figure (\d\d\.\d+)"  # of a figure in the text; its caption is bold
-FORMULA = (
-    r"```.*?```|`[^`\n]*`|\$\$.*?\$\$|(\$[^$\n]+\$)([.,;:)]*)"  # in a line, and what follows it; the rest is skipped
-)
+MENTION = r"(?<!\*\*)Figure (\d\d\.\d+)"  # of a figure in the text; in its caption the number is bold
+# A formula in a line of text, with the punctuation after it. Code and displayed formulas match without groups.
+FORMULA = r"```.*?```|`[^`\n]*`|\$\$.*?\$\$|(\$[^$\n]+\$)([.,;:)]*)"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -53,14 +53,14 @@ def main(formats=("html", "pdf")):
 def sphinx(builder):
     command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-b", builder]
     command += ["--warning-file", BUILD / "warnings.txt", "-d", BUILD / "doctrees", SOURCE, BUILD / builder]
-    run = subprocess.run(command, stderr=subprocess.DEVNULL)  # TensorFlow, imported for its docstrings, is noisy
+    run = subprocess.run(command, stderr=subprocess.DEVNULL)  # TensorFlow, which the modules import, is noisy
     if run.returncode:
         sys.exit((BUILD / "warnings.txt").read_text())
     print(f"{builder}: {paths.shown(BUILD / builder / 'index.html')}", flush=True)
 
 
 def print_pdf(page, target):
-    """Print the page that holds everything, with every solution and every hidden cell unfolded."""
+    """Print the page that contains everything, with all solutions and hidden cells unfolded."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         print(f"no PDF: none of {', '.join(BROWSERS)} is installed")
@@ -73,7 +73,7 @@ def print_pdf(page, target):
     print(f"pdf: {paths.shown(target)}")
 
 
-# --- what the notebooks say --------------------------------------------------------------------------------------
+# --- contents of a notebook ---------------------------------------------------------------------------------------
 
 
 def prose(notebook):
@@ -85,7 +85,7 @@ def title(notebook):
 
 
 def known_first(notebook):
-    """Numbers of the notebooks that it wants to be known: those it links to, and those between in "[04](…)–[06](…)"."""
+    """Numbers of its prerequisites: the notebooks that it links to, and those between "[04](…)–[06](…)"."""
     line = re.search(r"^\*\*Know first:\*\*(.*)$", prose(notebook), re.M)[1]
     numbers = {int(number) for number in re.findall(r"\]\((\d\d)_", line)}
     for first, last in re.findall(r"\[(\d\d)\]\([^)]*\)–\[(\d\d)\]", line):
@@ -94,19 +94,19 @@ def known_first(notebook):
 
 
 def captions(notebook):
-    """(number, "01.1"; caption's first sentence) of each figure."""
+    """Yield the number ("01.1") of each figure and the first sentence of its caption."""
     for number, paragraph in re.findall(r"^\*\*Figure (\d\d\.\d+)\.\*\* (.+)$", prose(notebook), re.M):
         yield number, re.split(r"(?<=[.!?)]) +(?=\*Notice|[A-Z(*])", paragraph)[0]
 
 
 def symbols(notebook):
-    """(symbol, meaning) of each row of its table of symbols."""
+    """(symbol, meaning) for each row of its table of symbols."""
     table = re.search(r"^\| symbol \| meaning \|\n\|[-|]+\|\n((?:\|.*\n?)+)", prose(notebook), re.M)
     return [re.fullmatch(r"\| (.*?) \| (.*) \|", line).groups() for line in table[1].splitlines()] if table else []
 
 
 def references(notebook):
-    """The works that it lists, one text each."""
+    """Its references, one text per work."""
     return re.findall(r"^- (.+)$", prose(notebook).split("## References")[1], re.M)
 
 
@@ -114,7 +114,7 @@ def references(notebook):
 
 
 def draw_map(notebooks, target):
-    """The course as boxes, an arrow from each to those that want it to be known."""
+    """Draw the notebooks as boxes, with an arrow from each to those that build on it."""
     columns = ((1, 2, 3, 9, None, None, 12), (None,) * 5 + (10,), (4, 5, 6, 7, 8, 11))
     names = {int(name[:2]): title(notebook) for name, notebook in notebooks.items()}
     places = {number: (x, -y) for x, column in enumerate(columns) for y, number in enumerate(column) if number in names}
@@ -129,7 +129,7 @@ def draw_map(notebooks, target):
     for number, place in places.items():
         for first in before[number]:
             if any(first in before[between] for between in before[number]):
-                continue  # there is a longer way
+                continue  # another path leads there
             patches = {"patchA": boxes[first].get_bbox_patch(), "patchB": boxes[number].get_bbox_patch()}
             bend = {"connectionstyle": f"arc3,rad={-0.25 if place[0] > places[first][0] else 0}"}  # around 09
             style = {"arrowstyle": "-|>", "color": "0.4", "shrinkA": 2, "shrinkB": 2, **bend, **patches}
@@ -144,7 +144,7 @@ def link(name):
 
 
 def by_text(notebooks, found):
-    """Dict of each thing that `found` finds in the notebooks -> links to where it is."""
+    """Map everything that `found` finds in the notebooks to links to where it is."""
     where = defaultdict(list)
     for name, notebook in notebooks.items():
         for thing in found(notebook):
@@ -156,12 +156,12 @@ def notation(notebooks):
     rows = by_text(notebooks, symbols)
     order = sorted(rows, key=lambda row: (_spelled(row[0]), row[0]))
     lines = [f"| {symbol} | {meaning} *({rows[symbol, meaning]})* |" for symbol, meaning in order]
-    lines = [re.sub(r"\]\((?=\d\d_)", "](notebooks/", line) for line in lines]  # as seen from the page
+    lines = [re.sub(r"\]\((?=\d\d_)", "](notebooks/", line) for line in lines]  # relative to this page
     return "\n".join(["# Notation\n", "| symbol | meaning |", "|---|---|", *lines, ""])
 
 
 def _spelled(symbol):
-    """What a symbol is sorted by: its letters, a Greek one by its name; what has none comes last."""
+    """Sort key of a symbol: its letters, Greek ones by name; symbols without letters come last."""
     greek = re.sub(r"\\(?:var)?(epsilon|gamma|mu|pi|rho|sigma|beta)", r"\1", symbol, flags=re.I)
     return re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", greek).lower() or "~"
 
@@ -181,7 +181,7 @@ def bibliography(notebooks):
 
 
 def linked(work):
-    """A reference whose identifiers are links."""
+    """Turn the identifiers in a reference into links."""
     work = re.sub(r"\barXiv:((?:math/)?[\d.]*\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", work)
     return re.sub(r"\bdoi:(10\.\S+?)(?=[.,;]*(?:\s|$))", _doi, work)
 
@@ -192,16 +192,21 @@ def _doi(match):
 
 
 def _family_name(work):
-    """What a work is sorted by: "R. A. Harshman (1970). …" by Harshman, "J. Håstad …" as if it were Hastad."""
+    """Sort key of a work: "R. A. Harshman (1970). …" by Harshman, "J. Håstad …" as Hastad."""
     first = re.split(r",| \(|\. \*| et al\.", work.lstrip("["))[0]
     first = unicodedata.normalize("NFKD", re.sub(r"^(\w\.[ -]?)+", "", first))
     return first.encode("ascii", "ignore").decode().lower(), work
 
 
+def modules():
+    """Names of the public modules of the package: "blocks", "course.data"."""
+    found = pkgutil.walk_packages(fcnn_utils.__path__, "fcnn_utils.")
+    names = (module.name.removeprefix("fcnn_utils.") for module in found)
+    return sorted(name for name in names if not any(part.startswith("_") for part in name.split(".")))
+
+
 def interface():
-    sections = [
-        f"{name}\n{'-' * len(name)}\n\n.. automodule:: fcnn_utils.{name}\n   :members:\n" for name in fcnn_utils.__all__
-    ]
+    sections = [f"{name}\n{'-' * len(name)}\n\n.. automodule:: fcnn_utils.{name}\n   :members:\n" for name in modules()]
     return "\n".join(["Interface", "=========\n", ".. automodule:: fcnn_utils\n", *sections])
 
 
@@ -213,7 +218,7 @@ def anchor(number):
 
 
 def for_sphinx(notebook):
-    """The notebook for the reader of a page: without the cell for Colab, each figure with an anchor and an alt text."""
+    """Prepare a notebook for a page: no cell for Colab, and an anchor and an alternative text for each figure."""
     drawn = None
     sentences = dict(captions(notebook))
     notebook.cells = [cell for cell in notebook.cells if "colab" not in cell.metadata.get("tags", [])]
@@ -230,10 +235,10 @@ def for_sphinx(notebook):
 
 
 def for_page(text):
-    """Markdown of a notebook for a page.
+    """Convert Markdown of a notebook for a page.
 
-    Mentions of figures and identifiers of works are links; a display with line breaks is an equation, which Sphinx
-    leaves alone, as it must one that is numbered by hand; and no line begins with the full stop behind a formula.
+    Mentions of figures and identifiers of works become links. A displayed formula with line breaks becomes an equation,
+    because Sphinx would change it. A formula and the punctuation after it are kept on one line.
     """
     text = re.sub(MENTION, lambda found: f"[{found[0]}](#{anchor(found[1])})", text)
     text = re.sub(r"\$\$(.+?)\$\$", _display, text, flags=re.S)

@@ -5,13 +5,13 @@ import argparse
 import os
 import sys
 
-_STOPPED = 130  # exit code of a shell for Ctrl-C
+_STOPPED = 130  # a shell's exit code for Ctrl-C
 
 
 def main(arguments=None):
     """Run the command line; return the exit code.
 
-    0: success; 1: a notebook or a training failed; 2: an argument or a file is bad; 130: stopped.
+    0: success; 1: a notebook or a training failed; 2: an argument or a file is bad; 130: Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -61,7 +61,7 @@ def _train(options):
         if options.deterministic:
             environment.deterministic()
         environment.describe()
-    networks.run_name(options.model, options.width)  # checks both before any data is loaded
+    networks.run_name(options.model, options.width)  # checks both before data is loaded
     recipe = get_recipe(options.recipe)
     if options.epochs is not None:
         recipe = recipe.replace(epochs=options.epochs)
@@ -82,14 +82,14 @@ def _parser():
 
 def _add_run(run):
     run.set_defaults(command=_run)
-    run.add_argument("--profile", default="quick", help="smoke, quick (default) or full")
+    run.add_argument("--profile", default="quick", help="smoke (few images), quick (default) or full (as published)")
     run.add_argument("--only", nargs="+", default=[], metavar="NN", help="run only these notebooks, for example 07 08")
     run.add_argument("--from", dest="start", metavar="NN", help="run this notebook and all after it")
     run.add_argument("--dataset", help="cifar100, standin, or auto: cifar100 if it is available, otherwise standin")
     run.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="set a parameter of the notebooks"
     )
-    run.add_argument("--fresh", action="store_true", help="delete what earlier runs of this profile left")
+    run.add_argument("--fresh", action="store_true", help="first delete the output of earlier runs of this profile")
 
 
 def _add_train(train):
@@ -105,8 +105,8 @@ def _add_train(train):
         help="faster (default), fast (common practice), long (20 epochs), thesis, medical (small images of few "
         "classes, each class shown equally often), or tune (small steps, for pretrained weights)",
     )
-    train.add_argument("--seed", type=int, help="of weights, order and augmentation; default: the recipe's, 0")
-    train.add_argument("--width", type=float, default=1.0, help="factor on the numbers of filters (default: 1)")
+    train.add_argument("--seed", type=int, help="seed of weights, image order and augmentation (default: 0)")
+    train.add_argument("--width", type=float, default=1.0, help="factor on the number of filters (default: 1)")
     train.add_argument(
         "--dataset",
         default="auto",
@@ -114,13 +114,13 @@ def _add_train(train):
         "bloodmnist, tissuemnist, organamnist, organcmnist, organsmnist; a generated stand-in: standin, "
         "greystandin; or auto (default): cifar100 if it is available, otherwise standin",
     )
-    train.add_argument("--epochs", type=int, help="default: the recipe's")
-    train.add_argument("--train-images", type=int, default=0, metavar="N", help="train on N images only")
-    train.add_argument("--test-images", type=int, default=0, metavar="N", help="test on N images only")
+    train.add_argument("--epochs", type=int, help="number of epochs (default: the recipe's)")
+    train.add_argument("--train-images", type=int, default=0, metavar="N", help="use N training and validation images")
+    train.add_argument("--test-images", type=int, default=0, metavar="N", help="use N test images")
     train.add_argument("--retrain", action="store_true", help="train even if there is a record, and replace it")
-    train.add_argument("--deterministic", action="store_true", help="make the same seed give the same digits")
+    train.add_argument("--deterministic", action="store_true", help="make results reproducible to the last digit")
     train.add_argument("--save-model", action="store_true", help="keep the trained network beside the record")
-    train.add_argument("--save-predictions", action="store_true", help="keep its predictions for the test images")
+    train.add_argument("--save-predictions", action="store_true", help="keep the predictions beside the record")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,24 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests, and their order."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def output(tmp_path, monkeypatch):
-    """Everything that a test writes goes to a folder of its own."""
+    """Let everything that a test writes go to a folder of its own; returns the folder."""
     folder = tmp_path / "out"
     monkeypatch.setenv("FCNN_OUTPUT", str(folder))
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The notebooks first: they take longest, and the other processors do the rest beside them."""
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    """Start with the notebooks, which take longest, and keep the tests of a file together.
+
+    With `--dist=loadgroup` the tests of a group share a worker: those of one file, so that its fixtures are made once.
+    The groups of notebooks are independent and say so themselves.
+    """
+    items.sort(key=lambda item: item.path.name != "test_smoke.py")
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))

@@ -1,4 +1,4 @@
 """The course: data, networks, training, experiments, metrics, figures, and the runner of the notebooks.
 
-Its modules use the library, `fcnn_utils`; the library does not use them.
+It imports the library, `fcnn_utils`; the library does not import it.
 """

@@ -1,6 +1,6 @@
-"""Input pipeline of a training, in NumPy: normalisation, shuffling, augmentation, batches.
+"""Input pipeline in NumPy: normalisation, shuffling, augmentation, batches.
 
-The order of the images and their augmentation depend on the seed and the epoch alone. Therefore an
+The order and the augmentation of the images depend only on the seed and the epoch. Therefore an
 interrupted run continues exactly as if it had not been interrupted.
 """
 
@@ -14,16 +14,16 @@ def batches(split, recipe, epoch, scale, classes):
         split: `data.Split`.
         recipe: `recipes.Recipe`; uses `seed`, `batch_size`, `balanced`, `flip` and `shift`.
         epoch: number of the epoch, from 0.
-        scale: from `channel_statistics`.
+        scale: (mean, standard deviation), from `channel_statistics`.
         classes: number of classes, the length of a one-hot label.
 
     Yields:
-        normalised images (B, H, W, C) and one-hot labels (B, classes), both float32.
+        (images, labels): normalised (B, H, W, C) and one-hot (B, classes), both float32.
     """
     rng = np.random.default_rng([recipe.seed, epoch])
     order = _balanced_order(split.fine, rng) if recipe.balanced else rng.permutation(len(split))
     mirrored = None
-    if recipe.flip == "alternating":  # one half of the images in even epochs, the other half in odd ones
+    if recipe.flip == "alternating":  # mirror one half of the images in even epochs, the other in odd
         mirrored = (np.random.default_rng([recipe.seed, 2**32]).permutation(len(split)) + epoch) % 2 == 0
     one_hot = np.eye(classes, dtype="float32")
     for start in range(0, len(split) - recipe.batch_size + 1, recipe.batch_size):
@@ -38,11 +38,11 @@ def augment(images, recipe, rng, mirror=None):
     Args:
         images: (B, H, W, C) float32; mirrored in place.
         recipe: `recipes.Recipe`.
-        rng: `np.random.Generator` that draws the mirrored images and the shifts.
-        mirror: (B,) bool, the images to mirror; default: `rng` draws them, half on average.
+        rng: `np.random.Generator` that draws the shifts, and by default the images to mirror.
+        mirror: (B,) bool, the images to mirror; default: each with probability 1/2.
 
     Returns:
-        (B, H, W, C) float32. The border that a shift leaves is 0, the mean colour.
+        (B, H, W, C) float32. A shift fills the border with 0, the mean colour.
     """
     if recipe.flip:
         mirror = rng.random(len(images)) < 0.5 if mirror is None else mirror
@@ -57,16 +57,16 @@ def augment(images, recipe, rng, mirror=None):
 
 
 def channel_statistics(dataset):
-    """Mean and standard deviation of each channel over the training images, on the scale 0–255.
+    """Compute the mean and standard deviation of each channel over the training images (0–255).
 
     Args:
-        dataset: `data.Dataset`, or a `data.Split` of training images.
+        dataset: `data.Dataset`, or a `data.Split` of training images; both have uint8 images.
 
     Returns:
         (mean, standard deviation), each (C,) float32.
     """
     images = getattr(dataset, "train", dataset).images
-    counts = np.zeros((images.shape[-1], 256))  # histogram of each channel: exact, and little memory
+    counts = np.zeros((images.shape[-1], 256))  # a histogram per channel: exact, and needs little memory
     for part in np.array_split(images, 1 + len(images) // 1000):
         counts += [np.bincount(part[..., channel].ravel(), minlength=256) for channel in range(images.shape[-1])]
     values, total = np.arange(256), counts.sum(axis=1)
@@ -76,7 +76,7 @@ def channel_statistics(dataset):
 
 
 def normalize(images, scale):
-    """Scale images to mean 0 and standard deviation 1 in each channel.
+    """Subtract the mean of each channel and divide by its standard deviation.
 
     Args:
         images: (N, H, W, C) uint8.
@@ -90,9 +90,9 @@ def normalize(images, scale):
 
 
 def _balanced_order(labels, rng):
-    """(N,) indices in random order, equally many of each class, up to one.
+    """Draw (N,) indices in random order, equally many of each class.
 
-    Within a class no image comes again before all others have come.
+    The counts of the classes differ by at most one; so do the counts of the images within a class.
     """
     present = np.unique(labels)
     shares = np.diff(len(labels) * np.arange(len(present) + 1) // len(present))

@@ -1,4 +1,4 @@
-"""State of a run on disk, beside its record: the checkpoint of an interrupted run, and the trained network."""
+"""Save and load what lies beside a record: the checkpoint of an interrupted run, and the trained network."""
 
 import io
 import json
@@ -9,17 +9,17 @@ import numpy as np
 from fcnn_utils import _files
 from fcnn_utils.course import paths, records
 
-_SAME = ("fingerprint", "model", "recipe", "seed", "precision", "params")  # entries of a record that must agree
+_SAME = ("fingerprint", "model", "recipe", "seed", "precision", "params")  # must equal the checkpoint's entries
 
 
 def file_of(record, suffix):
-    """Path of a run's file `seedN.SUFFIX`, beside its record."""
+    """Return the path `seedN.SUFFIX` beside the record of a run."""
     path = records.path_of(record["dataset"], record["model"], record["recipe"]["name"], record["seed"])
     return path.with_suffix(f".{suffix}")
 
 
 def save(model, record):
-    """Write weights, optimizer and record in one file, `seedN.checkpoint.npz`, so that they always agree.
+    """Write weights, optimizer state and record to one file, `seedN.checkpoint.npz`, so that they always agree.
 
     Raises:
         ValueError: if the file cannot be written.
@@ -33,10 +33,10 @@ def save(model, record):
 def resume(model, record):
     """Load the checkpoint of the same run into a compiled model.
 
-    A file that is damaged or belongs to other settings is not loaded; a line on standard output says so.
+    A file that is damaged or belongs to other settings is not loaded; a printed line says so.
 
     Returns:
-        list of the epochs that are done, as in the record; [] without a checkpoint.
+        list of the epochs done so far, as in the record; [] if nothing was loaded.
     """
     path = file_of(record, "checkpoint.npz")
     if not path.exists():
@@ -66,7 +66,7 @@ def keep(model, record):
         ValueError: if the file cannot be written.
     """
     path = file_of(record, "keras")
-    bare = type(model).from_config(model.get_config())  # saving `model` would add the optimizer, twice its size
+    bare = type(model).from_config(model.get_config())  # `model` has the optimizer, up to twice as large as the weights
     bare.set_weights(model.get_weights())
     temporary = path.with_name(f".{path.stem}.tmp.keras")
     try:
@@ -79,5 +79,5 @@ def keep(model, record):
 
 
 def _state(model):
-    """All variables that a training changes, with the seeds of layers that draw, such as dropout."""
+    """Return all variables that training changes, including the seeds of random layers such as dropout."""
     return [*model.variables, *model.optimizer.variables]

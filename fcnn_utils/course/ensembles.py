@@ -1,7 +1,7 @@
 """Ensembles: combine the probabilities of several networks, and measure how much the networks differ.
 
-`members` are (M, N, classes): the probabilities of M networks for the same N images. Every function raises ValueError
-if they have another number of axes or are empty.
+`members` are (M, N, classes): the probabilities of M networks for the same N images. Every function
+raises ValueError if `members` is empty or does not have three axes.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from scipy import optimize, special
 
 
 def mean_probability(members, weights=None):
-    """Return the mean of the probabilities, (N, classes), weighted by `weights` (M,), by default equally."""
+    """Return the mean probabilities (N, classes), weighted by `weights` (M,); default: equal weights."""
     return np.average(_checked(members), axis=0, weights=weights)
 
 
@@ -21,7 +21,7 @@ def mean_logit(members, weights=None):
 
     Args:
         members: (M, N, classes).
-        weights: (M,), by default equal.
+        weights: (M,); default: equal weights.
 
     Returns:
         (N, classes).
@@ -30,14 +30,15 @@ def mean_logit(members, weights=None):
 
 
 def stacked(members, labels):
-    """Fit a weighted vote: softmax(Σ w log p) with one weight w ≥ 0 per network (stacking: Wolpert 1992).
+    """Fit the weights of a combination, softmax(Σ_m w_m log p_m) with w_m ≥ 0 (stacking: Wolpert 1992).
 
-    The weights minimise the cross-entropy. Fit them on images that no member was trained on. Such images are few, so
-    there are only M weights, not one for each class; their sum acts as an inverse temperature.
+    The weights minimise the cross-entropy. Fit them on images that no member was trained on. Such images
+    are few, so each network has only one weight, not one per class. The sum of the weights acts as an
+    inverse temperature.
 
     Args:
         members: (M, N, classes).
-        labels: (N,) right classes.
+        labels: (N,) correct classes.
 
     Returns:
         (combine, weights): a function from members (M, N', classes) to (N', classes), and its weights (M,).
@@ -61,17 +62,17 @@ def stacked(members, labels):
 
 
 def diversity(members, labels, names=None):
-    """Measure how much each pair of networks differs.
+    """Measure how much each pair of networks differs. The columns:
 
         first, second      names of the two networks
-        disagreement       share of images to which they give different classes
-        error_correlation  Pearson correlation of being wrong (0 or 1); NaN if a network is always or never wrong
+        disagreement       share of images for which they predict different classes
+        error_correlation  Pearson correlation of their errors (0 or 1); NaN if one is always or never wrong
         both_wrong         share of images on which both are wrong
 
     Args:
         members: (M, N, classes).
-        labels: (N,) right classes.
-        names: M names for the table, by default 0, 1, 2, …
+        labels: (N,) correct classes.
+        names: M names for the table; default: 0, 1, 2, …
 
     Returns:
         DataFrame with these columns, one row per pair.

@@ -1,7 +1,7 @@
-"""Where a number comes from: processor, device, backend, precision, versions, commit of the course.
+"""Describe where a result comes from: device, backend, versions, commit of the course.
 
-Each backend lists its own devices. Therefore `gpu`, `has_bfloat16` and `deterministic` import the
-backend that runs, inside the function, so that no other one is loaded.
+Keras does not tell a device's name or abilities. Therefore `gpu`, `has_bfloat16` and `deterministic`
+import the active backend, inside the function, so that no other one is loaded.
 """
 
 import datetime
@@ -19,27 +19,27 @@ import keras
 from fcnn_utils.course import paths
 from fcnn_utils.deploy import available_cores
 
-_ASKED = {"deterministic": False}  # what this process was set to
+_ASKED = {"deterministic": False}  # whether this process called `deterministic`
 
 
 def setup(seed):
     """Start a notebook: seed Python, NumPy and the backend; print one line about this machine."""
     keras.utils.set_random_seed(seed)
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # warnings about retracing do not help a reader
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # hide warnings about retracing
     print(summary(describe()))
 
 
 def deterministic():
     """Make all following results reproducible to the last digit, on the same machine and versions.
 
-    Call it before anything is computed: JAX reads its flag when it starts, and ignores it afterwards.
+    Call it before anything is computed: JAX reads its flag only when it starts.
 
-    TensorFlow then uses deterministic kernels, and runs one operation at a time. With two at a time the
-    gradients of the separable network differ from run to run, even on a CPU. JAX on a GPU uses kernels
-    that add in a fixed order, and PyTorch its deterministic algorithms.
+    TensorFlow then uses deterministic kernels and runs one operation at a time. Otherwise the gradients
+    of the separable network differ from run to run, even on a CPU. JAX on a GPU uses kernels that add in
+    a fixed order. PyTorch uses its deterministic algorithms.
 
     Raises:
-        ValueError: if TensorFlow has computed something already.
+        ValueError: if TensorFlow has already computed something.
     """
     backend = keras.config.backend()
     if backend == "tensorflow":
@@ -61,10 +61,10 @@ def deterministic():
 
 
 def describe():
-    """Describe this machine and its software: a dict of JSON types, as it stands in a record.
+    """Describe this machine and its software by a dict of JSON types, part of every record.
 
-    Its entries are device, cores, backend, versions, python, deterministic (whether it was asked for),
-    date (UTC) and commit.
+    Its entries are device, cores, backend, versions (package -> version), python, deterministic (whether
+    it was called), date (UTC) and commit.
     """
     versions = {name: _version(name) for name in ("keras", "tensorflow", "jax", "torch", "numpy")}
     return {
@@ -80,7 +80,7 @@ def describe():
 
 
 def summary(here):
-    """Format the dict of `describe`, or a record, as one line; a record's line ends with its date."""
+    """Format the dict of `describe`, or a record, as one line. The line of a record ends with its date."""
     date = f" · {here['date'][:10]}" if "epochs" in here else ""
     cores = f"{here['cores']} core" + ("s" if here["cores"] != 1 else "")
     return f"{here['device']} · {cores} · Keras {here['versions']['keras']} on {here['backend']}" + date
@@ -88,7 +88,7 @@ def summary(here):
 
 @functools.cache
 def processor():
-    """Name of the processor, "CPU …"; just "CPU" if the system does not tell it."""
+    """Return the name of the processor, "CPU …"; only "CPU" if it is unknown."""
     found = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
     if found:
         return f"CPU {found.group(1).strip()}"
@@ -100,7 +100,7 @@ def processor():
 
 @functools.cache
 def gpu():
-    """Name of the first GPU that the backend uses, "GPU …"; None if it computes on the CPU."""
+    """Return the name of the backend's first GPU, "GPU …"; None if it computes on the CPU."""
     backend = keras.config.backend()
     if backend == "tensorflow":
         import tensorflow as tf
@@ -120,10 +120,10 @@ def gpu():
 
 
 def has_bfloat16():
-    """Whether bfloat16 is faster than float32 here.
+    """Return whether bfloat16 is faster than float32 here, judged by the hardware, not measured.
 
-    It is with AVX-512, AMX or Arm instructions for bfloat16, or on an NVIDIA GPU from Ampere on. On a
-    CPU only TensorFlow uses these instructions: JAX emulates bfloat16, which is slower than float32.
+    It is faster on an NVIDIA GPU from Ampere on, and on a CPU with AVX-512, AMX or Arm instructions for
+    bfloat16 under TensorFlow. JAX emulates bfloat16 on a CPU, which is slower than float32.
     """
     backend = keras.config.backend()
     if gpu() is None:
@@ -143,7 +143,7 @@ def has_bfloat16():
 
 
 def precision(wanted):
-    """Keras dtype policy for a recipe's precision; for "auto", mixed_bfloat16 if bfloat16 is faster here."""
+    """Return the Keras dtype policy for a recipe's precision; "auto" is mixed_bfloat16 if that is faster here."""
     if wanted == "auto":
         return "mixed_bfloat16" if has_bfloat16() else "float32"
     return wanted
@@ -151,11 +151,10 @@ def precision(wanted):
 
 @functools.cache
 def commit():
-    """Short hash of the course's commit, with "+" if tracked files of the package differ from it.
+    """Return the short hash of the course's commit, with "+" if the package has uncommitted changes.
 
-    Returns:
-        "unknown" if the course's folder (`paths.root`) is not itself the top of a git work tree.
-        The commit of a repository that merely encloses the environment says nothing about the course.
+    It is "unknown" if the course's folder (`paths.root`) is not the top folder of a git repository: a
+    repository around it says nothing about the course. Files that git does not track do not count.
     """
     folder = paths.root()
     if folder is None:

@@ -1,21 +1,21 @@
-"""Run a training as an experiment: with a record, checkpoints, resume and kept predictions.
+"""Train a network once, and keep its record, checkpoints and predictions on disk.
 
-If the same run was made before, on any machine, `train` returns its record from disk. Therefore the
-course shows the numbers of a fast machine even on a laptop. The record names that machine.
+If there is a record of the same run, from any machine, `train` returns it instead of training.
+Therefore a laptop can show the numbers of a faster machine, which the record names.
 
 A record is a dict of JSON types:
 
     schema             1
     status             "complete", "running" or "diverged"
     model              name of the network, with its width if that is not 1: "simple-width0.6"
-    params, trainable  number of weights, and number of those that are trained
-    macs               multiply-adds for one image
-    epochs             list of the dicts of `training.fit`
+    params, trainable  number of all weights, and of the trainable ones
+    macs               multiply-accumulate operations (MACs) per image
+    epochs             list of the dicts that `training.fit` yields
     test               dict of `training.evaluate` on all test images; None if the recipe trains on
                        "train", unless predictions are kept
 
-and, as their names say, dataset, fingerprint, stand_in, train_images, recipe, seed, precision, and the
-entries of `environment.describe`.
+The names of the other entries say what they are: dataset, fingerprint, stand_in, train_images, recipe,
+seed, precision, and the entries of `environment.describe`.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from fcnn_utils.course import augmentation, checkpoints, environment, networks, 
 from fcnn_utils.course.recipes import get_recipe
 
 
-# parameters: up to `teacher` they decide the run, the others what is kept, replaced and printed
+# parameters: those up to `teacher` define the run; the others say what is kept, replaced and printed
 # long: half of it documents these parameters
 def train(
     model,
@@ -43,31 +43,31 @@ def train(
     save_predictions=False,
     quiet=False,
 ):
-    """Train `model` on `dataset` by `recipe`; or read the record of the same run if there is one.
+    """Train `model` on `dataset` by `recipe`, or read the record of the same run if there is one.
 
-    If it is interrupted at any point and called again, it continues after the last whole epoch.
+    After an interruption, call it again: it continues after the last whole epoch.
 
     Args:
-        model: name for `networks.build`, built here from `seed`; or a built keras.Model, which is trained
-            in place; or a function of the seed that makes one, called only if there is no record.
+        model: name for `networks.build`; or a built keras.Model, which is trained in place; or a function
+            from the seed to a built keras.Model, called only if there is no record.
         dataset: `data.Dataset`.
         recipe: `recipes.Recipe`, or the name of one.
-        seed: seed of weights, order and augmentation; default: the recipe's.
-        width: factor of the numbers of filters, for a network that is built by its name.
-        name: name of the network in the record; default: its own. A function needs it.
-        teacher: keras.Model, needed if the recipe has `distillation`.
+        seed: seed of weights, image order and augmentation; default: the recipe's.
+        width: factor on the numbers of filters, if `model` is a name.
+        name: name of the network in the record; default: its own. Required if `model` is a function.
+        teacher: keras.Model, required if the recipe has `distillation`.
         retrain: train even if there is a record, and replace it.
-        save_model: keep the trained network, as `seedN.keras` beside the record.
-        save_predictions: keep the probabilities for all test images, and for the validation images if
-            they are not trained on, after each of the recipe's cycles (see `predictions`).
-        quiet: do not print that a record was read.
+        save_model: keep the network as `seedN.keras` beside the record, if it is trained now.
+        save_predictions: after each of the recipe's cycles, keep the probabilities for all test images,
+            and for the validation images if they are not trained on (see `predictions`).
+        quiet: print nothing when a record is read.
 
     Returns:
-        the record, see the module.
+        The record (see the module).
 
     Raises:
-        ValueError: if an argument is not allowed, a record has the same name but other settings, or a
-            file cannot be written.
+        ValueError: if an argument is not allowed, a record of the same name has other settings or lacks
+            the predictions, or a file cannot be written.
         training.Diverged: if the loss or a weight is not finite. The record of the epochs before is kept.
     """
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -97,12 +97,12 @@ def load_trained(model, dataset, recipe, seed=0):
 
     Args:
         model: name of the network in the record, such as "simple-width0.6".
-        dataset: name of the data set there.
-        recipe: name of the recipe there, such as "fast-epochs2".
+        dataset: name of the data set in the record.
+        recipe: name of the recipe in the record, such as "fast-epochs2".
         seed: seed of the run.
 
     Returns:
-        keras.Model, not compiled; None if there is none.
+        keras.Model, not compiled; None if no network was kept.
     """
     for folder in records.folders():
         path = records.path_of(dataset, model, recipe, seed, folder).with_suffix(".keras")
@@ -112,7 +112,7 @@ def load_trained(model, dataset, recipe, seed=0):
 
 
 def progress_line(record, row):
-    """Format one epoch of a run as one line."""
+    """Format one epoch, the entry `row` of `record["epochs"]`, as one line."""
     validation = f" · validation {row['validation']['top1']:.1%}" if "validation" in row else ""
     return (
         f"{record['model']} · {record['recipe']['name']} · epoch {row['epoch']}/{record['recipe']['epochs']}"
@@ -136,26 +136,26 @@ def result_line(record):
 
 
 def _record_name(model, width, name):
-    """Name of the network in the record; checks the arguments `model`, `width` and `name` of `train`."""
+    """Return the network's name in the record, after checking the arguments `model`, `width` and `name` of `train`."""
     is_name, is_model = isinstance(model, str), isinstance(model, keras.Model)
     if not is_name and not is_model and (name is None or not callable(model)):
         raise ValueError(
             f"model must be a network's name, a built keras.Model, or a function and a name; got {model!r}"
         )
     if width != 1 and (name or not is_name):
-        raise ValueError(f"width must be 1 unless model is a network's name, and no other is given; got {width!r}")
+        raise ValueError(f"width must be 1 unless model is a network's name and name is not given; got {width!r}")
     if name:
         return name
     return networks.run_name(model, width) if is_name else model.name
 
 
 def _stored(name, dataset, recipe, needs_predictions, quiet):
-    """Record of the same run, wherever it was made; None if there is none."""
+    """Return the record of the same run, from any machine; None if there is none."""
     record, path = records.lookup(dataset.name, name, recipe.name, recipe.seed)
     if record is None:
         return None
     defaults = {field.name: field.default for field in dataclasses.fields(recipe)}
-    record = record | {"recipe": defaults | record["recipe"]}  # it may be older than a setting
+    record = record | {"recipe": defaults | record["recipe"]}  # an older record lacks new settings
     wanted = {
         "dataset": dataset.name,
         "fingerprint": dataset.fingerprint,
@@ -168,7 +168,7 @@ def _stored(name, dataset, recipe, needs_predictions, quiet):
         differing += [key for key, value in wanted["recipe"].items() if record["recipe"].get(key) != value]
     if differing:
         raise ValueError(
-            f"{paths.shown(path)} is a run with another {', '.join(differing)}; pass retrain=True to replace it"
+            f"{paths.shown(path)} was made with another {', '.join(differing)}; pass retrain=True to replace it"
         )
     if not quiet:
         print(f"{result_line(record)}; read from {paths.shown(path)}", flush=True)
@@ -178,7 +178,7 @@ def _stored(name, dataset, recipe, needs_predictions, quiet):
 
 
 def _build(model, dataset, recipe, width):
-    """Build the network to train, and leave all generators at the recipe's seed."""
+    """Return the network to train, with all random generators seeded by the recipe."""
     keras.utils.set_random_seed(recipe.seed)
     if isinstance(model, str):
         return networks.build(
@@ -192,7 +192,7 @@ def _build(model, dataset, recipe, width):
         )
     if not isinstance(model, keras.Model):
         model = model(recipe.seed)
-        keras.utils.set_random_seed(recipe.seed)  # whatever the function drew
+        keras.utils.set_random_seed(recipe.seed)  # undo what the function drew
     return model
 
 
@@ -221,18 +221,18 @@ def _new_record(model, name, dataset, recipe, images):
 
 
 def _run(model, dataset, recipe, record, teacher, save_predictions):
-    """Train the epochs that `record` does not have yet, then test. After each epoch, write what resuming needs.
+    """Train the missing epochs of `record`, then test. After each epoch, write what resuming needs.
 
-    The order of the writes makes it safe to stop at any point. Predictions come before the checkpoint:
-    otherwise a run that is stopped between the two would continue after the cycle, without them. The
-    record comes last: a resumed run takes its epochs from the checkpoint, so it may lack the last one.
+    The order of the writes makes it safe to stop at any point. Predictions are written before the
+    checkpoint: a run that stops between the two then repeats the epoch and writes them again. The record
+    is written last, because a resumed run takes its epochs from the checkpoint.
     """
     scale, done = augmentation.channel_statistics(dataset), len(record["epochs"])
     for row in training.fit(model, dataset, recipe, first_epoch=done, teacher=teacher):
         record["epochs"].append(row)
         cycle, rest = divmod(len(record["epochs"]), recipe.epochs_a_cycle)
         if save_predictions and rest == 0:
-            kept = ("test",) if recipe.train_on == "all" else ("validation", "test")  # not what is trained on
+            kept = ("test",) if recipe.train_on == "all" else ("validation", "test")  # no images that are trained on
             found = {part: training.predict(model, getattr(dataset, part), scale) for part in kept}
             predictions.keep(record, cycle - 1, found)
         checkpoints.save(model, record)
@@ -244,7 +244,7 @@ def _run(model, dataset, recipe, record, teacher, save_predictions):
 
 
 def _finish(model, record, save_model, save_predictions):
-    """Keep the network and its predictions, write the complete record, delete what only a resumed run needs."""
+    """Keep the network and its predictions, write the complete record, and delete the files for resuming."""
     record["status"] = "complete"
     if save_model:
         checkpoints.keep(model, record)

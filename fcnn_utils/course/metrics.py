@@ -1,11 +1,11 @@
 """Quality of predicted probabilities: accuracy, AUC, calibration, bootstrap intervals.
 
-Probabilities are (N, classes); labels are (N,) integers from 0 to classes − 1. Every function of both raises ValueError
-if the two do not fit together or there is no image.
+Probabilities are (N, classes); labels are (N,) integers from 0 to classes − 1. A function of both raises
+ValueError if their shapes disagree, a label is out of range, or there are no images.
 
-Two things are written here although scikit-learn has them. Its `log_loss` warns about rows that do not sum to one to
-within 1e-8, as rows of a float32 softmax do not. Its `calibration_curve` does not return the number of images per bin,
-which the calibration error needs.
+scikit-learn has two of these functions, but its `log_loss` warns if a row does not sum to 1 within 1e-8,
+and rows of a float32 softmax do not. Its `calibration_curve` does not return the number of images per
+bin, which the calibration error needs.
 """
 
 import warnings
@@ -19,16 +19,17 @@ from fcnn_utils._checks import check_number
 
 
 def accuracy(probabilities, labels):
-    """Return the share of images whose most probable class is the right one."""
+    """Return the share of images whose most probable class is the correct one."""
     probabilities, labels = _checked(probabilities, labels)
     return float((probabilities.argmax(axis=1) == labels).mean())
 
 
 def auc(probabilities, labels):
-    """Return the area under the ROC curve: how often an image of a class scores higher for it than another image.
+    """Return the area under the ROC curve, as MedMNIST's evaluator does.
 
-    For two classes it is that of the second class. For more it is the mean over all classes, each against the rest,
-    as in MedMNIST's evaluator. Ties count half.
+    It is the probability that a random image of a class scores higher for that class than a random other
+    image; ties count half. With two classes it is that of the second class; with more, the mean over the
+    classes, each against the rest.
 
     Raises:
         ValueError: if there is only one class, or a class has no images.
@@ -43,17 +44,18 @@ def auc(probabilities, labels):
 
 
 def bootstrap_interval(statistic, *arrays, level=0.95, rounds=2000, seed=0):
-    """Return (low, high), a confidence interval of a statistic of images: the percentile bootstrap.
+    """Return a confidence interval (low, high) of a statistic, by the percentile bootstrap over images.
 
-    Each draw takes N images with replacement, the same ones from all arrays (Efron & Tibshirani 1993, chapter 13). A
-    draw does not count if the statistic raises ValueError for it, for example because a rare class is missing.
+    Each draw takes N images with replacement, the same ones from all arrays (Efron & Tibshirani 1993,
+    chapter 13). A draw does not count if the statistic raises ValueError for it, for example because a
+    rare class is missing.
 
     Args:
         statistic: function of the arrays that returns a number.
         arrays: one or more arrays whose first axis is the N images.
-        level: of confidence, from 0.01 to 0.999.
+        level: confidence level, from 0.01 to 0.999.
         rounds: number of draws, from 10 to 10⁶.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
         ValueError: if a number is out of range, or more than half of the draws do not count.
@@ -69,9 +71,9 @@ def bootstrap_interval(statistic, *arrays, level=0.95, rounds=2000, seed=0):
             failures.append(error)
             return np.nan
 
-    images = np.arange(len(arrays[0]))  # SciPy draws their numbers: then all arrays, of any shape, are drawn together
+    images = np.arange(len(arrays[0]))  # drawing indices resamples all arrays together, whatever their shapes
     options = {"n_resamples": rounds, "batch": 100, "vectorized": False, "method": "percentile", "rng": seed}
-    with warnings.catch_warnings():  # about SciPy's own interval, which is NaN if a draw does not count
+    with warnings.catch_warnings():  # SciPy's own interval, unused here, is NaN if a draw does not count
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         draws = stats.bootstrap((images,), on_draw, **options).bootstrap_distribution
     if len(failures) > rounds / 2:
@@ -81,7 +83,7 @@ def bootstrap_interval(statistic, *arrays, level=0.95, rounds=2000, seed=0):
 
 
 def reliability(probabilities, labels, bins=15):
-    """Compare confidence and accuracy: group images by their largest probability, into bins of equal width.
+    """Compare accuracy with confidence, the largest probability, in bins of equal width (reliability diagram).
 
     Args:
         probabilities: (N, classes).
@@ -89,7 +91,7 @@ def reliability(probabilities, labels, bins=15):
         bins: number of bins, from 1 to 1000.
 
     Returns:
-        DataFrame with the columns images, confidence (mean) and accuracy, one row per bin that has images.
+        DataFrame with the columns images (count), confidence (mean) and accuracy, one row per non-empty bin.
 
     Raises:
         ValueError: if an argument is not as above.
@@ -105,20 +107,20 @@ def reliability(probabilities, labels, bins=15):
 def calibration_error(probabilities, labels, bins=15):
     """Return the expected calibration error (Guo et al. 2017, arXiv 1706.04599).
 
-    It is the mean distance between accuracy and confidence over the bins of `reliability`, weighted by their images.
+    It is the mean of |accuracy − confidence| over the bins of `reliability`, weighted by their images.
     """
     table = reliability(probabilities, labels, bins)
     return float(np.average((table["accuracy"] - table["confidence"]).abs(), weights=table["images"]))
 
 
 def cross_entropy(probabilities, labels):
-    """Return the mean of −log of the right class's probability."""
+    """Return the mean of −log p, where p is the probability of the correct class, at least 1e-12."""
     probabilities, labels = _checked(probabilities, labels)
     return float(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-12)).mean())
 
 
 def apply_temperature(probabilities, temperature):
-    """Return the probabilities (N, classes) at another temperature T: softmax(log p / T).
+    """Return the probabilities (N, classes) at temperature T: softmax(log p / T).
 
     Raises:
         ValueError: if the temperature is not between 0.001 and 1000.
@@ -130,7 +132,7 @@ def apply_temperature(probabilities, temperature):
 def fit_temperature(probabilities, labels):
     """Return the temperature, between e⁻³ and e³, with the lowest cross-entropy (Guo et al. 2017, arXiv 1706.04599).
 
-    Fit it on images that no network was trained on.
+    Fit it on images that the network was not trained on.
     """
     probabilities, labels = _checked(probabilities, labels)
     found = optimize.minimize_scalar(

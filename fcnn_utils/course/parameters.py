@@ -1,10 +1,10 @@
-"""Parameters of the notebooks: what values they may have."""
+"""Check the parameters of the notebooks: their names and allowed values."""
 
 from fcnn_utils._checks import check_choice, check_number
 from fcnn_utils.course.data import medmnist
 
-# For every parameter that a notebook has: (type, lowest, highest), or the allowed values. A name means the same in all
-# notebooks. 0 stands for the recipe's own batch size, and for all images.
+# Each parameter has (type, lowest, highest) or its allowed values, the same in all notebooks. BATCH_SIZE 0
+# means the recipe's batch size; TRAIN_IMAGES 0 and TEST_IMAGES 0 mean all images.
 PARAMETERS = {
     "SEED": (int, 0, 2**31 - 1),
     "DATASET": ("auto", "cifar100", "standin"),
@@ -37,14 +37,14 @@ def check(**values):
         rule = PARAMETERS[name]
         if isinstance(rule[0], type):
             check_number(name, value, *rule)
-        elif isinstance(rule[0], bool) and not isinstance(value, bool):  # 1 == True, but it is not a truth value
+        elif isinstance(rule[0], bool) and not isinstance(value, bool):  # 1 == True, but 1 is not a bool
             raise ValueError(f"{name} must be one of True, False; got {value!r}")
         else:
             check_choice(name, value, rule)
 
 
 def parse(name, text):
-    """Convert a parameter's value from the command line, and check it: a number, true or false, or a word.
+    """Convert the text of a parameter to a whole number, a bool or a str, and check it.
 
     Raises:
         ValueError: as `check`.

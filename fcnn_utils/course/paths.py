@@ -1,20 +1,20 @@
-"""Where the course lies, and where a process writes its files.
+"""Find the folder of the course, and the folder for output.
 
-No other module derives a folder from the place of the package.
+No other module derives the course's folder from the location of the package.
 """
 
 import os
 from pathlib import Path
 
-_MARK = Path("notebooks") / "profiles.toml"  # a folder with this file is the course's
+_MARK = Path("notebooks") / "profiles.toml"  # the folder of the course has this file
 
 
 def root():
     """Find the folder of the course.
 
     Returns:
-        Path of the checkout that this package lies in, if it has `notebooks/profiles.toml`; else of
-        the nearest folder that has it, from the current one upwards; None if there is no such folder.
+        Path of the checkout that contains this package, if it has `notebooks/profiles.toml`; else of
+        the nearest folder with that file, from the current one upwards; None if there is no such folder.
     """
     checkout, here = Path(__file__).resolve().parents[2], Path.cwd()
     return next((folder for folder in (checkout, here, *here.parents) if (folder / _MARK).is_file()), None)

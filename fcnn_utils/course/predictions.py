@@ -1,15 +1,15 @@
-"""Predicted probabilities, kept beside a run's record. Ensembles are made of them, without the networks.
+"""Store predicted probabilities beside a run's record, so that ensembles do not need the networks.
 
-A probability p is kept as the integer nearest to 12 ln(1 − ln p / 0.3). These 49 steps cover e⁻¹⁶ to 1,
-are finest near 1, and compress well. The relative error of p is at most
+A probability p is stored as the integer nearest to 12 ln(1 − ln p / 0.3). These 49 values cover e⁻¹⁶ to
+1, are finest near 1, and compress well. The relative error of p is at most
 
     p = 0.9      2%
     p = 0.2      8%
     p = 0.001   30%
 
-and changes the accuracy of an ensemble by a few hundredths of a point. For at most 20 classes the steps
-are 256 times smaller: there are few numbers to keep, and an area under the ROC curve depends on ties.
-The most probable class is always kept.
+and changes the accuracy of an ensemble by a few hundredths of a percentage point. For at most 20 classes
+the steps are 256 times smaller, because ties change the area under the ROC curve. The most probable
+class of an image never changes.
 """
 
 import io
@@ -19,15 +19,15 @@ import numpy as np
 from fcnn_utils import _files
 from fcnn_utils.course import checkpoints, paths, records
 
-_FLOOR = 16.0  # −ln of the least probability that differs from 0
+_FLOOR = 16.0  # −ln of the smallest probability that is stored
 _SCALE = 0.3
 _STEPS = {np.dtype("uint8"): 12, np.dtype("uint16"): 12 * 256}
 
 
 def keep(record, number, probabilities):
-    """Keep the predictions of a run after one cycle, beside those of the cycles before.
+    """Add the predictions after one cycle of a run to those of the earlier cycles.
 
-    While the run is not complete, the file has a name of its own, `seedN.partial.predictions.npz`.
+    Until the run is complete, the file is called `seedN.partial.predictions.npz`.
 
     Args:
         record: record of the run.
@@ -35,7 +35,7 @@ def keep(record, number, probabilities):
         probabilities: dict "validation", "test" (or one of them) -> (N, classes).
 
     Raises:
-        ValueError: if the file cannot be written, or that of the cycles before is damaged.
+        ValueError: if the file cannot be written, or the file of the earlier cycles is damaged.
     """
     path = checkpoints.file_of(record, "partial.predictions.npz")
     before = _read(path) if number else {}
@@ -46,7 +46,7 @@ def keep(record, number, probabilities):
 
 
 def finish(record):
-    """Give the kept predictions their final name, since the run is complete; they replace those of an earlier run."""
+    """Rename the predictions of a complete run to their final name; they replace those of an earlier run."""
     path = checkpoints.file_of(record, "partial.predictions.npz")
     if path.exists():
         path.replace(checkpoints.file_of(record, "predictions.npz"))
@@ -57,13 +57,13 @@ def load(dataset, model, recipe, seed=0):
 
     Args:
         dataset: name of the data set, as in the run's record.
-        model: name of the network there, such as "simple-width0.6".
-        recipe: name of the recipe there, such as "fast-epochs2".
+        model: name of the network in it, such as "simple-width0.6".
+        recipe: name of the recipe in it, such as "fast-epochs2".
         seed: seed of the run.
 
     Returns:
-        dict "validation", "test" -> (cycles, N, classes) float64, the images in the order of the split;
-        None if they were not kept. "validation" is missing if the run trained on these images.
+        dict "validation", "test" -> (cycles, N, classes) float64, images in the order of the split; None
+        if no predictions were kept. "validation" is missing if the run trained on these images.
 
     Raises:
         ValueError: if the file is damaged; the message names it.
@@ -76,7 +76,7 @@ def load(dataset, model, recipe, seed=0):
 
 
 def encode(probabilities):
-    """Encode probabilities (N, classes) as integers: uint8, or uint16 for at most 20 classes."""
+    """Encode probabilities (N, classes) as integers of the same shape: uint8, or uint16 for at most 20 classes."""
     probabilities = np.asarray(probabilities)
     kind = np.dtype("uint8" if probabilities.shape[1] > 20 else "uint16")
     logs = -np.log(np.clip(probabilities, np.exp(-_FLOOR), 1))
@@ -88,7 +88,7 @@ def encode(probabilities):
 
 
 def decode(codes):
-    """Decode the integers of `encode`, (…, classes), into probabilities that sum to 1."""
+    """Decode integers (…, classes) from `encode` into probabilities of the same shape that sum to 1."""
     codes = np.asarray(codes)
     values = np.exp(-_SCALE * np.expm1(codes / _STEPS[codes.dtype]))
     return values / values.sum(axis=-1, keepdims=True)

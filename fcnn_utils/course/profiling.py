@@ -1,8 +1,8 @@
-"""Time of training: where a step's time goes, and how it grows with batch size, width and image size.
+"""Profile training: the time of each part of a step, and its growth with batch size, width and image size.
 
-Everything is measured in turn, so that a change of the machine's speed affects all measurements alike. The shortest
-round counts, because every disturbance lengthens a measurement. Nothing else should run meanwhile: `background_load`
-is the share of the processor that other programs took.
+All quantities are measured in turn, so that a change of the machine's speed affects them alike. The
+shortest round counts, because every disturbance lengthens a measurement. Nothing else should run
+meanwhile: `background_load` is the share of the processor that other programs took.
 """
 
 import keras
@@ -18,7 +18,7 @@ PARTS = ["input", "forward", "backward", "normalisation", "loop"]
 
 
 def bare(model):
-    """Copy a model without its batch normalisations and ReLUs: what remains are the convolutions."""
+    """Copy a model without its batch normalisations and ReLUs, to time the convolutions alone."""
     removed = [
         layer
         for layer in model.layers
@@ -29,29 +29,29 @@ def bare(model):
 
 
 def step_parts(models, split, recipe, scale, rounds=3):
-    """Split the time of a training into parts, for several networks in turn.
+    """Split the training time of several networks into parts.
 
-    All times are the shortest, in ms per image:
+    Times are in ms per image. The columns:
 
         images_per_second  of the whole training
-        ms                 time of the whole training, the sum of the five parts:
-        input              scaling, mirroring and shifting the images
-        forward            the convolutions
-        backward           the convolutions, and the update of all weights
-        normalisation      batch normalisations and ReLUs, forward and backward
+        ms                 time of the whole training, the sum of the next five
+        input              normalising, mirroring and shifting the images
+        forward            convolutions, forward pass
+        backward           convolutions, backward pass, and the update of their weights
+        normalisation      batch normalisations and ReLUs, both passes and the update
         loop               everything around the steps; noise can make it negative
-        macs               per image, forward
+        macs               per image, forward pass
         macs_per_second    of the training, counted as three times the forward MACs
         background_load    see the module
 
-    The first layer passes no gradient on, so it needs less than three times its MACs; it is counted as if it did.
+    The factor of three slightly overcounts the first layer, which passes no gradient to the images.
 
     Args:
-        models: dict name -> built keras.Model, each with the dtype that it trains in. They are compiled and trained.
-        split: `data.Split`, the images of some batches.
-        recipe: `recipes.Recipe`, of which batch size, augmentation and optimizer matter.
-        scale: from `augmentation.channel_statistics`.
-        rounds: number of rounds that count, from 1 to 1000, after one that does not.
+        models: dict name -> built keras.Model in the dtype of its training. They are compiled and trained.
+        split: `data.Split` with the images of at least one batch.
+        recipe: `recipes.Recipe`; its batch size, augmentation and optimizer matter.
+        scale: (mean, standard deviation), from `augmentation.channel_statistics`.
+        rounds: number of rounds that count, from 1 to 1000, after a warm-up round.
 
     Returns:
         DataFrame with these columns, indexed by network.
@@ -85,24 +85,24 @@ def step_parts(models, split, recipe, scale, rounds=3):
 
 
 def growth(points, recipe, rounds=3):
-    """Measure the time of a training step at points that differ in batch size, width or image size.
+    """Measure the time of a training step for several batch sizes, widths or image sizes.
 
     Args:
-        points: list of (model, varied, value): a name for `networks.build`; "batch", "width" or "size" (pixels per
-            side); and its value. What does not vary is the recipe's batch size, width 1, and 32 pixels.
-        recipe: `recipes.Recipe`, of which optimizer, precision and batch size matter.
-        rounds: number of rounds that count, after one that does not.
+        points: list of (model, varied, value): a name for `networks.build`; "batch", "width" or "size"
+            (pixels per side); its value. The other two are the recipe's batch size, width 1 or 32 pixels.
+        recipe: `recipes.Recipe`; its optimizer, precision and batch size matter.
+        rounds: number of rounds that count, after a warm-up round.
 
     Returns:
-        DataFrame with model, varied, value, macs (per image, forward), ms (per image, the shortest) and
-        background_load, one row per point.
+        DataFrame with model, varied, value, macs (per image, forward pass), ms (per image, the shortest)
+        and background_load, one row per point.
 
     Raises:
-        ValueError: if something else varies, or a point occurs twice.
+        ValueError: if a name or `varied` is unknown, or a point occurs twice.
     """
     dtype, works, rows = environment.precision(recipe.precision), {}, []
     for name, varied, value in points:
-        check_choice("what varies", varied, ("batch", "width", "size"))
+        check_choice("varied", varied, ("batch", "width", "size"))
         if (name, varied, value) in works:
             raise ValueError(f"points must differ; {name}, {varied} {value} occurs twice")
         setting = {"batch": recipe.batch_size, "width": 1.0, "size": 32} | {varied: value}
@@ -118,10 +118,11 @@ def growth(points, recipe, rounds=3):
 
 
 def exponents(table):
-    """Fit how the times and MACs of `growth` grow: the exponent p of value^p, by least squares on log–log axes.
+    """Fit the exponent p of value^p to the times and MACs of a table of `growth`.
 
     Returns:
-        DataFrame indexed by (model, varied), with the columns time and macs.
+        DataFrame indexed by (model, varied), with the columns time and macs: slopes of least-squares lines
+        on log–log axes.
     """
     rows = {}
     for key, points in table.groupby(["model", "varied"], sort=False):
@@ -131,7 +132,7 @@ def exponents(table):
 
 
 def _training_works(models, split, recipe, scale):
-    """Return what `step_parts` times, for `benchmark.alternate`: (part, network) -> function that does it."""
+    """Return the functions that `step_parts` times: dict (part, network) -> function for `benchmark.alternate`."""
     steps = len(split) // recipe.batch_size
     classes = next(iter(models.values())).output_shape[-1]
 
@@ -162,7 +163,7 @@ def _training_works(models, split, recipe, scale):
 
 
 def _random_steps(model, batch, shape):
-    """Return a function that trains on random images, about 16 or one batch, and returns their number."""
+    """Return a function that trains on random images, about 16 but at least one batch, and returns their number."""
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, *shape)).astype("float32")
     classes, steps = model.output_shape[-1], max(1, 16 // batch)

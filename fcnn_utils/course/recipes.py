@@ -1,10 +1,10 @@
-"""Recipes: how a network is trained, as data. `RECIPES` has them by name:
+"""Training recipes: optimizer, schedule, augmentation and all other settings. `RECIPES` has them by name:
 
 faster   5 epochs, the best of those that were searched
 fast     5 epochs, common practice for a short training
-long     20 epochs, common practice
+long     20 epochs, `faster` with larger batches and shifts
 thesis   5 epochs as in the thesis; `assumed` lists what the thesis does not state
-medical  20 epochs for small images of few classes, which are shown equally often
+medical  20 epochs for small images of few classes; shows each class equally often
 tune     1 epoch of small steps, for weights that are nearly right, such as after a factorization
 """
 
@@ -40,7 +40,7 @@ _IN_SUMMARY = ("name", "epochs", "batch_size", "optimizer", "learning_rate", "sc
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a network is trained. Names of folders contain the settings' names, so they must not change.
+    """Settings of a training. Folders are named after the settings, so do not rename these.
 
     Attributes:
         name: name in records.
@@ -49,34 +49,34 @@ class Recipe:
         optimizer: "sgd" (with Nesterov momentum if `momentum` > 0), "adam" or "rmsprop".
         learning_rate: largest learning rate of the schedule.
         momentum: momentum of "sgd", below 1; 0 for none.
-        schedule: "constant"; or "one_cycle": linear from 0 to `learning_rate` over the warm-up, then
-            down to 0 along half a cosine (after Smith & Topin 2018, arXiv 1708.07120); or
-            "inverse_time": `learning_rate` / (1 + `learning_rate` / `epochs` × step), which was common
-            for SGD when the thesis was written.
-        warmup: share of a cycle's steps in which "one_cycle" rises.
-        cycles: number of repetitions of "one_cycle", each over equally many epochs. The network at the
-            end of each is a snapshot (Huang et al. 2017, arXiv 1704.00109).
+        schedule: "constant"; or "one_cycle": a linear warm-up from 0 to `learning_rate`, then a cosine
+            decay to 0 (after Smith & Topin 2018, arXiv 1708.07120); or "inverse_time":
+            `learning_rate` / (1 + `learning_rate` / `epochs` × step), which was common for SGD when the
+            thesis was written.
+        warmup: share of a cycle's steps in the warm-up of "one_cycle".
+        cycles: number of repetitions of "one_cycle"; it divides `epochs`. The network at the end of each
+            cycle is a snapshot (Huang et al. 2017, arXiv 1704.00109).
         clip_norm: largest norm of the gradient of all weights together; 0 for no limit.
-        weight_decay: share of each kernel, times the learning rate, that a step subtracts from it.
-            Biases and batch norms do not decay (decoupled: Loshchilov & Hutter 2017, arXiv 1711.05101).
+        weight_decay: decoupled weight decay (Loshchilov & Hutter 2017, arXiv 1711.05101): a step subtracts
+            learning rate × `weight_decay` × kernel. Biases and batch norms do not decay.
         label_smoothing: share of the target that is spread evenly over all classes.
-        distillation: share of the target that is the teacher's probabilities, at most 0.5; the label has
-            the rest. This equals the usual sum of two losses, at temperature 1, because cross-entropy
-            is linear in its target (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
-        flip: augmentation: True mirrors half of the images, drawn anew in each epoch; "alternating"
-            mirrors one half in even epochs, the other half in odd ones (Jordan 2024, arXiv 2404.00498).
-        shift: augmentation: largest shift in pixels in either direction, at most 8; the border is filled
+        distillation: weight of the teacher's probabilities in the target, at most 0.5; the label has the
+            rest. This equals the usual sum of two losses at temperature 1, because cross-entropy is
+            linear in its target (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
+        flip: augmentation: True mirrors each image with probability 1/2; "alternating" mirrors one half
+            in even epochs, the other half in odd ones (Jordan 2024, arXiv 2404.00498).
+        shift: augmentation: largest shift in pixels along each axis, at most 8; the border is filled
             with the mean colour.
-        balanced: show every class equally often. An epoch keeps its length: images of rare classes come
-            several times, and some images of frequent classes do not come.
+        balanced: show every class equally often. The length of an epoch does not change: images of rare
+            classes are repeated, and some images of frequent classes are left out.
         precision: "float32", "mixed_bfloat16", or "auto": mixed_bfloat16 if it is faster here.
-        train_on: "train" to choose settings: the network is validated after each epoch, and not tested
-            unless its predictions are kept. "all" for settings that are chosen: validation images are
-            trained on, too, and the network is tested once.
-        initialization: "glorot" or "he", for the kernels of a network that is built by its name.
-        head_scale: initial scale of the last batch normalisation of such a network.
-        seed: seed of weights, order and augmentation, unless `experiments.train` is given another.
-        assumed: what the source of the recipe does not state, and we chose.
+        train_on: "train" to choose settings: the network is validated after each epoch, and tested only
+            if its predictions are kept. "all" for the final training: on training and validation
+            images, with one test at the end.
+        initialization: of the kernels, "glorot" or "he", if the network is built by its name.
+        head_scale: initial scale of the last batch normalisation, if the network is built by its name.
+        seed: seed of weights, image order and augmentation, unless `experiments.train` is given another.
+        assumed: sentences on what we chose because the source does not state it.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Recipe:
             )
 
     def __str__(self):
-        """One line: the main settings, and all others that are not at their default."""
+        """Return one line: the main settings, and those others that are not at their default."""
         others = [
             f", {field.name} {getattr(self, field.name)}"
             for field in dataclasses.fields(self)
@@ -128,11 +128,11 @@ class Recipe:
 
     @property
     def epochs_a_cycle(self):
-        """Number of epochs in one of the `cycles`."""
+        """Number of epochs per cycle."""
         return self.epochs // self.cycles
 
     def replace(self, **changes):
-        """Change settings, and add the changes (except a seed) to the name.
+        """Return a recipe with changed settings; the changes, except a seed, are added to its name.
 
             get_recipe("fast").replace(epochs=2)      # its name is "fast-epochs2"
 
@@ -151,7 +151,7 @@ class Recipe:
         return dataclasses.replace(self, **changes, name=self.name + suffix)
 
     def as_dict(self):
-        """Settings as a dict of JSON types, as they stand in a record."""
+        """Return the settings as a dict of JSON types, as stored in a record."""
         return dataclasses.asdict(self) | {"assumed": list(self.assumed)}
 
 
@@ -166,7 +166,7 @@ _THESIS = Recipe("thesis", 5, 32, "sgd", 0.01, schedule="inverse_time", shift=3,
 _FAST = Recipe("fast", 5, 128, "sgd", 0.2, schedule="one_cycle", label_smoothing=0.1, shift=2, precision="auto")
 _FASTER = dataclasses.replace(_FAST, name="faster", batch_size=64, weight_decay=5e-4, head_scale=6.0)
 _LONG = dataclasses.replace(_FASTER, name="long", epochs=20, batch_size=128, shift=4)
-_MEDICAL = dataclasses.replace(  # the best of few on the validation images, which hardly tell them apart
+_MEDICAL = dataclasses.replace(  # the best of a few; their validation results hardly differ
     _FASTER, name="medical", epochs=20, learning_rate=0.05, balanced=True, train_on="train"
 )
 _TUNE = dataclasses.replace(_FAST, name="tune", epochs=1, learning_rate=0.01, clip_norm=1.0)
@@ -178,8 +178,8 @@ def get_recipe(name, **changes):
 
     Args:
         name: "faster", "fast", "long", "thesis", "medical" or "tune".
-        changes: settings to change, as for `Recipe.replace`. Values that are 0, None or False change
-            nothing: so a notebook's parameter can mean "as in the recipe".
+        changes: settings to change, as in `Recipe.replace`. The values 0, None and False change nothing,
+            so that a parameter of a notebook can mean "as in the recipe".
 
     Raises:
         ValueError: if there is no such recipe or setting, or a value is not allowed.

@@ -1,9 +1,9 @@
-"""Records of training runs, one JSON file each; and files of other measurements.
+"""Read and write records of training runs, one JSON file each, and files of other measurements.
 
-A record is a dict of JSON types. Its path names the run: `results/DATASET/MODEL/RECIPE/seedN.json`.
-`experiments` writes records and documents their entries. New records go to `results/` in the output
-folder. They are looked for there, and then in `results/` of the course, whose records are those
-behind the published numbers. This module does not use Keras.
+A record is a dict of JSON types; `experiments` documents its entries. Its path names the run:
+`results/DATASET/MODEL/RECIPE/seedN.json`. New records go to `results/` in the output folder. Records are
+searched there first, then in `results/` of the course, which holds the published ones. This module does
+not import Keras.
 """
 
 import json
@@ -16,23 +16,23 @@ from fcnn_utils.course import paths
 
 SCHEMA = 1
 _REQUIRED = ("schema", "dataset", "model", "recipe", "seed", "status", "epochs")
-_RENAMED = {"others_cpu": "background_load"}  # key in files of the first edition -> key now
-_RUN = ["dataset", "model", "recipe", "seed"]  # what names a run
+_RENAMED = {"others_cpu": "background_load"}  # key in files of the first edition -> current key
+_RUN = ["dataset", "model", "recipe", "seed"]  # these identify a run
 _FIGURES = ["top1", "top5", "loss"]
 _COLUMNS = [*_RUN, "status", "epochs", *_FIGURES, "params", "macs", "path", "record"]
 
 
 def path_of(dataset, model, recipe, seed, folder=None):
-    """Path of a complete run's record: `FOLDER/DATASET/MODEL/RECIPE/seedN.json`.
+    """Return the path of a complete run's record, `FOLDER/DATASET/MODEL/RECIPE/seedN.json`.
 
-    The record of a run that is not complete lies beside it, as `seedN.partial.json`. The default of
-    `folder` is `results` in the output folder.
+    The record of an incomplete run is `seedN.partial.json` in the same folder. The default of `folder`
+    is `results` in the output folder.
     """
     return Path(folder or paths.output() / "results") / dataset / model / recipe / f"seed{seed}.json"
 
 
 def folders():
-    """Folders in which records are looked for, the nearest first: a list of paths."""
+    """Return the list of folders that are searched for records, in this order."""
     places = [place / "results" for place in (paths.output(), paths.root()) if place]
     return list(dict.fromkeys(places))
 
@@ -41,10 +41,10 @@ def folders():
 
 
 def write(record, folder=None):
-    """Write `record` to the path that its own entries name (see `path_of`); return the path.
+    """Write `record` to the path that its entries name (see `path_of`); return the path.
 
     Raises:
-        ValueError: if the record holds a number that is not finite, or the file cannot be written.
+        ValueError: if a number in the record is not finite, or the file cannot be written.
     """
     path = path_of(record["dataset"], record["model"], record["recipe"]["name"], record["seed"], folder)
     if record["status"] != "complete":  # must not replace a complete record
@@ -69,10 +69,10 @@ def read(path):
 
 
 def parse(text):
-    """Parse the JSON of a record or a measurement. Keys of the first edition get today's names.
+    """Parse the JSON of a record or a measurement, and rename keys of the first edition.
 
-    They are renamed in every nested dict, and in the column list of a data frame that pandas wrote
-    with orient="split".
+    Keys are renamed in every nested dict, and in the column list of a data frame that pandas wrote with
+    orient="split".
 
     Raises:
         ValueError: if `text` is not JSON.
@@ -81,7 +81,7 @@ def parse(text):
 
 
 def lookup(dataset, model, recipe, seed):
-    """(record, path) of the nearest complete run with these names; (None, None) if there is none."""
+    """Return (record, path) of the first such complete run in `folders()`; (None, None) if there is none."""
     for folder in folders():
         path = path_of(dataset, model, recipe, seed, folder)
         record = _read_or_report(path) if path.exists() else None
@@ -93,17 +93,17 @@ def lookup(dataset, model, recipe, seed):
 def find(dataset=None, model=None, recipe=None, seed=None, status="complete", where=None):
     """Find all runs that match.
 
-    Damaged files are skipped; a line on standard output names each.
+    Damaged files are skipped; a printed line names each.
 
     Args:
-        dataset, model, recipe, seed: what must match; None matches every one.
-        status: "complete", "running", "diverged", or None for every one.
-        where: folders to search (default: `folders()`). If two of them have a record of the same run,
-            that in the earlier one counts.
+        dataset, model, recipe, seed: values to match; None matches all.
+        status: "complete", "running" or "diverged"; None matches all.
+        where: folders to search; default: `folders()`. If two have a record of the same run, the first
+            one counts.
 
     Returns:
-        DataFrame with one row per run, sorted. `loss`, `top1` and `top5` are those on the test images,
-        `epochs` is the number of epochs, and `record` is the whole record.
+        DataFrame with one row per run, sorted by data set, model, recipe and seed. `loss`, `top1` and
+        `top5` are those on the test images, `epochs` counts the epochs, and `record` is the whole record.
     """
     rows = {}
     for folder in where or folders():
@@ -138,9 +138,9 @@ def save(name, content):
 
 
 def load(name):
-    """(content, path) of the nearest `NAME.json` that `save` wrote; (None, None) if there is none.
+    """Return (content, path) of the first `NAME.json` in `folders()`; (None, None) if there is none.
 
-    Damaged files are skipped; a line on standard output names each.
+    Damaged files are skipped; a printed line names each.
     """
     for folder in folders():
         path = folder / f"{name}.json"
@@ -156,13 +156,13 @@ def cached(name, compute, settings=None, recompute=False):
     """Read the result of `compute()` from a file. If there is no file, compute it and write the file.
 
     Args:
-        name: name of the file, without its ending; the nearest one is read, as by `load`.
+        name: name of the file without its ending, as in `load`.
         compute: function without arguments that returns a dict of JSON types.
-        settings: dict of everything that the result depends on; kept in the file as "settings".
+        settings: dict of everything that the result depends on; stored in the file as "settings".
         recompute: compute even if there is a file, and replace it.
 
     Returns:
-        dict, with "settings"; always as it is read from the file, so tuples are lists.
+        dict with "settings", always as read from the file: tuples are lists, and keys are strings.
 
     Raises:
         ValueError: if the file was computed with other settings, or cannot be written.
@@ -176,7 +176,7 @@ def cached(name, compute, settings=None, recompute=False):
     differing = [key for key in kept | settings if kept.get(key) != settings.get(key)]
     if differing:
         raise ValueError(
-            f"{paths.shown(path)} was computed with another {', '.join(differing)}; compute it anew to replace it"
+            f"{paths.shown(path)} was computed with another {', '.join(differing)}; pass recompute=True to replace it"
         )
     return content
 

@@ -5,8 +5,9 @@ different models", B.Tech thesis, Indian Institute of Technology Kharagpur.
 
 The networks are "simple", "wider_factorized" and "wider_separable"; any other name raises KeyError.
 
-The thesis's layer tables have only classes, output shapes and parameter counts; we infer kernel shapes and strides from
-them. Its test accuracies are shares of 9,984 images (simple) and of 9,968 (the other two), not of 10,000.
+The thesis's layer tables contain only layer classes, output shapes and numbers of parameters; we infer
+kernel shapes and strides from them. Its test accuracies are shares of 9,984 images (simple) and of 9,968
+(the other two), not of 10,000.
 """
 
 import pandas as pd
@@ -41,7 +42,7 @@ _LAYERS = {
         pool 100 0, softmax 0""",
 }
 
-# total, trainable, non-trainable
+# Numbers of parameters: total, trainable, non-trainable.
 PARAMS = {
     "simple": (1_392_500, 1_389_804, 2_696),
     "wider_factorized": (1_600_404, 1_598_092, 2_312),
@@ -73,7 +74,7 @@ _EPOCHS = {
     ],
 }
 
-# On the test images, as printed after the training logs: top-1, top-5, loss.
+# Test results printed after the training logs: top-1, top-5, loss.
 _TEST = {
     "simple": (0.31860977564102566, 0.6302083333333334, 2.879887064297994),
     "wider_factorized": (0.29253611556982345, 0.5900882825040128, 3.0202260208742193),
@@ -102,7 +103,7 @@ def layers(name):
     """Return a network's layer table: DataFrame with kind, output_shape (without batch axis) and params."""
     rows, shape = [], None
     for line in _LAYERS[name].strip().splitlines():
-        for entry in line.split(","):  # an entry has a shape only if the shape changes
+        for entry in line.split(","):  # an entry without a shape has that of the entry before
             kind, *shapes, params = entry.split()
             shape = tuple(map(int, shapes[0].split("x"))) if shapes else shape
             rows.append((kind, shape, int(params)))
@@ -113,12 +114,12 @@ def compare(name, costs):
     """Compare our layer table with the thesis's, row by row.
 
     Args:
-        name: of the network.
+        name: name of the network.
         costs: table of `cost.layer_costs` for our model.
 
     Returns:
-        DataFrame with our layer, kind, output_shape and params, the thesis's kind_thesis, output_shape_thesis and
-        params_thesis, and `equal`. A row that exists on one side only is included, and is not equal.
+        DataFrame with layer, kind, output_shape and params of ours; kind_thesis, output_shape_thesis and
+        params_thesis; and the bool `equal`, which is False for a row that exists on one side only.
     """
     ours = costs[~costs["kind"].isin(["", "InputLayer"])].reset_index(drop=True)
     both = ours[["layer", "kind", "output_shape", "params"]].join(layers(name), rsuffix="_thesis", how="outer")

@@ -24,23 +24,23 @@ class Diverged(ArithmeticError):
 
 
 def fit(model, data, recipe, *, first_epoch=0, teacher=None):
-    """Train `model` in place by `recipe`: a generator, whose every item is one more trained epoch.
+    """Train `model` in place by `recipe`: a generator that trains one epoch per item.
 
-    Order, augmentation and learning rate of an epoch depend on the seed and the epoch alone. Therefore
-    a training can be stopped after any epoch and continued with `first_epoch`.
+    Image order, augmentation and learning rate depend only on the seed and the epoch. Therefore you can
+    stop after any epoch and continue with `first_epoch`.
 
     Args:
-        model: built keras.Model from images to class probabilities. It is compiled here, unless
-            `first_epoch` is above 0: then it must be as the epochs before left it, with its optimizer.
-        data: `data.Dataset`; or a pair of `data.Split`, for training and validation, which are used
-            whatever `recipe.train_on` says. The second may be None.
+        model: built keras.Model from images to class probabilities. It is compiled here if `first_epoch`
+            is 0. Otherwise it must have the weights and the optimizer state of the epochs before.
+        data: `data.Dataset`; or a pair of `data.Split` for training and validation, used whatever
+            `recipe.train_on` is. The second may be None.
         recipe: `recipes.Recipe`.
         first_epoch: number of the epoch to start with, from 0.
-        teacher: keras.Model that gives `recipe.distillation` of the target.
+        teacher: keras.Model from images to class probabilities, for `recipe.distillation`.
 
     Yields:
-        dict for each epoch: that of `fit_epoch`; and "validation", the dict of `evaluate` on the
-        validation images, if `recipe.train_on` is "train".
+        dict of `fit_epoch` for each epoch; with "validation", the dict of `evaluate`, unless there are no
+        validation images or they are trained on.
 
     Raises:
         ValueError: if there are fewer images than one batch, or the recipe needs a teacher.
@@ -63,8 +63,8 @@ def fit(model, data, recipe, *, first_epoch=0, teacher=None):
         if recipe.distillation:
             batches = _mix_in_teacher(batches, teacher, recipe.distillation)
         row = fit_epoch(model, batches, steps, epoch)
-        if not all(np.isfinite(weight).all() for weight in model.get_weights()):  # after the last step
-            check_finite(math.nan, f"or soon will be: weights are not finite after epoch {epoch + 1}")
+        if not all(np.isfinite(weight).all() for weight in model.get_weights()):  # the last step may have diverged
+            check_finite(math.nan, f"or soon will be, because weights are not finite after epoch {epoch + 1}")
         if validation is not None:
             row["validation"] = evaluate(model, validation, scale, coarse_names)
             check_finite(row["validation"]["loss"], f"on the validation images after epoch {epoch + 1}")
@@ -72,7 +72,7 @@ def fit(model, data, recipe, *, first_epoch=0, teacher=None):
 
 
 def steps_per_epoch(images, recipe):
-    """Number of whole batches in `images` training images. Raises ValueError if there is none."""
+    """Return the number of whole batches in `images` training images; raise ValueError if it is 0."""
     if images < recipe.batch_size:
         raise ValueError(f"batch_size must be at most {images}, the training images; got {recipe.batch_size}")
     return images // recipe.batch_size
@@ -81,7 +81,7 @@ def steps_per_epoch(images, recipe):
 def fit_epoch(model, batches, steps, epoch=0):
     """Fit a compiled model to one epoch of batches, and time it.
 
-    Calls `train_on_batch`, not `keras.Model.fit`: on TensorFlow 2.21 each `fit` ends with a wait for
+    It calls `train_on_batch`, because on TensorFlow 2.21 each `keras.Model.fit` ends with a wait for
     tf.data's autotuner, which can double the time of a short epoch.
 
     Args:
@@ -94,13 +94,13 @@ def fit_epoch(model, batches, steps, epoch=0):
         dict of
 
             epoch            its number, from 1
-            loss             mean over the augmented training images, as trained
+            loss             mean training loss over the augmented images
             cross_entropy    the same without label smoothing
-            top1, top5       shares of correct predictions on the same images
+            top1, top5       shares of correct predictions on these images
             seconds          time of the whole epoch
             ms_per_step      median time of a step, without the first
             first_step_ms    time of the first step, which compiles
-            background_load  share of the processor's time that other programs took
+            background_load  share of the processor that other programs took
 
     Raises:
         Diverged: if the loss is not finite.
@@ -113,7 +113,7 @@ def fit_epoch(model, batches, steps, epoch=0):
     step_times = np.diff(times) * 1e3
     return {
         "epoch": epoch + 1,
-        **{key: float(np.mean([row[key] for row in rows])) for key in rows[0]},  # all batches have one size
+        **{key: float(np.mean([row[key] for row in rows])) for key in rows[0]},  # all batches have the same size
         "seconds": round(times[-1] - times[0], 3),
         "ms_per_step": round(float(np.median(step_times[1:] if steps > 1 else step_times)), 3),
         "first_step_ms": round(float(step_times[0]), 3),
@@ -128,7 +128,7 @@ def check_finite(loss, where):
 
 
 def predict(model, split, scale):
-    """Predict class probabilities (N, classes) float64 for the images of `split`; arguments as for `evaluate`."""
+    """Predict class probabilities (N, classes) float64 for the images of `split`; arguments as in `evaluate`."""
     images = augmentation.normalize(split.images, scale)
     parts = [images[start : start + _EVALUATION_BATCH] for start in range(0, len(images), _EVALUATION_BATCH)]
     return np.concatenate([model.predict_on_batch(part) for part in parts]).astype("float64")
@@ -137,25 +137,25 @@ def predict(model, split, scale):
 def evaluate(model, split, scale, coarse_names=()):
     """Evaluate `model` on all images of `split`.
 
-    A network that gives all classes the same probability is right by chance: of equally likely classes
-    the one with the lowest label counts as the prediction.
+    Among equally probable classes, the one with the lowest label is the prediction. Therefore a network
+    that gives all classes the same probability has the accuracy of chance.
 
     Args:
         model: keras.Model.
         split: `data.Split`.
-        scale: from `augmentation.channel_statistics`.
+        scale: (mean, standard deviation), from `augmentation.channel_statistics`.
         coarse_names: names of the superclasses.
 
     Returns:
-        dict of the number of `images`, the cross-entropy `loss`, the shares `top1` and `top5`,
-        `correct_by_class` (number of correct predictions for each class) and `top1_by_superclass`
-        (name -> share).
+        dict of `images` (their number), `loss` (cross-entropy), `top1` and `top5` (shares),
+        `correct_by_class` (list of the numbers of correct predictions) and `top1_by_superclass` (dict
+        name -> share, of the superclasses that have images).
     """
     probabilities = predict(model, split, scale)
     own = probabilities[np.arange(len(split)), split.fine]
     ties = (probabilities == own[:, None]) & (np.arange(probabilities.shape[1]) < split.fine[:, None])
     rank = ((probabilities > own[:, None]) | ties).sum(axis=1)  # (N,) classes before the right one
-    rank[~np.isfinite(own)] = probabilities.shape[1]  # nan is never a correct prediction
+    rank[~np.isfinite(own)] = probabilities.shape[1]  # NaN is never correct
     shares = {name: rank[split.coarse == label] < 1 for label, name in enumerate(coarse_names)}
     return {
         "images": len(split),
@@ -173,7 +173,7 @@ def compile_model(model, recipe, steps):
     Args:
         model: built keras.Model.
         recipe: `recipes.Recipe`.
-        steps: steps per epoch, which the schedule of the learning rate needs.
+        steps: steps per epoch, for the learning-rate schedule.
     """
     options = {"global_clipnorm": recipe.clip_norm or None, "weight_decay": recipe.weight_decay or None}
     if recipe.optimizer == "sgd":
@@ -197,7 +197,7 @@ def compile_model(model, recipe, steps):
 
 
 def learning_rate_schedule(recipe, steps):
-    """Learning rate of `recipe` with `steps` steps per epoch: a number, or a Keras schedule."""
+    """Return the learning rate of `recipe` for `steps` steps per epoch: a number or a Keras schedule."""
     if recipe.schedule == "constant":
         return recipe.learning_rate
     if recipe.schedule == "inverse_time":

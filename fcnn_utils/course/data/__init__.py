@@ -46,7 +46,7 @@ class Split:
         return f"Split: {len(self):,} images of {size} pixels, {len(np.unique(self.fine))} classes"
 
     def first(self, count):
-        """Return a `Split` with the first `count` images, taken from the classes in turn.
+        """Return a `Split` with the first images of each class, `count` in all, as equally as possible.
 
         Raises:
             ValueError: if the split has fewer images.
@@ -55,7 +55,7 @@ class Split:
         return self._take(np.sort(np.lexsort((self.fine, _rank_in_class(self.fine)))[:count]))
 
     def sample(self, count, seed):
-        """Return a `Split` with `count` random images, drawn regardless of class without replacement.
+        """Return a `Split` with `count` random images of any class, drawn without replacement.
 
         Raises:
             ValueError: if the split has fewer images, or the seed is not a whole number from 0 to
@@ -100,7 +100,7 @@ class Dataset:
 
     @property
     def stand_in(self):
-        """True for generated images: accuracies on them are no results on real images."""
+        """True for generated images. Accuracies on them are not results on real images."""
         return self._base_name in STAND_INS
 
     @functools.cached_property
@@ -130,9 +130,9 @@ class Dataset:
         """Return a smaller `Dataset` with balanced classes.
 
         Args:
-            train: training and validation images together, at least 10. The validation share stays
-                the same.
-            test: test images.
+            train: number of training and validation images together, at least 10. The validation
+                share stays the same.
+            test: number of test images.
 
         Raises:
             ValueError: if the data set has fewer images, or no image would be left for validation.
@@ -187,7 +187,7 @@ def load(name, train_images=0, test_images=0, *, or_stand_in=False):
 
 
 def locate(name, or_stand_in=False):
-    """Return the path from which `load` reads a data set, after downloading it if needed.
+    """Return the path from which `load` reads a data set. Download it if needed.
 
     Returns:
         CIFAR-100's folder, MedMNIST's file, or None for a stand-in.
@@ -231,7 +231,7 @@ def _sorted_split(images, fine, coarse=None):
 
 
 def _rank_in_class(labels):
-    """(N,) number of earlier images with the same label."""
+    """Return the number of earlier images with the same label, (N,)."""
     order = np.argsort(labels, kind="stable")
     first = np.searchsorted(labels[order], labels[order])
     rank = np.empty(len(labels), int)

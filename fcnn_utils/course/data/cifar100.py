@@ -20,13 +20,13 @@ _ADVICE = "to continue without it, choose the stand-in (--dataset standin)"
 
 
 def find():
-    """Return the folder with the extracted batches (`train`, `test`, `meta`), None if there is none.
+    """Return the folder with the extracted files `train`, `test` and `meta`; None if there is none.
 
     The folders searched are `$FCNN_DATA_DIR`, Keras's data folder and `./data`, and their usual
     subfolders.
 
     Raises:
-        Unavailable: if `$FCNN_DATA_DIR` is set and none of these folders has the batches.
+        Unavailable: if `$FCNN_DATA_DIR` is set and none of these folders has the files.
     """
     chosen = os.environ.get("FCNN_DATA_DIR")
     for root in [*([Path(chosen)] if chosen else []), _keras_datasets(), Path("data")]:
@@ -46,7 +46,7 @@ def download():
     Raises:
         Unavailable: if the download fails; the message gives the reason.
     """
-    archive = _keras_datasets() / "cifar-100-python-target_archive"  # Keras's name: neither downloads it twice
+    archive = _keras_datasets() / "cifar-100-python-target_archive"  # Keras's name, so that both share one download
     fetch("CIFAR-100 (169 MB)", _URL, _CHECKSUM, archive, _ADVICE, _unpack)
     return find()
 
@@ -56,7 +56,7 @@ def _keras_datasets():
 
 
 def _unpack(archive, action, pup):
-    """Unpack to a temporary folder, then rename it: an interrupted run leaves no half batch."""
+    """Unpack to a temporary folder, then rename it: an interrupted run leaves no incomplete file."""
     import pooch  # slow to import; see `download.fetch`
 
     target = _keras_datasets() / "cifar-100-python-target" / "cifar-100-python"
@@ -71,7 +71,7 @@ def read(folder):
     """Read the official batches in `folder`.
 
     Returns:
-        ((training, testing), fine names, coarse names). `read_batch` describes the first two.
+        ((training, test), fine names, coarse names); training and test as from `read_batch`.
 
     Raises:
         ValueError: if a file is damaged or is not a file of CIFAR-100; the message says which, and

@@ -65,7 +65,7 @@ SETS = {name: MedMNIST(*facts, tuple(_CLASSES[name].split("; "))) for name, fact
 
 
 def find(name):
-    """Return the file of the set `name` in `$FCNN_DATA_DIR` or `~/.medmnist`, None if there is none.
+    """Return the file of the set `name` in `$FCNN_DATA_DIR` or `~/.medmnist`; None if there is none.
 
     Raises:
         Unavailable: if `$FCNN_DATA_DIR` is set and the file is in neither folder.
@@ -95,9 +95,9 @@ def read(name, path):
     """Read the file `path` of the set `name`, which need not be the official file.
 
     Returns:
-        (splits, official). The splits are (images, labels) for training, validation and testing,
-        with images (N, 28, 28, 1 or 3) uint8 and labels (N,) int64. Official tells whether the MD5
-        is that of the official file.
+        (splits, official). `splits` has (images, labels) for training, validation and testing, with
+        images (N, 28, 28, 1 or 3) uint8 and labels (N,) int64. `official` is True if the MD5 is that
+        of the official file.
 
     Raises:
         ValueError: if the file is damaged or is not this set; the message gives both MD5s, and what

@@ -87,7 +87,7 @@ def _draw(fine, textures, glyphs, tints, random):
     sign = random.choice([-1, 1], (count, 1, 1))
     corners = [random.randint(0, 32 - 9, (2, count, 1, 1)) for _ in range(3)]  # (top, left) of each glyph
     images = np.empty((count, 32, 32, 3), "uint8")
-    for start in range(0, count, 100):  # all at once would take 900 MB and several times longer
+    for start in range(0, count, 100):  # all at once would take 900 MB and be several times slower
         part = slice(start, start + 100)
         at = [corner[:, part] for corner in corners]
         noiseless = _draw_part(fine[part], textures, glyphs, tints, offset[:, part], sign[part], at)

@@ -48,10 +48,11 @@ THESIS_PLANS = {
 
 
 def _our_plan(middle, end):
-    """Plan of a network of ours: it shrinks the image early and puts most layers where the image is small.
+    """Plan of a network of ours: `middle` at half the image size, `end` at a quarter, where most layers are.
 
-    "pool" is 2×2 max pooling, "tucker" a Tucker-2 chain whose ranks are half its filters, and "+" adds a shortcut
-    around the layer. The dense network is the control: its MACs are within 12% of the two factorized ones.
+    "pool" is 2×2 max pooling, "tucker" a Tucker-2 chain whose ranks are half its filters, and "+" adds a
+    shortcut around the layer. The dense network is the control: its MACs differ from those of the two
+    factorized ones by at most 12%.
     """
     start = [("conv", 48, 3, 1), ("conv", 96, 3, 1), ("pool", None, 2, 2), ("conv", 192, 3, 1)]
     return start + middle + [("pool", None, 2, 2)] + end + [("conv", None, 1, 1)]
@@ -68,7 +69,7 @@ OUR_PLANS = {
 _PLANS = {
     **THESIS_PLANS,
     **OUR_PLANS,
-    # The simple network with all 3×3 layers but the first as CP chains; the rank is the number of filters.
+    # The simple network with CP chains for all 3×3 layers but the first; the rank is the number of filters.
     "simple_cp": [
         ("cp" if number and size == 3 else kind, filters, size, strides)
         for number, (kind, filters, size, strides) in enumerate(THESIS_PLANS["simple"])
@@ -77,7 +78,7 @@ _PLANS = {
 
 NAMES = (*_PLANS, *cited.EXAMPLES)
 
-# Widths at which the networks cost the same, within 12%, as the simple network with 0.6 of its filters.
+# Widths at which the networks cost the same as "simple" at width 0.6, within 12%.
 # "time" is that of a training step on 2 cores of an AMD EPYC in bfloat16.
 EQUAL_WIDTHS = {
     "parameters": {"simple": 0.6, "wider_factorized": 0.54, "wider_separable": 0.735},
@@ -110,10 +111,10 @@ def build(
         dtype: Keras dtype policy of the layers, "float32" or "mixed_bfloat16". The final pooling and the softmax
             always compute in float32.
         initialization: of the kernels: "glorot", the default of Keras, or "he", which keeps the variance through a
-            convolution and its ReLU (He et al. 2015, arXiv 1502.01852). For "he" a factorized or separable
-            convolution counts as one convolution.
-        head_scale: initial scale of the last batch normalisation: it sets the spread of the scores before the softmax.
-            The networks of `cited` end in a dense layer and ignore it.
+            convolution and its ReLU (He et al. 2015, arXiv 1502.01852). "he" treats a factorized or separable
+            convolution as one.
+        head_scale: initial scale of the last batch normalisation; it sets the spread of the logits. The networks of
+            `cited` end in a dense layer and ignore it.
 
     Returns:
         keras.Model from images (N, height, width, channels) to class probabilities (N, classes).
@@ -142,7 +143,7 @@ def build(
 
 
 def run_name(name, width=1.0):
-    """Return the name that records use for the network `build(name, width=width)`.
+    """Return the name of the network `build(name, width=width)` in records.
 
         "simple", "simple-width0.6"
 
@@ -164,7 +165,7 @@ def _check_shape(shape):
 
 
 def _plan_features(x, plan, dtype, initialization, head_scale):
-    """Apply the layers of a plan, whose filters are final, to images (N, H, W, C)."""
+    """Apply a plan, whose filters are already scaled by the width, to images (N, H, W, C)."""
     number, last = 0, sum(kind != "pool" for kind, *_ in plan)
     for kind, filters, size, strides in plan:
         if kind == "pool":
@@ -189,10 +190,10 @@ def _convolution(x, number, kind, filters, size, strides, dtype, initialization)
     if kind == "conv":
         options |= {"strides": strides, "kernel_initializer": start(2.0)}
         return layers.Conv2D(filters, size, name=name, **options)(x)
-    if kind == "factorized":  # one ReLU follows both layers, so the first one keeps the mean square as it is
+    if kind == "factorized":  # no ReLU in between, so the first layer has gain 1
         x = layers.Conv2D(filters, (size, 1), kernel_initializer=start(1.0), name=f"{name}a", **options)(x)
         return layers.Conv2D(filters, (1, size), kernel_initializer=start(2.0), name=f"{name}b", **options)(x)
-    if kind == "separable":  # Keras counts all channels as inputs of a depthwise kernel, which has only one
+    if kind == "separable":  # Keras's fan-in of a depthwise kernel counts all channels, not the one it reads
         options |= {"depthwise_initializer": start(float(x.shape[-1])), "pointwise_initializer": start(2.0)}
         return layers.SeparableConv2D(filters, size, strides=strides, name=f"sep{number}", **options)(x)
     method, ranks = ("cp", filters) if kind == "cp" else ("tucker", (max(1, filters // 2),) * 2)
@@ -201,7 +202,7 @@ def _convolution(x, number, kind, filters, size, strides, dtype, initialization)
 
 
 def _initializer(initialization, gain):
-    """Initializer of a kernel: Glorot's, or one whose outputs have `gain` times the mean square of its inputs."""
+    """Return Glorot's initializer, or one whose kernel multiplies the mean square of its inputs by `gain`."""
     if initialization == "glorot":
         return "glorot_uniform"
     return keras.initializers.VarianceScaling(gain, "fan_in", "truncated_normal")

@@ -16,7 +16,7 @@ from fcnn_utils import blocks
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """Shared settings of a network's layers: their dtype, the initializer of their kernels, a factor on their filters.
+    """Shared settings of a network's layers: dtype, kernel initializer, and factor on the number of filters.
 
     Every method applies one layer, or a layer with its batch normalisation. Convolutions use `same` padding and have
     no bias, because a batch normalisation or an addition follows.
@@ -71,8 +71,8 @@ class Maker:
 def wide_resnet(x, make, depth, width):
     """Wide residual network WRN-depth-width, without dropout (Zagoruyko & Komodakis 2016, arXiv 1605.07146).
 
-    Three groups of (depth − 4) / 6 blocks BN, ReLU, 3×3, BN, ReLU, 3×3 with 16, 32 and 64 times `width` filters. Where
-    the image size or the number of filters changes, the shortcut is a 1×1 convolution.
+    Each of three groups has (depth − 4) / 6 blocks BN, ReLU, 3×3, BN, ReLU, 3×3, with `width` times 16, 32 or 64
+    filters. Where the image size or the number of filters changes, the shortcut is a 1×1 convolution.
     """
     x = make.conv(x, 16, 3, "conv")
     for group, (base, stride) in enumerate(((16, 1), (32, 2), (64, 2)), 1):
@@ -107,7 +107,7 @@ def resnet18(x, make):
 
 
 def inception(x, make):
-    """Inception-style network: parallel branches, n×n convolutions as pairs 1×n, n×1.
+    """Inception-style network: parallel branches, with n×n convolutions split into pairs 1×n, n×1.
 
     Two convolutions; then, at 16×16 with n = 7 and at 8×8 with n = 3, a reduction and two modules of section 3 of
     Szegedy et al. 2015 (arXiv 1512.00567).
@@ -162,11 +162,11 @@ def xception(x, make):
 
 
 def wang(x, make):
-    """Network of the three layers of Wang, Liu & Foroosh 2017 (arXiv 1608.04337), one after the other.
+    """Network of the three layer types of Wang, Liu & Foroosh 2017 (arXiv 1608.04337).
 
-    A convolution; at 32×32 and 16×16 a single intra-channel convolution and a spatial bottleneck (2×2); at 8×8 four
-    single intra-channel convolutions. Two topological convolutions stand between these: they place the 256 channels
-    on a 16×16 grid and each reads a 2×2 neighbourhood. Every layer that keeps its input's shape has a shortcut.
+    A convolution; at 32×32 and at 16×16 a single intra-channel convolution and a 2×2 spatial bottleneck; at 8×8 three
+    single intra-channel convolutions with two topological ones between them. A topological convolution places the 256
+    channels on a 16×16 grid and reads 2×2 neighbourhoods. Every layer that keeps its input's shape has a shortcut.
     """
     options = {"kernel_initializer": make.kernel_initializer, "use_bias": False, "dtype": make.dtype}
     x = make.conv_norm(x, 32, 3, "stem")

@@ -1,0 +1,99 @@
+"""Execute all notebooks in the smoke profile; the full suite adds the solutions of their exercises."""
+
+import re
+import shutil
+
+import nbformat
+import pytest
+
+from fcnn_utils.course import networks, paths, runner
+
+# Notebooks that run one after the other, because the later ones read what the earlier ones leave. The groups are
+# independent, so each may have its own worker. The longest comes first.
+GROUPS = [("07", "08", "10"), ("09",), ("12",), ("02",), ("11",), ("03",), ("01",), ("04",), ("05",), ("06",)]
+WITHOUT_IMAGES = ("02", "03")
+
+# What the notebooks must leave in the output folder: pattern -> number of files.
+LEFT = {
+    "07": {
+        **{f"results/standin-72/{name}/faster-batchsize36-epochs1/seed1.json": 1 for name in networks.TITLES},
+        "results/speed.json": 1,
+    },
+    "09": {
+        "results/standin-72/simple-narrow/fast-batchsize36-epochs1/seed0.json": 1,
+        "results/standin-72/simple-narrow-cp-4.5x/tune-batchsize36/seed0.json": 1,
+    },
+    "10": {
+        **{
+            f"results/standin-72/{name}/faster-batchsize36-epochs1/seed0.json": 1
+            for name in ("simple_cp", "wrn-16-2", "inception", "xception", "wang")
+        },
+        "results/standin-72/deeper_*/long-batchsize36-epochs*/seed0.json": 3,
+    },
+    "11": {"results/standin-72/deeper_*/faster-*trainontrain/seed*.predictions.npz": 7},
+    "12": {"results/greystandin/*/medical-epochs1*/seed0.predictions.npz": 2},
+}
+
+
+def solutions(notebook):
+    """The code of the solutions that are folded into the notebook's text."""
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    folded = re.findall(r"<details>(.*?)</details>", prose, re.DOTALL)
+    return [code for fold in folded for code in re.findall(r"```python\n(.*?)```", fold, re.DOTALL)]
+
+
+def parameter(group):
+    name = "-".join(group)
+    return pytest.param(group, id=name, marks=pytest.mark.xdist_group(f"notebooks {name}"))
+
+
+in_groups = pytest.mark.parametrize("group", [parameter(group) for group in GROUPS])
+
+
+@pytest.fixture
+def course(tmp_path, monkeypatch):
+    """A copy of the notebooks, so that they are executed in a folder of their own; returns their folder."""
+    shutil.copytree(paths.root() / "notebooks", tmp_path / "notebooks")
+    monkeypatch.setattr(paths, "root", lambda: tmp_path)
+    return tmp_path / "notebooks"
+
+
+def check_executed(folder, number):
+    (path,) = folder.glob(f"{number}_*.ipynb")
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert all(cell.execution_count for cell in cells)
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    printed = "".join(output.get("text", "") for output in outputs if output.output_type == "stream")
+    assert ("STAND-IN" in printed) == (number not in WITHOUT_IMAGES)
+    slugs = set(re.findall(r'plots\.save\(.*?"(\d\d_\w+)"', "\n".join(cell.source for cell in cells)))
+    assert slugs and all((folder / "figures" / f"{slug}.png").exists() for slug in slugs)
+    for pattern, count in LEFT.get(number, {}).items():
+        assert len(list(folder.glob(pattern))) == count, pattern
+
+
+def test_groups_contain_every_notebook_once():
+    assert sorted(sum(GROUPS, ())) == list(runner.notebooks())
+
+
+@in_groups
+def test_notebooks_run(course, group):
+    folder = runner.run("smoke", only=group)
+    for number in group:
+        check_executed(folder, number)
+
+
+@pytest.mark.full
+@in_groups
+def test_notebooks_run_with_all_solutions_and_compiled_graphs(course, group):
+    profiles = course / "profiles.toml"
+    profiles.write_text(profiles.read_text().replace("EAGER = true", "EAGER = false"))
+    for number in group:
+        path = runner.notebooks()[number]
+        notebook = nbformat.read(path, 4)
+        assert len(solutions(notebook)) >= 2
+        notebook.cells += [nbformat.v4.new_code_cell(code) for code in solutions(notebook)]
+        nbformat.write(notebook, path)
+    folder = runner.run("smoke", only=group)
+    for number in group:
+        check_executed(folder, number)

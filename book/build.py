@@ -1,9 +1,8 @@
 """Render the course: `make book` -> build/book/html, a site that needs no network, and build/book/course.pdf.
 
-The notebooks are rendered as they are committed; nothing is executed. Some of their contents are collected on pages of
-their own: the prerequisites as a map of the course, the symbols as a page of notation, the captions as a list of figures
-(and as alternative texts of the images), the references as one bibliography. The interface comes from the docstrings of
-`fcnn_utils`.
+The notebooks are rendered as they are committed; nothing is executed. Some contents are collected on pages of their own:
+prerequisites as a map of the course, symbols as a page of notation, captions as a list of figures (and as alternative
+texts of the images), references as one bibliography. The interface comes from the docstrings of `fcnn_utils`.
 """
 
 import pkgutil

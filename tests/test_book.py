@@ -1,4 +1,4 @@
-"""The teaching document: `book/build.py`, and what it needs of the notebooks."""
+"""The book: `book/build.py`, and what it needs from the notebooks."""
 
 import importlib.util
 import re
@@ -8,10 +8,10 @@ from urllib.parse import unquote
 import nbformat
 import pytest
 
-from fcnn_utils.course import runner
+from fcnn_utils.course import paths, runner
 
-pytest.importorskip("myst_nb", reason="MyST-NB is not installed (requirements-book.txt)")
-_SPEC = importlib.util.spec_from_file_location("build", runner.ROOT / "book" / "build.py")
+pytest.importorskip("myst_nb", reason="MyST-NB is not installed")
+_SPEC = importlib.util.spec_from_file_location("build", paths.root() / "book" / "build.py")
 build = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(build)
 
@@ -23,80 +23,72 @@ def notebook(request):
     return NOTEBOOKS[request.param]
 
 
-# --- what the notebooks say --------------------------------------------------------------------------------------
+# --- contents of the notebooks -----------------------------------------------------------------------------------
 
 
-def test_figures_are_numbered_in_order_and_each_has_its_caption(notebook):
+def test_figures_are_numbered_in_order_and_mentioned_in_the_text(notebook):
     number = build.title(notebook)[:2]
     numbers = [figure for figure, _ in build.captions(notebook)]
     assert numbers == [f"{number}.{count}" for count in range(1, 1 + len(numbers))] and numbers
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     assert code.count("plots.save(") == len(numbers)
-
-
-def test_the_text_speaks_of_every_figure(notebook):
-    mentioned = set(re.findall(build.MENTION, build.prose(notebook)))
-    assert {number for number, _ in build.captions(notebook)} <= mentioned
+    assert set(numbers) <= set(re.findall(build.MENTION, build.prose(notebook)))
 
 
 def citations(notebook):
-    """(name, year) of each: a citation is a year behind a name, "(Kruskal 1977)", "Kolda & Bader (2009)"."""
+    """(name, year) of every citation: "(Kruskal 1977)", "Kolda & Bader (2009)"."""
     text = build.prose(notebook).split("## References")[0]
     return set(re.findall(r"([A-Z][\w\-’]+)(?: et al\.| & [A-Z][\w\-]+)?,? \(?((?:19|20)\d\d)\)?", text))
 
 
-def test_citations_are_found():
-    assert {("Kruskal", "1977"), ("Leurgans", "1993")} & citations(NOTEBOOKS["01_low_rank_and_cp"])
-    assert sum(len(citations(notebook)) for notebook in NOTEBOOKS.values()) > 30
-
-
-def test_every_work_that_is_cited_is_listed(notebook):
-    cited, works = citations(notebook), build.references(notebook)
-    missing = {who for who in cited if not any(who[0] in work and who[1] in work for work in works)}
-    assert not missing, (missing, works)
-
-
-def test_a_work_is_listed_with_its_year_and_where_it_is_to_be_had(notebook):
-    for work in build.references(notebook):
-        assert re.search(r"\b(19|20)\d\d\b|https?://|thesis", work), work
-
-
-def test_a_solution_is_folded_and_closed(notebook):
-    text = build.prose(notebook)
-    assert text.count("<details><summary>") == text.count("</details>") >= 2
+def test_cited_works_are_listed_with_year_or_address(notebook):
+    works = build.references(notebook)
+    missing = {who for who in citations(notebook) if not any(who[0] in work and who[1] in work for work in works)}
+    assert not missing
+    assert all(re.search(r"\b(19|20)\d\d\b|https?://|thesis", work) for work in works)
 
 
 SECTION = r"\]\((\d\d_\w+)\.ipynb\),? (?:sections?|section) ((?:\d+(?:\.\d+)?(?:, | and | to )?)+)"
 
 
-def test_sections_of_other_notebooks_are_there(notebook):
+def test_sections_that_other_notebooks_mention_exist(notebook):
     for name, numbers in re.findall(SECTION, build.prose(notebook)):
         sections = re.findall(r"^##+ (\d+(?:\.\d+)?)\.? ", build.prose(NOTEBOOKS[name]), re.M)
         assert set(re.findall(r"\d+(?:\.\d+)?", numbers)) <= set(sections), (name, numbers)
 
 
-def test_references_to_sections_are_found():
+def test_citations_and_mentions_of_sections_are_found():
+    assert sum(len(citations(notebook)) for notebook in NOTEBOOKS.values()) > 30
     assert sum(len(re.findall(SECTION, build.prose(notebook))) for notebook in NOTEBOOKS.values()) > 25
 
 
-def test_exercises_are_of_three_grades(notebook):
-    exercises = build.prose(notebook).split("## Exercises")[1].split("## References")[0]
+def test_exercises_have_three_grades_and_folded_solutions(notebook):
+    text = build.prose(notebook)
+    assert text.count("<details><summary>") == text.count("</details>") >= 2
+    exercises = text.split("## Exercises")[1].split("## References")[0]
     grades = re.findall(r"^\*\*\d+\.\*\* \*\(([\w, ]+)\)\*", exercises, re.M)
     assert len(grades) == len(re.findall(r"^\*\*\d+\.\*\*", exercises, re.M)) >= 3
-    assert {"paper", "code", "open"} <= set(re.findall(r"\w+", " ".join(grades))) and grades[-1] == "open", grades
+    assert {"paper", "code", "open"} <= set(re.findall(r"\w+", " ".join(grades))) and grades[-1] == "open"
 
 
-def test_numbers_in_between_are_wanted_too():
+def test_prerequisites_include_notebooks_in_a_range():
     cell = nbformat.v4.new_markdown_cell("**Know first:** a ([01](01_a.ipynb)), b ([04](04_b.ipynb)–[07](07_c.ipynb)).")
     assert build.known_first(nbformat.v4.new_notebook(cells=[cell])) == [1, 4, 5, 6, 7]
 
 
-# --- the pages ---------------------------------------------------------------------------------------------------
+def test_interface_contains_public_modules_of_library_and_course():
+    modules = build.modules()
+    assert {"cost", "factorizations", "course.networks.cited", "course.runner"} <= set(modules)
+    assert not [name for name in modules if "_checks" in name or "__" in name]
+    assert all(f".. automodule:: fcnn_utils.{name}\n" in build.interface() for name in modules)
+
+
+# --- the site ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site, built from the committed notebooks; a warning of Sphinx's fails it."""
+    """The site, built from the committed notebooks; a warning of Sphinx stops it."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("book")
         patch.setattr(build, "BUILD", folder)
@@ -106,7 +98,7 @@ def site(tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """What a page is made of: its links, ids, images without alternative text, and what it loads."""
+    """Contents of a page: its links, its ids, the images without alternative text, and the files that it loads."""
 
     def __init__(self, path):
         super().__init__()
@@ -129,11 +121,13 @@ def pages(site):
     return {path: Page(path) for path in site.rglob("*.html")}
 
 
-def test_every_notebook_has_its_page_and_every_module_its_section(pages, site):
+@pytest.mark.full
+def test_site_has_a_page_per_notebook_and_a_section_per_module(pages, site):
     assert {f"notebooks/{name}.html" for name in NOTEBOOKS} <= {str(path.relative_to(site)) for path in pages}
-    assert {f"module-fcnn_utils.{name}" for name in build.fcnn_utils.__all__} <= pages[site / "interface.html"].ids
+    assert {f"module-fcnn_utils.{name}" for name in build.modules()} <= pages[site / "interface.html"].ids
 
 
+@pytest.mark.full
 def test_links_within_the_site_lead_somewhere(pages):
     followed = 0
     for path, page in pages.items():
@@ -148,26 +142,24 @@ def test_links_within_the_site_lead_somewhere(pages):
     assert followed > 500
 
 
-def test_nothing_is_loaded_from_elsewhere(pages, site):
+@pytest.mark.full
+def test_site_loads_nothing_from_the_network_and_all_images_have_alternative_texts(pages, site):
     for path, page in pages.items():
         assert not [load for load in page.loads if re.match(r"(https?:)?//", load)], path.name
+        assert not page.mute, path.name
     for path in [*site.rglob("*.css"), *pages]:
         assert not re.search(r"@import[^;]*http|url\(['\"]?(https?:)?//", path.read_text()), path.name
 
 
-def test_every_image_can_be_read_out(pages):
-    assert not {path.name: page.mute for path, page in pages.items() if page.mute}
-
-
-def test_every_figure_is_in_the_list_of_figures(pages, site):
-    listed = pages[site / "figures.html"].links
+@pytest.mark.full
+def test_all_figures_are_in_the_list_of_figures(pages, site):
+    listed = {link.rpartition("#")[2] for link in pages[site / "figures.html"].links}
     numbers = [number for notebook in NOTEBOOKS.values() for number, _ in build.captions(notebook)]
-    assert len(numbers) > 40
-    for number in numbers:
-        assert any(link.endswith(f"#{build.anchor(number)}") for link in listed), number
+    assert len(numbers) > 40 and {build.anchor(number) for number in numbers} <= listed
 
 
-def test_a_page_has_its_equations_and_figures(site):
+@pytest.mark.full
+def test_page_has_numbered_equations_and_the_offline_mathjax(site):
     page = site / "notebooks" / "01_low_rank_and_cp.html"
     text = page.read_text()
     assert r"\tag{1.1}" in text and r"\begin{split}" not in text

@@ -1,6 +1,6 @@
 """Render the course: `make book` -> build/book/html, a site that needs no network, and build/book/course.pdf.
 
-The notebooks are rendered as they are committed; nothing is executed. Some contents are collected on pages of their own:
+The notebooks are rendered as they are committed; nothing is executed. Some contents are collected on separate pages:
 prerequisites as a map of the course, symbols as a page of notation, captions as a list of figures (and as alternative
 texts of the images), references as one bibliography. The interface comes from the docstrings of `fcnn_utils`.
 """

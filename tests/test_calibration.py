@@ -167,6 +167,15 @@ def test_refitting_restores_a_spoilt_last_layer(use_bias):
         assert np.array_equal(*variances)  # those of the dense network
 
 
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_refitting_keeps_the_mean_of_a_truncated_layer(use_bias):
+    model, images = network(use_bias=use_bias), pictures()
+    new, _ = compress.factorize(model, "cp", ranks={"conv2": 2}, images=images)
+    expected, found = (makes(one, "bn2", images).mean(axis=(0, 1, 2)) for one in (model, new))
+    assert np.allclose(found, expected, atol=1e-3)
+    assert np.abs(makes(new, "bn2", images) - makes(model, "bn2", images)).max() > 0.1
+
+
 def test_refitting_corrects_the_errors_of_the_layers_before():
     """The second chain's last layer is the least-squares fit, by hand, of the dense output to what it reads: the output
     of the first, truncated chain. So it is nearer than a fit that assumes an undamaged input."""

@@ -1,7 +1,8 @@
-"""Figures of the course: functions that draw records and tables with matplotlib.
+"""Figures of the course, drawn with matplotlib from records and tables.
 
-A network has the same colour and marker in every figure. Figures are saved with 256 colours, which halves
-their size and changes nothing visible in plots.
+A network has the same colour and marker in every figure. The functions that draw return their axes; without the
+argument `ax` (or `axes`) they make a new figure. Saved figures have 256 colours, which halves the size of the files and
+changes nothing visible in plots.
 """
 
 import base64
@@ -35,12 +36,9 @@ def setup(seed):
 
 
 def save(figure, slug, stand_in):
-    """Save a figure as `figures/SLUG.png` in the output folder, with at most 256 colours.
+    """Save a matplotlib figure as `figures/SLUG.png` in the output folder.
 
-    Args:
-        figure: of matplotlib.
-        slug: file name without its ending.
-        stand_in: whether it shows stand-in data. A line below the figure then says so.
+    With `stand_in`, a line below the figure says that it shows stand-in data.
 
     Raises:
         ValueError: if the file cannot be written.
@@ -53,14 +51,9 @@ def save(figure, slug, stand_in):
 
 
 def with_palette(png, colors=256):
-    """Reduce a PNG image to a palette of at most `colors` colours, each pixel to the nearest one, without dithering.
+    """Reduce a PNG file (bytes) to at most `colors` colours, from 2 to 256; return the new file.
 
-    Args:
-        png: bytes of the file; transparency becomes white.
-        colors: size of the palette, from 2 to 256.
-
-    Returns:
-        bytes of the new file.
+    Every pixel gets the nearest colour, without dithering. Transparency becomes white.
     """
     picture = Image.open(io.BytesIO(png)).convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
@@ -70,16 +63,13 @@ def with_palette(png, colors=256):
 
 
 def player(animation, description):
-    """Turn a matplotlib animation into HTML that plays without a network.
+    """Turn a matplotlib animation into `IPython.display.HTML` that plays without a network.
 
     The file contains every frame as an image, so the frames are small: 80 dots per inch and 64 colours.
 
     Args:
         animation: of matplotlib.
         description: text for readers who do not see the images.
-
-    Returns:
-        `IPython.display.HTML`, which a notebook shows.
     """
     with plt.rc_context({"savefig.dpi": 80}):
         html = animation.to_jshtml(default_mode="loop").replace("<img ", f'<img alt="{description}" ', 1)
@@ -101,11 +91,7 @@ def images(pictures, titles=None, columns=10, axes=None, cmap="viridis"):
         pictures: (N, H, W, 3) uint8; or (N, H, W) or (N, H, W, 1), drawn with `cmap`.
         titles: N texts above the images.
         columns: number of columns.
-        axes: array of axes to draw on, by default those of a new figure.
         cmap: name of a colour map.
-
-    Returns:
-        The array of axes.
     """
     if axes is None:
         rows = -(-len(pictures) // columns)
@@ -126,10 +112,6 @@ def cost_by_layer(costs, title="", axes=None):
     Args:
         costs: table of `cost.layer_costs`.
         title: above the axes.
-        axes: to draw on, by default those of a new figure.
-
-    Returns:
-        The axes.
     """
     rows = costs[(costs["macs"] > 0) & (costs["layer"] != "total")]
     total = costs[costs["layer"] == "total"].iloc[0]
@@ -158,10 +140,6 @@ def learning_curves(runs, column, scale=1.0, label="", ax=None):
         column: the quantity.
         scale: factor on it; 100 turns a share into percent.
         label: of the vertical axis.
-        ax: axes to draw on, by default those of a new figure.
-
-    Returns:
-        The axes.
     """
     ax = ax or plt.subplots()[1]
     for name, (ours, theirs) in runs.items():
@@ -182,10 +160,6 @@ def trade_off(table, column, label, ax=None):
             deviation of `top1` (NaN if unknown), drawn as a bar.
         column: name of the cost.
         label: of the cost's axis.
-        ax: axes to draw on, by default those of a new figure.
-
-    Returns:
-        The axes.
     """
     ax = ax or plt.subplots()[1]
     for name, row in table.iterrows():
@@ -208,10 +182,6 @@ def dots(table, xlabel="", ax=None):
     Args:
         table: data frame, one row per category and one column per network.
         xlabel: of the axis.
-        ax: axes to draw on, by default those of a new figure.
-
-    Returns:
-        The axes.
     """
     ax = ax or plt.subplots(figsize=(7, 0.6 + 0.27 * len(table)))[1]
     position = np.arange(len(table))
@@ -235,10 +205,6 @@ def roofline(tables, peak, bytes_per_second, ax=None):
         tables: dict label -> table of `benchmark.roofline`.
         peak: MACs per second of this machine, from `benchmark.gemm_peak`.
         bytes_per_second: of its memory, from `benchmark.memory_bandwidth`.
-        ax: axes to draw on, by default those of a new figure.
-
-    Returns:
-        The axes.
     """
     ax = ax or plt.subplots()[1]
     every = pd.concat(tables.values())

@@ -83,8 +83,8 @@ def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh
     what = "STAND-IN data (generated images, not CIFAR-100)" if on_standin else "CIFAR-100"
     print(f"profile {profile}: notebooks {', '.join(chosen)} on {what}, into {paths.shown(folder)}", flush=True)
     started = time.monotonic()
-    ipython_folder = _ipython_folder(folder, profiles[profile].get("EAGER", False))
-    with _environment(_course() if profile == "full" else folder, ipython_folder), _terminable():
+    output, eager = _course() if profile == "full" else folder, profiles[profile].get("EAGER", False)
+    with _environment(output, eager), _terminable():
         for number, path in chosen.items():
             given = {name: value for name, value in values.items() if name in accepted[number]}
             _run_one(path, given, folder, profiles["reads"].get(path.stem, []), published=profile == "full")
@@ -290,37 +290,28 @@ def _records_hash(patterns):
 # --- surroundings ------------------------------------------------------------------------------------------------
 
 
-def _ipython_folder(folder, eager):
-    """Write settings of the kernels to an IPython folder of their own, and return it.
-
-    C++ log lines of a backend stay out of the notebooks. With `eager`, TensorFlow compiles no graphs, which takes most
-    of the time if a network is trained for only a few steps.
-    """
-    settings = ["c.IPKernelApp.capture_fd_output = False"]
-    if eager and os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
-        line = "__import__('tensorflow').config.run_functions_eagerly(True)"
-        settings.append(f"c.IPKernelApp.exec_lines = [{line!r}]")
-    folder = folder / ".ipython"
-    _files.write_atomic(folder / "profile_default" / "ipython_kernel_config.py", "\n".join(settings) + "\n")
+def _ipython_folder():
+    """Return an IPython folder with a setting of ours: C++ log lines of a backend stay out of the notebooks."""
+    folder = _course() / "build" / "ipython"
+    config = folder / "profile_default" / "ipython_kernel_config.py"
+    if not config.exists():
+        _files.write_atomic(config, "c.IPKernelApp.capture_fd_output = False\n")
     return folder
 
 
 @contextlib.contextmanager
-def _environment(output, ipython_folder):
-    """Set the environment of the kernels, which write to the folder `output`."""
+def _environment(output, eager):
+    """Set the environment of the kernels, which write to the folder `output` and may train without compiling."""
     search_path = [str(Path(fcnn_utils.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    values = {"FCNN_OUTPUT": str(output), "IPYTHONDIR": str(ipython_folder)}
-    values["PYTHONPATH"] = os.pathsep.join(search_path)
+    values = {"FCNN_OUTPUT": str(output), "IPYTHONDIR": str(_ipython_folder())}
+    values |= {"PYTHONPATH": os.pathsep.join(search_path), "FCNN_EAGER": "1" if eager else ""}
     before = dict(os.environ)
     os.environ.update(values)
     try:
         yield
     finally:
-        for name in values:
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                del os.environ[name]
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextlib.contextmanager

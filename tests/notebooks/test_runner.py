@@ -21,6 +21,7 @@ from fcnn_utils.course import paths, runner
 
 PROFILES = """
 [smoke]
+EAGER = true
 DATASET = "standin"
 EPOCHS = 1
 [full]
@@ -51,11 +52,11 @@ def course(tmp_path, monkeypatch):
 
 @pytest.fixture
 def executed(monkeypatch):
-    """Do not execute notebooks; note the name, the parameters and the output folder of each that would be."""
+    """Do not execute notebooks; note the name, the parameters and the environment of each that would be."""
     calls = []
 
     def execute(path, given, folder):
-        calls.append((path.stem, given, os.environ["FCNN_OUTPUT"]))
+        calls.append((path.stem, given, [os.environ[name] for name in ("FCNN_OUTPUT", "FCNN_EAGER")]))
         return nbformat.read(path, 4)
 
     monkeypatch.setattr(runner, "execute", execute)
@@ -73,7 +74,7 @@ def printed(path):
 def test_notebooks_run_in_order_with_parameters_of_the_profile(course, executed, capsys):
     folder = runner.run("smoke")
     given = {"DATASET": "standin", "EPOCHS": 1}
-    assert executed == [(name, given, str(folder)) for name in NAMES]
+    assert executed == [(name, given, [str(folder), "1"]) for name in NAMES]
     assert sorted(path.stem for path in folder.glob("*.ipynb")) == NAMES
     lines = capsys.readouterr().out.splitlines()
     assert "STAND-IN" in lines[0] and "STAND-IN" in lines[-1]
@@ -181,7 +182,7 @@ def test_full_profile_rewrites_notebooks_and_signs_their_code(course, executed, 
 
     monkeypatch.setattr(runner, "execute", with_marks)
     runner.run("full", only=["02"])
-    assert executed == [("02_second", {}, str(tmp_path))]
+    assert executed == [("02_second", {}, [str(tmp_path), ""])]
     notebook = nbformat.read(course / "02_second.ipynb", 4)
     assert notebook.metadata["executed_source_sha256"] == runner.source_hash(notebook)
     assert "papermill" not in json.dumps(notebook) and notebook.cells[1].metadata == {"tags": ["parameters"]}

@@ -148,6 +148,12 @@ def test_unknown_methods_and_foreign_decompositions_are_rejected():
         factorizations.error_preserving_correction(random_kernel((3, 3, 6, 9)), CP.decompose(kernel, 2))
 
 
+def test_unknown_options_are_rejected_with_those_there_are():
+    for method, options in (("cp", "n_starts.*max_norm"), ("tucker", "n_iter, tol"), ("spatial", "none")):
+        with pytest.raises(ValueError, match=f"{method} has no option 'speed'; it has {options}"):
+            factorizations.decompose(random_kernel(), method, RANKS[method], speed=3)
+
+
 def test_half_precision_kernels_are_accepted():
     assert SpatialSVD.decompose(random_kernel().astype(ml_dtypes.bfloat16), 18).relative_error < 1e-12
 

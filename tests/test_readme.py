@@ -2,11 +2,12 @@
 
 import re
 
+import keras
 import numpy as np
 import pandas as pd
 import pytest
 
-from fcnn_utils import cost
+from fcnn_utils import cost, deploy
 from fcnn_utils.course import data, ensembles, metrics, networks, paths, predictions, records, thesis
 from fcnn_utils.course.data import cifar100, medmnist
 
@@ -145,3 +146,20 @@ def test_links_lead_somewhere_and_include_all_notebooks():
     assert targets and all((paths.root() / target).exists() for target in targets)
     notebooks = {f"notebooks/{path.name}" for path in (paths.root() / "notebooks").glob("*.ipynb")}
     assert notebooks and notebooks <= set(targets)
+
+
+def test_ten_lines_for_a_model_run_as_they_stand(tmp_path, monkeypatch):
+    """The first Python block of the README, in another folder, on a small model and random images."""
+    if "onnxruntime" not in deploy.available():
+        pytest.skip("ONNX Runtime or its exporter is not installed")
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    keras.utils.set_random_seed(0)
+    model = networks.build("simple", (8, 8, 3), 10, width=0.25)
+    model.save("model.keras")
+    names = {"images": np.random.default_rng(0).standard_normal((40, 8, 8, 3)).astype("float32")}
+    exec(code, names)
+    assert cost.total_costs(names["small"])["macs"] <= cost.total_costs(model)["macs"] / 4
+    expected = names["small"](names["images"], training=False)
+    loaded = deploy.load("small.onnx")(names["images"])
+    assert np.allclose(loaded, keras.ops.convert_to_numpy(expected), atol=1e-5)

@@ -11,8 +11,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST = $(VENV)/bin/python -m pytest
 # As many workers as processors, but at most 4: each loads TensorFlow. The tests of one file share a worker, and so its
-# fixtures; files are taken in the order of collection, longest first (tests/conftest.py).
-PARALLEL = --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+# fixtures; each group of notebooks may have its own (tests/conftest.py).
+PARALLEL = --numprocesses=logical --maxprocesses=4 --dist=loadgroup
 
 run: $(VENV)/ready
 	$(VENV)/bin/python -m fcnn_utils run $(ARGS)

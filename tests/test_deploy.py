@@ -65,7 +65,7 @@ def test_an_engine_that_is_not_installed_says_what_to_install(engine, monkeypatc
     monkeypatch.setattr(deploy.importlib.util, "find_spec", lambda package: None)
     monkeypatch.setattr(keras.config, "backend", lambda: "tensorflow")
     assert deploy.available() == ("keras",)
-    with pytest.raises(ValueError, match=rf'{deploy.TITLES[engine]} needs .*: pip install .*"fcnn-utils\[export\]"'):
+    with pytest.raises(ValueError, match=f"{deploy.TITLES[engine]} needs .*: pip install "):
         deploy.load(small(), engine)
     with pytest.raises(ValueError, match="pip install"):
         deploy.export(small(), tmp_path / f"model{SUFFIXES[engine]}")

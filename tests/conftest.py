@@ -1,6 +1,13 @@
 """Fixtures of all tests, and their order."""
 
+import os
+
 import pytest
+
+# Workers share the processors: threads of several programs slow each other down.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

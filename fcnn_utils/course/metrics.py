@@ -107,7 +107,7 @@ def reliability(probabilities, labels, bins=15):
 def calibration_error(probabilities, labels, bins=15):
     """Return the expected calibration error (Guo et al. 2017, arXiv 1706.04599).
 
-    It is the mean of |accuracy − confidence| over the bins of `reliability`, weighted by their images.
+    It is the mean of `|accuracy − confidence|` over the bins of `reliability`, weighted by their images.
     """
     table = reliability(probabilities, labels, bins)
     return float(np.average((table["accuracy"] - table["confidence"]).abs(), weights=table["images"]))

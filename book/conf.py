@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import re
 import textwrap
 
 project = "Factorized convolutional networks in Keras"
@@ -34,6 +35,7 @@ def _examples(app, what, name, obj, options, lines):
         if lines[number - 1][:1].strip() and not lines[number] and lines[number + 1].startswith("    "):
             rest = itertools.takewhile(lambda line: not line[:1].strip(), lines[number + 1 :])
             lines[number:number] = ["", f".. code-block:: {_language(textwrap.dedent(chr(10).join(rest)))}"]
+    lines[:] = [re.sub(r"\(\*(?=\w)", r"(\\*", line) for line in lines]  # a shape (*spatial, S, T) is no emphasis
 
 
 def _language(block):

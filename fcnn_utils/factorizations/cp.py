@@ -26,6 +26,7 @@ class CP(Factorization):
     sorted by descending norm, and a component's norm is spread evenly over its vectors.
 
     Options of `decompose`:
+
         n_starts: number of starts (1). The first uses singular vectors of the unfoldings, the others are random.
         seed: seed of the random numbers (0).
         n_iter: maximum number of sweeps for a start (100).

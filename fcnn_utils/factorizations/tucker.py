@@ -17,6 +17,7 @@ class Tucker2(Factorization):
     Vandewalle 2000), refined by higher-order orthogonal iteration.
 
     Options of `decompose`:
+
         n_iter: maximum number of sweeps (100).
         tol: stop when a sweep changes the relative error by less than this (1e-6).
     """

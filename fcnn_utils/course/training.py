@@ -7,6 +7,7 @@
 """
 
 import math
+import os
 import time
 
 import keras
@@ -182,7 +183,8 @@ def compile_model(model, recipe, steps):
     optimizer = kinds[recipe.optimizer](learning_rate_schedule(recipe, steps), **options)
     if recipe.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    backend = keras.config.backend()
+    backend, eager = keras.config.backend(), bool(os.environ.get("FCNN_EAGER"))  # eager: see `runner`
+    on_gpu = backend == "tensorflow" and environment.gpu() is not None
     model.compile(
         optimizer,
         keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing),
@@ -192,7 +194,8 @@ def compile_model(model, recipe, steps):
             keras.metrics.TopKCategoricalAccuracy(5, name="top5"),
         ],
         # On a CPU TensorFlow's own kernels are faster than XLA's.
-        jit_compile=backend == "jax" or (backend == "tensorflow" and environment.gpu() is not None),
+        jit_compile=not eager and (backend == "jax" or on_gpu),
+        run_eagerly=eager,
     )
 
 

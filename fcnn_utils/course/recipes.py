@@ -27,7 +27,7 @@ _RANGES = {  # setting -> kind, lowest and highest value; the highest of `cycles
     "seed": (int, 0, 2**31 - 1),
 }
 _CHOICES = {
-    "optimizer": ("sgd", "adam", "rmsprop"),
+    "optimizer": ("sgd", "adam", "rmsprop", "muon"),
     "schedule": ("constant", "one_cycle", "inverse_time"),
     "flip": (True, False, "alternating"),
     "balanced": (True, False),
@@ -46,9 +46,11 @@ class Recipe:
         name: name in records.
         epochs: passes over the training images, from 1 to 1000.
         batch_size: images per step; the last, incomplete batch of an epoch is dropped.
-        optimizer: "sgd" (with Nesterov momentum if `momentum` > 0), "adam" or "rmsprop".
+        optimizer: "sgd" (with Nesterov momentum if `momentum` > 0), "adam", "rmsprop" or "muon"
+            (`optimizers.Muon`; it steps biases, norms and depthwise kernels by Adam at a twentieth of
+            the rate).
         learning_rate: largest learning rate of the schedule.
-        momentum: momentum of "sgd", below 1; 0 for none.
+        momentum: momentum of "sgd" and "muon", below 1; 0 for none.
         schedule: "constant"; or "one_cycle": a linear warm-up from 0 to `learning_rate`, then a cosine
             decay to 0 (after Smith & Topin 2018, arXiv 1708.07120); or "inverse_time":
             `learning_rate` / (1 + `learning_rate` / `epochs` × step), which was common for SGD when the

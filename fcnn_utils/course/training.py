@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from fcnn_utils import benchmark
-from fcnn_utils.course import augmentation, environment
+from fcnn_utils.course import augmentation, environment, optimizers
 
 _EVALUATION_BATCH = 500
 _PROBABILITY_FLOOR = 1e-12  # keeps the logarithm of a probability of 0 finite
@@ -179,7 +179,11 @@ def compile_model(model, recipe, steps):
     options = {"global_clipnorm": recipe.clip_norm or None, "weight_decay": recipe.weight_decay or None}
     if recipe.optimizer == "sgd":
         options |= {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
+    if recipe.optimizer == "muon":
+        options |= {"momentum": recipe.momentum, "adam_lr_ratio": 0.05}
+        options["adam_weight_decay"] = options["weight_decay"]
     kinds = {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam, "rmsprop": keras.optimizers.RMSprop}
+    kinds["muon"] = optimizers.Muon
     optimizer = kinds[recipe.optimizer](learning_rate_schedule(recipe, steps), **options)
     if recipe.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])

@@ -2,7 +2,9 @@
 
 # Everything slow (Keras, pandas, papermill) is imported inside the commands, so that --help answers at once.
 import argparse
+import contextlib
 import os
+import signal
 import sys
 
 _STOPPED = 130  # a shell's exit code for Ctrl-C
@@ -11,23 +13,43 @@ _STOPPED = 130  # a shell's exit code for Ctrl-C
 def main(arguments=None):
     """Run the command line; return the exit code.
 
-    0: success; 1: a notebook or a training failed; 2: an argument or a file is bad; 130: Ctrl-C.
+    0: success; 1: a notebook or a training failed; 2: an argument or a file is bad; 130: Ctrl-C or SIGTERM.
     """
     options = _parser().parse_args(arguments)
     try:
-        return options.command(options)
+        with _terminable():
+            return options.command(options)
     except ArithmeticError as diverged:
         print(f"stopped: {diverged}", file=sys.stderr)
         return 1
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: standard output is closed, or goes to a full disk
         print(f"fcnn_utils: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as missing:
         print(f'fcnn_utils: this command needs {missing.name}: pip install ".[course]" in a clone', file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; run the same command to continue from here", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(
+            f"stopped: {stopped}" if str(stopped) else "stopped; run the same command to continue from here",
+            file=sys.stderr,
+        )
         return _STOPPED
+
+
+@contextlib.contextmanager
+def _terminable():
+    """Make SIGTERM end a run as Ctrl-C does, and Ctrl-C work even if a shell started this process in the background."""
+
+    def stop(signum, frame):
+        raise KeyboardInterrupt
+
+    handlers = {signal.SIGTERM: stop, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(options):
@@ -52,7 +74,7 @@ def _setting(text):
 
 
 def _train(options):
-    from fcnn_utils.course import data, runner
+    from fcnn_utils.course import data, paths, runner
     from fcnn_utils.course.recipes import get_recipe
 
     with runner.stderr_to(os.devnull):  # TensorFlow writes many lines when it starts
@@ -61,14 +83,13 @@ def _train(options):
         if options.deterministic:
             environment.deterministic()
         environment.describe()
-    networks.run_name(options.model, options.width)  # checks both before data is loaded
-    recipe = get_recipe(options.recipe)
-    if options.epochs is not None:
-        recipe = recipe.replace(epochs=options.epochs)
+    networks.run_name(options.model, options.width)  # checks both, and the next lines the rest, before data is loaded
+    given = {"epochs": options.epochs, "seed": options.seed}
+    recipe = get_recipe(options.recipe).replace(**{key: value for key, value in given.items() if value is not None})
     dataset = data.load(options.dataset, options.train_images, options.test_images)
-    print(dataset, flush=True)
+    paths.say(str(dataset))
     how = {key: getattr(options, key) for key in ("width", "retrain", "save_model", "save_predictions")}
-    experiments.train(options.model, dataset, recipe, options.seed, **how)
+    experiments.train(options.model, dataset, recipe, **how)
     return 0
 
 

@@ -2,8 +2,12 @@
 
 import errno
 import os
+import platform
+import subprocess
+import sys
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from fcnn_utils import _files
@@ -50,3 +54,91 @@ def test_write_names_a_folder_that_cannot_be_made(tmp_path):
 def test_check_writable_leaves_no_file(tmp_path):
     _files.check_writable(tmp_path / "new")
     assert os.listdir(tmp_path / "new") == []
+
+
+# --- locks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A process that holds the lock `tmp_path / "new" / "lock"`."""
+    program = "import sys, pathlib; from fcnn_utils import _files\n"
+    program += "with _files.locked(pathlib.Path(sys.argv[1]), 'a work'): print(flush=True), input()"
+    command = [sys.executable, "-c", program, str(tmp_path / "new" / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_second_process_is_told_of_the_first_and_a_dead_one_does_not_block(tmp_path, other):
+    path, process = tmp_path / "new" / "lock", other
+    message = f"a work is under way in process {process.pid} on {platform.node()}; wait until it ends, or stop it"
+    with pytest.raises(ValueError, match=message), _files.locked(path, "a work"):
+        pytest.fail("it was done twice")
+    process.kill()
+    process.wait()
+    assert path.exists()  # it could not tidy up
+    for _ in range(2):
+        with _files.locked(path, "a work"):
+            assert path.read_text() == f"process {os.getpid()} on {platform.node()}"
+        assert not path.exists()
+
+
+def test_lock_is_freed_after_an_error_and_one_of_another_machine_is_named(tmp_path):
+    path = tmp_path / "lock"
+    with pytest.raises(KeyboardInterrupt), _files.locked(path, "a work"):
+        raise KeyboardInterrupt
+    assert not path.exists()
+    path.write_text("process 7 on another-machine")
+    with (
+        pytest.raises(ValueError, match="may be under way in process 7 on another-machine.*delete this file") as error,
+        _files.locked(path, "a work"),
+    ):
+        pytest.fail("it was done twice")
+    assert str(path) in str(error.value) and path.read_text() == "process 7 on another-machine"
+
+
+def test_lock_that_its_owner_has_just_deleted_is_not_taken(tmp_path, monkeypatch):
+    path, flock, calls = tmp_path / "lock", _files.fcntl.flock, []
+
+    def delete_first(file, how):
+        calls.append(how)
+        if len(calls) == 1:
+            path.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(_files.fcntl, "flock", delete_first)
+    with _files.locked(path, "a work"):
+        assert path.exists() and len(calls) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK])
+def test_file_system_without_locks_does_not_forbid_the_work(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(_files.fcntl, "flock", Mock(side_effect=OSError(number, "no locks")))
+    with _files.locked(tmp_path / "lock", "a work"):
+        pass
+
+
+# --- arrays ------------------------------------------------------------------------------------------------------
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_arrays_are_read_and_objects_are_refused_without_running_them(tmp_path):
+    path, touched = tmp_path / "a.npz", tmp_path / "touched"
+    np.savez(path, a=np.arange(3), text="x")
+    read = _files.read_arrays(path)
+    assert read["a"].tolist() == [0, 1, 2] and str(read["text"]) == "x"
+    np.savez(path, a=np.array([Touch(touched)], object))
+    with pytest.raises(ValueError, match="^it is not a whole npz file of numbers$"):
+        _files.read_arrays(path)
+    assert not touched.exists()
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        _files.read_arrays(tmp_path / "none.npz")

@@ -43,20 +43,28 @@ def resume(model, record):
         return []
     model.optimizer.build(model.trainable_variables)
     try:
-        with np.load(path) as saved:
-            earlier = records.parse(str(saved["record"]))
-            arrays = [saved[f"v{number}"] for number in range(len(saved.files) - 1)]
-        is_same = all(earlier[key] == record[key] for key in _SAME)
-        if not is_same or [array.shape for array in arrays] != [tuple(variable.shape) for variable in _state(model)]:
-            print(f"{paths.shown(path)} belongs to other settings: starting anew", flush=True)
-            return []
-    except Exception as error:  # a damaged archive raises errors of many kinds
-        print(f"{paths.shown(path)} is damaged ({error}): starting anew", flush=True)
+        earlier, arrays = _read(path)
+    except ValueError as error:
+        paths.say(f"{paths.shown(path)} is damaged ({error}): starting anew")
+        return []
+    kinds = [(array.shape, array.dtype.name) for array in arrays]
+    wanted = [(tuple(variable.shape), keras.backend.standardize_dtype(variable.dtype)) for variable in _state(model)]
+    if kinds != wanted or not _is_same(earlier, record):
+        paths.say(f"{paths.shown(path)} belongs to other settings: starting anew")
         return []
     for variable, array in zip(_state(model), arrays, strict=True):
         variable.assign(array)
-    print(f"{record['model']} · {record['recipe']['name']} · going on after epoch {len(earlier['epochs'])}", flush=True)
+    paths.say(f"{record['model']} · {record['recipe']['name']} · going on after epoch {len(earlier['epochs'])}")
     return earlier["epochs"]
+
+
+def epochs_done(record):
+    """Return the number of epochs in the checkpoint of a run; 0 if there is none that `resume` would load."""
+    try:
+        earlier, _ = _read(file_of(record, "checkpoint.npz"))
+    except ValueError:
+        return 0
+    return len(earlier["epochs"]) if _is_same(earlier, record) else 0
 
 
 def keep(model, record):
@@ -68,7 +76,7 @@ def keep(model, record):
     path = file_of(record, "keras")
     bare = type(model).from_config(model.get_config())  # `model` has the optimizer, up to twice as large as the weights
     bare.set_weights(model.get_weights())
-    temporary = path.with_name(f".{path.stem}.tmp.keras")
+    temporary = path.with_name(f".{path.name}.tmp.keras")
     try:
         bare.save(temporary)
         _files.write_atomic(path, temporary.read_bytes())
@@ -76,6 +84,23 @@ def keep(model, record):
         raise ValueError(_files.cannot_write(path, error)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_same(earlier, record):
+    return all(earlier[key] == record[key] for key in _SAME)
+
+
+def _read(path):
+    """Return the record and the list of arrays of a checkpoint; raise ValueError if it is not a whole one."""
+    arrays = _files.read_arrays(path)
+    record = records.check(records.parse(str(arrays.pop("record", ""))))
+    if not record["epochs"]:
+        raise ValueError("it has no epochs")
+    if list(arrays) != [f"v{number}" for number in range(len(arrays))]:
+        raise ValueError("an array is missing")
+    if not all(np.isfinite(array).all() for array in arrays.values() if array.dtype.kind == "f"):
+        raise ValueError("its weights are not finite")
+    return record, list(arrays.values())
 
 
 def _state(model):

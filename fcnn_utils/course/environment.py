@@ -26,7 +26,7 @@ def setup(seed):
     """Start a notebook: seed Python, NumPy and the backend; print one line about this machine."""
     keras.utils.set_random_seed(seed)
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # hide warnings about retracing
-    print(summary(describe()))
+    paths.say(summary(describe()))
 
 
 def deterministic():

@@ -18,6 +18,7 @@ The names of the other entries say what they are: dataset, fingerprint, stand_in
 seed, precision, and the entries of `environment.describe`.
 """
 
+import contextlib
 import dataclasses
 
 import keras
@@ -25,6 +26,8 @@ import keras
 from fcnn_utils import _files, cost
 from fcnn_utils.course import augmentation, checkpoints, environment, networks, paths, predictions, records, training
 from fcnn_utils.course.recipes import get_recipe
+
+_RETRAIN = "pass retrain=True (on the command line --retrain) to replace it"
 
 
 # parameters: those up to `teacher` define the run; the others say what is kept, replaced and printed
@@ -66,9 +69,10 @@ def train(
         The record (see the module).
 
     Raises:
-        ValueError: if an argument is not allowed, a record of the same name has other settings or lacks
-            the predictions, or a file cannot be written.
+        ValueError: if an argument is not allowed, a record of the same name is damaged, has other settings
+            or lacks the predictions, another process trains the same, or a file cannot be written.
         training.Diverged: if the loss or a weight is not finite. The record of the epochs before is kept.
+        KeyboardInterrupt: if the training was stopped; the message says what is kept.
     """
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     recipe = recipe if seed is None else dataclasses.replace(recipe, seed=seed)
@@ -78,17 +82,21 @@ def train(
         return stored
     images = len(dataset.train) + (len(dataset.validation) if recipe.train_on == "all" else 0)
     steps = training.steps_per_epoch(images, recipe)
-    _files.check_writable(records.path_of(dataset.name, name, recipe.name, recipe.seed).parent)
-    model = _build(model, dataset, recipe, width)
-    training.compile_model(model, recipe, steps)  # a checkpoint includes the optimizer
-    record = _new_record(model, name, dataset, recipe, images)
-    record["epochs"] = checkpoints.resume(model, record)
-    try:
-        _run(model, dataset, recipe, record, teacher, save_predictions)
-    except training.Diverged as error:
-        path = records.write(record | {"status": "diverged", "test": None})
-        raise training.Diverged(f"{error}; the epochs before are kept in {paths.shown(path)}") from None
-    _finish(model, record, save_model, save_predictions)
+    with _alone(records.path_of(dataset.name, name, recipe.name, recipe.seed)):
+        model = _build(model, dataset, recipe, width)
+        training.compile_model(model, recipe, steps)  # a checkpoint includes the optimizer
+        record = _new_record(model, name, dataset, recipe, images)
+        try:
+            record["epochs"] = checkpoints.resume(model, record)
+            if save_predictions:
+                predictions.check_kept(record, len(record["epochs"]) // recipe.epochs_a_cycle)
+            _run(model, dataset, recipe, record, teacher, save_predictions)
+        except training.Diverged as error:
+            path = records.write(record | {"status": "diverged", "test": None})
+            raise training.Diverged(f"{error}; the epochs before are kept in {paths.shown(path)}") from None
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_kept_line(record)) from None
+        _finish(model, record, save_model, save_predictions)
     return record
 
 
@@ -103,11 +111,20 @@ def load_trained(model, dataset, recipe, seed=0):
 
     Returns:
         keras.Model, not compiled; None if no network was kept.
+
+    Raises:
+        ValueError: if the file cannot be loaded; the message names it.
     """
     for folder in records.folders():
         path = records.path_of(dataset, model, recipe, seed, folder).with_suffix(".keras")
         if path.exists():
-            return keras.saving.load_model(path, compile=False)
+            try:
+                return keras.saving.load_model(path, compile=False, safe_mode=True)
+            except Exception:  # errors of many kinds; Keras's message about a Lambda layer tells how to run its code
+                raise ValueError(
+                    f"{paths.shown(path)} cannot be loaded: it is damaged, needs a layer that is not registered, or "
+                    "contains code, which was not run; delete it and the record, and train again"
+                ) from None
     return None
 
 
@@ -142,9 +159,9 @@ def _record_name(model, width, name):
         raise ValueError(
             f"model must be a network's name, a built keras.Model, or a function and a name; got {model!r}"
         )
-    if width != 1 and (name or not is_name):
+    if width != 1 and (name is not None or not is_name):
         raise ValueError(f"width must be 1 unless model is a network's name and name is not given; got {width!r}")
-    if name:
+    if name is not None:
         return name
     return networks.run_name(model, width) if is_name else model.name
 
@@ -167,14 +184,25 @@ def _stored(name, dataset, recipe, needs_predictions, quiet):
     if "recipe" in differing:
         differing += [key for key, value in wanted["recipe"].items() if record["recipe"].get(key) != value]
     if differing:
-        raise ValueError(
-            f"{paths.shown(path)} was made with another {', '.join(differing)}; pass retrain=True to replace it"
-        )
+        raise ValueError(f"{paths.shown(path)} was made with another {', '.join(differing)}; {_RETRAIN}")
     if not quiet:
-        print(f"{result_line(record)}; read from {paths.shown(path)}", flush=True)
+        paths.say(f"{result_line(record)}; read from {paths.shown(path)}")
     if needs_predictions and predictions.load(dataset.name, name, recipe.name, recipe.seed) is None:
-        raise ValueError(f"{result_line(record)}; its predictions were not kept: pass retrain=True to replace it")
+        raise ValueError(f"{result_line(record)}; its predictions were not kept: {_RETRAIN}")
     return record
+
+
+@contextlib.contextmanager
+def _alone(path):
+    """Hold the lock of the run whose record is `path`; check that its files can be written, and tidy up."""
+    with _files.locked(path.with_name(f".{path.stem}.lock"), f"the training of {paths.shown(path)}"):
+        _files.check_writable(path.parent)
+        for suffix in (".json", ".partial.json", ".checkpoint.npz", ".keras", ".predictions.npz"):
+            if path.with_suffix(suffix).is_dir():
+                raise ValueError(f"{paths.shown(path.with_suffix(suffix))} is a folder where a file goes; delete it")
+        for left_over in path.parent.glob(f".{path.stem}.*.tmp*"):  # of a process that was killed while it wrote
+            left_over.unlink(missing_ok=True)
+        yield
 
 
 def _build(model, dataset, recipe, width):
@@ -237,7 +265,7 @@ def _run(model, dataset, recipe, record, teacher, save_predictions):
             predictions.keep(record, cycle - 1, found)
         checkpoints.save(model, record)
         records.write(record)
-        print(progress_line(record, row), flush=True)
+        paths.say(progress_line(record, row))
     if recipe.train_on == "all" or save_predictions:
         record["test"] = training.evaluate(model, dataset.test, scale, dataset.coarse_names)
         training.check_finite(record["test"]["loss"], "on the test images after the last epoch")
@@ -253,4 +281,15 @@ def _finish(model, record, save_model, save_predictions):
     path = records.write(record)
     for left_over in ("checkpoint.npz", "partial.json"):
         checkpoints.file_of(record, left_over).unlink(missing_ok=True)
-    print(f"{result_line(record)}; record in {paths.shown(path)}", flush=True)
+    paths.say(f"{result_line(record)}; record in {paths.shown(path)}")
+
+
+def _kept_line(record):
+    """Say what is kept of a run that was stopped, and how it goes on."""
+    done, path = checkpoints.epochs_done(record), checkpoints.file_of(record, "checkpoint.npz")
+    if done == 0:
+        return f"no epoch of {record['model']} was done, so nothing is kept; the next call starts anew"
+    return (
+        f"epochs 1 to {done} of {record['recipe']['epochs']} of {record['model']} are kept in {paths.shown(path)}; "
+        "the next call continues after them"
+    )

@@ -1,12 +1,15 @@
-"""Find the folder of the course, and the folder for output.
+"""Find the folder of the course, and the folder for output; name files and print lines about them.
 
 No other module derives the course's folder from the location of the package.
 """
 
 import os
+import re
+import sys
 from pathlib import Path
 
 _MARK = Path("notebooks") / "profiles.toml"  # the folder of the course has this file
+_SEPARATORS = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]')  # on any system
 
 
 def root():
@@ -34,6 +37,26 @@ def output():
 
 
 def shown(path):
-    """Format `path` for a message: relative to the course's folder if it lies inside, else absolute."""
-    path, course = Path(path).resolve(), root()
-    return str(path.relative_to(course)) if course and path.is_relative_to(course) else str(path)
+    """Format `path` for a message: relative to the current folder if it lies inside, else absolute.
+
+    In the folder of the notebooks it is relative to the course's folder, because their texts name files so.
+    """
+    path, here, course = Path(path).resolve(), Path.cwd().resolve(), root()
+    start = course if course and here == course / "notebooks" else here
+    return str(path.relative_to(start)) if path.is_relative_to(start) else str(path)
+
+
+def check_name(what, name):
+    """Return `name` if it can be the name of one file or folder on every system; else raise ValueError."""
+    if not isinstance(name, str) or not name or name[0] == "." or name[-1] in ". " or _SEPARATORS.search(name):
+        raise ValueError(
+            f"{what} becomes a folder, so it must not be empty, start with a dot, end with a dot or a space, "
+            f'or contain a line break or one of / \\ : * ? " < > |; got {name!r}'
+        )
+    return name
+
+
+def say(line):
+    """Print a line at once. What the terminal cannot show becomes a question mark: it must not end a training."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(line.encode(encoding, "replace").decode(encoding), flush=True)

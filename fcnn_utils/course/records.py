@@ -7,15 +7,23 @@ not import Keras.
 """
 
 import json
+import reprlib
 from pathlib import Path
 
 import pandas as pd
 
-from fcnn_utils._files import write_atomic
+from fcnn_utils._checks import check_choice
+from fcnn_utils._files import check_writable, write_atomic
 from fcnn_utils.course import paths
 
 SCHEMA = 1
-_REQUIRED = ("schema", "dataset", "model", "recipe", "seed", "status", "epochs")
+# What readers of a record rely on: key -> type of its value; an int is a float, too.
+_RECORD = dict.fromkeys(["status", "dataset", "fingerprint", "model", "precision", "device", "backend", "date"], str)
+_RECORD |= dict.fromkeys(["seed", "train_images", "params", "trainable", "macs", "cores"], int)
+_RECORD |= {"stand_in": bool, "recipe": dict, "versions": dict, "epochs": list}
+_EPOCH = dict.fromkeys(["loss", "cross_entropy", "top1", "top5", "seconds", "ms_per_step"], float) | {"epoch": int}
+_HUGE = 1e300  # not finite, for a figure
+_RESULT = dict.fromkeys(["loss", "top1", "top5"], float) | {"images": int, "correct_by_class": list}
 _RENAMED = {"others_cpu": "background_load"}  # key in files of the first edition -> current key
 _RUN = ["dataset", "model", "recipe", "seed"]  # these identify a run
 _FIGURES = ["top1", "top5", "loss"]
@@ -27,7 +35,16 @@ def path_of(dataset, model, recipe, seed, folder=None):
 
     The record of an incomplete run is `seedN.partial.json` in the same folder. The default of `folder`
     is `results` in the output folder.
+
+    Raises:
+        ValueError: if a name cannot be that of a folder.
     """
+    for what, name in (
+        ("name of the data set", dataset),
+        ("name of the network", model),
+        ("name of the recipe", recipe),
+    ):
+        paths.check_name(what, name)
     return Path(folder or paths.output() / "results") / dataset / model / recipe / f"seed{seed}.json"
 
 
@@ -57,14 +74,13 @@ def read(path):
     """Read the record in the file `path`.
 
     Raises:
-        ValueError: if the file is missing, damaged or of another schema; the message names it.
+        ValueError: if the file is missing, damaged or not a record (see `check`); the message names it.
     """
     try:
-        record = parse(Path(path).read_text())
-    except (OSError, ValueError) as error:  # text that is not UTF-8, or not JSON, is a ValueError
+        record = check(_read_json(path))
+        check_choice("schema", record.get("schema"), [SCHEMA])
+    except ValueError as error:
         raise ValueError(f"{paths.shown(path)} is not a readable record ({error}); delete it and train again") from None
-    if not isinstance(record, dict) or any(key not in record for key in _REQUIRED) or record["schema"] != SCHEMA:
-        raise ValueError(f"{paths.shown(path)} is not a record of schema {SCHEMA}; delete it and train again")
     return record
 
 
@@ -74,17 +90,57 @@ def parse(text):
     Keys are renamed in every nested dict, and in the column list of a data frame that pandas wrote with
     orient="split".
 
+    Returns:
+        dict.
+
     Raises:
-        ValueError: if `text` is not JSON.
+        ValueError: if `text` is not a JSON object, or a number in it is not finite.
     """
-    return json.loads(text, object_hook=_with_current_keys)
+    try:
+        content = json.loads(text, object_hook=_with_current_keys, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    _check_types("the file", content, {})
+    return content
+
+
+def check(record):
+    """Return `record` if its entries, those of its epochs and its results have the types that readers rely on.
+
+    Raises:
+        ValueError: if one is missing or has another type; or if the epochs do not count from 1 to the
+            recipe's number, all of them in a complete run.
+    """
+    _check_types("the record", record, _RECORD)
+    check_choice("status", record["status"], ("complete", "running", "diverged"))
+    recipe, epochs, complete = record["recipe"], record["epochs"], record["status"] == "complete"
+    _check_types("its recipe", recipe, {"name": str, "epochs": int})
+    _check_types("its versions", record["versions"], {"keras": str})
+    if "test" not in record:
+        raise ValueError("the record has no 'test'")
+    results = [] if record["test"] is None else [record["test"]]
+    for row in epochs:
+        _check_types("an epoch", row, _EPOCH)
+        results += [row["validation"]] if "validation" in row else []
+    numbers, planned = [row["epoch"] for row in epochs], recipe["epochs"]
+    if numbers != list(range(1, len(numbers) + 1)) or len(numbers) > planned or complete and len(numbers) < planned:
+        raise ValueError(f"it is {record['status']}, and its epochs are {reprlib.repr(numbers)} of {planned}")
+    if complete and record["test"] is None and not (epochs and "validation" in epochs[-1]):
+        raise ValueError("it is complete, but has no results")
+    for result in results:
+        _check_types("a result", result, _RESULT)
+    return record
 
 
 def lookup(dataset, model, recipe, seed):
-    """Return (record, path) of the first such complete run in `folders()`; (None, None) if there is none."""
+    """Return (record, path) of the first such complete run in `folders()`; (None, None) if there is none.
+
+    Raises:
+        ValueError: if its file is damaged: a training must not replace it unasked.
+    """
     for folder in folders():
         path = path_of(dataset, model, recipe, seed, folder)
-        record = _read_or_report(path) if path.exists() else None
+        record = read(path) if path.exists() else None
         if record and record["status"] == "complete":
             return record, path
     return None, None
@@ -93,7 +149,7 @@ def lookup(dataset, model, recipe, seed):
 def find(dataset=None, model=None, recipe=None, seed=None, status="complete", where=None):
     """Find all runs that match.
 
-    Damaged files are skipped; a printed line names each.
+    Damaged files and those that are not records (see `check`) are skipped; a printed line names each.
 
     Args:
         dataset, model, recipe, seed: values to match; None matches all.
@@ -109,7 +165,7 @@ def find(dataset=None, model=None, recipe=None, seed=None, status="complete", wh
     for folder in where or folders():
         for path in sorted(Path(folder).glob("*/*/*/seed*.json")):
             run = path.relative_to(folder)
-            record = _read_or_report(path) if run not in rows else None
+            record = _or_report(read, path) if run not in rows else None
             if record:
                 rows[run] = _row(record, path)
     frame = pd.DataFrame(rows.values(), columns=_COLUMNS)
@@ -126,13 +182,13 @@ def save(name, content):
     """Write a measurement that is not a run to `results/NAME.json` in the output folder; return the path.
 
     Args:
-        name: name of the file, without its ending.
+        name: name of the file, without its ending; folders before it are separated by "/".
         content: dict of JSON types.
 
     Raises:
         ValueError: if a number is not finite, or the file cannot be written.
     """
-    path = paths.output() / "results" / f"{name}.json"
+    path = _measurement(name, paths.output() / "results")
     _write_json(path, content)
     return path
 
@@ -143,12 +199,10 @@ def load(name):
     Damaged files are skipped; a printed line names each.
     """
     for folder in folders():
-        path = folder / f"{name}.json"
-        if path.exists():
-            try:
-                return parse(path.read_text()), path
-            except ValueError as error:
-                print(f"skipped: {paths.shown(path)} is not readable ({error}); delete it and measure again")
+        path = _measurement(name, folder)
+        content = _or_report(_read_measurement, path) if path.exists() else None
+        if content is not None:
+            return content, path
     return None, None
 
 
@@ -170,6 +224,7 @@ def cached(name, compute, settings=None, recompute=False):
     settings = settings or {}
     content, path = (None, None) if recompute else load(name)
     if content is None:
+        check_writable(_measurement(name, paths.output() / "results").parent)
         save(name, compute() | {"settings": settings})
         content, path = load(name)  # from the file, so that all calls return the same types
     kept = content.get("settings", {})
@@ -199,9 +254,49 @@ def _row(record, path):
     return row | own
 
 
-def _read_or_report(path):
+def _measurement(name, folder):
+    for part in str(name).split("/"):
+        paths.check_name("name of the measurement", part)
+    return folder / f"{name}.json"
+
+
+def _read_measurement(path):
     try:
-        return read(path)
+        content = _read_json(path)
+        _check_types("the file", {"settings": {}} | content, {"settings": dict})
     except ValueError as error:
-        print(f"skipped: {error}")
+        raise ValueError(f"{paths.shown(path)} is not readable ({error}); delete it and measure again") from None
+    return content
+
+
+def _read_json(path):
+    try:
+        return parse(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+
+
+def _refuse(constant):
+    raise ValueError(f"{constant} is not a finite number")
+
+
+def _check_types(what, content, types):
+    """Raise ValueError unless `content` is a dict that has the keys of `types`, with values of these types."""
+    if type(content) is not dict:
+        raise ValueError(f"{what} is {reprlib.repr(content)}, not a dict")
+    for key, kind in types.items():
+        if key not in content:
+            raise ValueError(f"{what} has no {key!r}")
+        value = content[key]
+        allowed = (int, float) if kind is float else (kind,)
+        if type(value) not in allowed or kind is float and not -_HUGE < value < _HUGE:
+            raise ValueError(f"{key!r} of {what} is {reprlib.repr(value)}, not of the type {kind.__name__}")
+
+
+def _or_report(reader, path):
+    """Return `reader(path)`; if that raises ValueError, print a line and return None."""
+    try:
+        return reader(path)
+    except ValueError as error:
+        paths.say(f"skipped: {error}")
         return None

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 import tomllib
@@ -57,7 +56,7 @@ def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh
         Path of the folder with the executed notebooks.
 
     Raises:
-        ValueError: if an argument is not as above, or there is no course here.
+        ValueError: if an argument is not as above, the arguments choose no notebook, or there is no course here.
         NotebookFailed: if a notebook stopped at an error.
     """
     profiles, chosen, settings = _profiles(), _choose(only, start), dict(settings or {})
@@ -81,16 +80,16 @@ def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     what = "STAND-IN data (generated images, not CIFAR-100)" if on_standin else "CIFAR-100"
-    print(f"profile {profile}: notebooks {', '.join(chosen)} on {what}, into {paths.shown(folder)}", flush=True)
+    paths.say(f"profile {profile}: notebooks {', '.join(chosen)} on {what}, into {paths.shown(folder)}")
     started = time.monotonic()
     output, eager = _course() if profile == "full" else folder, profiles[profile].get("EAGER", False)
-    with _environment(output, eager), _terminable():
+    with _environment(output, eager):
         for number, path in chosen.items():
             given = {name: value for name, value in values.items() if name in accepted[number]}
             _run_one(path, given, folder, profiles["reads"].get(path.stem, []), published=profile == "full")
-    print(f"done in {_minutes(time.monotonic() - started)}: {paths.shown(folder)}", flush=True)
+    paths.say(f"done in {_minutes(time.monotonic() - started)}: {paths.shown(folder)}")
     if on_standin:
-        print(_STAND_IN_NOTICE, flush=True)
+        paths.say(_STAND_IN_NOTICE)
     return folder
 
 
@@ -169,14 +168,17 @@ def _profiles():
 
 
 def _choose(only, start):
-    known = notebooks()
+    known, only, start = notebooks(), [number.zfill(2) for number in only], start and start.zfill(2)
     for number in [*only, *([start] if start else [])]:
         check_choice("notebook", number, known)
-    return {
+    chosen = {
         number: path
         for number, path in known.items()
         if (not only or number in only) and (start is None or number >= start)
     }
+    if not chosen:
+        raise ValueError(f"no notebook is left: {', '.join(only)} come before {start}; drop one of the two choices")
+    return chosen
 
 
 def _parameters_of(path):
@@ -197,7 +199,7 @@ def _medical(names, dataset):
     """Choose the medical images, if a notebook needs them: real ones unless stand-in data is asked for or needed."""
     if "MEDICAL_DATASET" not in names:
         return {}
-    real = dataset != "standin" and data.locate("pneumoniamnist", or_stand_in=True)
+    real = dataset != "standin" and not data.load("pneumoniamnist", or_stand_in=True).stand_in  # it may be damaged
     return {"MEDICAL_DATASET": "pneumoniamnist" if real else "greystandin"}
 
 
@@ -208,16 +210,17 @@ def _run_one(path, given, folder, reads, published):
     stamp_path, key = folder / ".stamps" / f"{path.stem}.json", _key(path, given)
     target = path if published else folder / path.name
     if target.exists() and _stamp(stamp_path) == {"key": key, "records": _records_hash(reads)}:
-        print(f"  {path.stem:<28} unchanged, skipped", flush=True)
+        paths.say(f"  {path.stem:<28} unchanged, skipped")
         return
     started = time.monotonic()
-    print(f"  {path.stem:<28} running", flush=True)
+    paths.say(f"  {path.stem:<28} running")
+    _files.check_writable(target.parent)
     executed = execute(path, given, folder)
     if published:
         executed = _published(executed)
     _files.write_atomic(target, nbformat.writes(executed) + "\n")
     _files.write_atomic(stamp_path, json.dumps({"key": key, "records": _records_hash(reads)}))
-    print(f"  {path.stem:<28} done in {_minutes(time.monotonic() - started)}", flush=True)
+    paths.say(f"  {path.stem:<28} done in {_minutes(time.monotonic() - started)}")
 
 
 def _report(path, error):
@@ -251,7 +254,7 @@ class _EpochLines(io.TextIOBase):
     def write(self, text):
         for line in text.splitlines():
             if " · epoch " in line:
-                print(f"    {line}", flush=True)
+                paths.say(f"    {line}")
         return len(text)
 
 
@@ -312,22 +315,6 @@ def _environment(output, eager):
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-@contextlib.contextmanager
-def _terminable():
-    """Make SIGTERM end a run as Ctrl-C does, and Ctrl-C work even if a shell started this process in the background."""
-
-    def stop(signum, frame):
-        raise KeyboardInterrupt
-
-    handlers = {signal.SIGTERM: stop, signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _minutes(seconds):

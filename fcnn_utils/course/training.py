@@ -44,7 +44,8 @@ def fit(model, data, recipe, *, first_epoch=0, teacher=None):
         validation images or they are trained on.
 
     Raises:
-        ValueError: if there are fewer images than one batch, or the recipe needs a teacher.
+        ValueError: if there are fewer images than one batch, the recipe needs a teacher, or the outputs of the
+            model or the teacher are not probabilities of the data's classes.
         Diverged: if the loss or a weight is not finite.
     """
     if recipe.distillation and teacher is None:
@@ -57,6 +58,9 @@ def fit(model, data, recipe, *, first_epoch=0, teacher=None):
         classes, coarse_names = len(data.fine_names), data.coarse_names
         scale = augmentation.channel_statistics(data)
     steps = steps_per_epoch(len(train), recipe)
+    for name, each in (("model", model), ("teacher", teacher if recipe.distillation else None)):
+        if each is not None:
+            _check_probabilities(name, each, augmentation.normalize(train.images[:2], scale), classes)
     if first_epoch == 0:
         compile_model(model, recipe, steps)
     for epoch in range(first_epoch, recipe.epochs):
@@ -75,8 +79,25 @@ def fit(model, data, recipe, *, first_epoch=0, teacher=None):
 def steps_per_epoch(images, recipe):
     """Return the number of whole batches in `images` training images; raise ValueError if it is 0."""
     if images < recipe.batch_size:
-        raise ValueError(f"batch_size must be at most {images}, the training images; got {recipe.batch_size}")
+        raise ValueError(
+            f"recipe {recipe.name} needs at least {recipe.batch_size} training images, one batch; got {images}: "
+            "take more images, or a recipe with smaller batches"
+        )
     return images // recipe.batch_size
+
+
+def _check_probabilities(name, model, images, classes):
+    """Raise ValueError unless `model` gives each image a probability for each class; NaN is left to `Diverged`."""
+    outputs = keras.ops.convert_to_numpy(model(images, training=False)).astype("float64")
+    if outputs.shape != (len(images), classes):
+        raise ValueError(
+            f"{name} must give {classes} class probabilities for each image; its output is {outputs.shape}"
+        )
+    if np.isfinite(outputs).all() and (outputs.min() < 0 or abs(outputs.sum(axis=1) - 1).max() > 0.02):
+        raise ValueError(
+            f"{name} must give class probabilities, which are not negative and sum to 1; got {outputs[0].min():.3g} to "
+            f"{outputs[0].max():.3g}, sum {outputs[0].sum():.3g}: end it in a softmax"
+        )
 
 
 def fit_epoch(model, batches, steps, epoch=0):

@@ -14,7 +14,8 @@ from fcnn_utils.course.recipes import RECIPES
 
 pytestmark = pytest.mark.usefixtures("course_folder")
 RECIPE = RECIPES["fast"]
-EPOCHS = [{"epoch": 1, "loss": 2.5}, {"epoch": 2, "loss": 0.1 + 0.2}]
+FIGURES = {"cross_entropy": 0.25, "top1": 0.5, "top5": 1, "seconds": 0.5, "ms_per_step": 2.0}
+EPOCHS = [{"epoch": 1, "loss": 2.5, **FIGURES}, {"epoch": 2, "loss": 0.1 + 0.2, **FIGURES}]
 
 
 def network(seed, filters=2):
@@ -40,7 +41,9 @@ def equal_parts(model, other):
 
 def record(**changes):
     settings = {"dataset": "standin", "fingerprint": "f", "model": "tiny", "recipe": RECIPE.as_dict(), "seed": 3}
-    return settings | {"precision": "float32", "params": 10, "status": "running", "epochs": EPOCHS} | changes
+    settings |= {"precision": "float32", "params": 10, "trainable": 9, "macs": 8, "train_images": 7, "stand_in": True}
+    settings |= {"device": "CPU", "cores": 2, "backend": "jax", "versions": {"keras": "3"}, "date": "2026-01-02"}
+    return settings | {"status": "running", "epochs": EPOCHS, "test": None} | changes
 
 
 def assert_not_resumed(**changes):
@@ -74,8 +77,8 @@ def test_checkpoint_restores_the_whole_state(output, capsys, optimizer):
 
 
 def test_checkpoint_of_the_first_edition_is_resumed_with_the_current_names():
-    checkpoints.save(network(0), record(epochs=[{"epoch": 1, "others_cpu": 0.1}]))
-    assert checkpoints.resume(network(1), record(epochs=[])) == [{"epoch": 1, "background_load": 0.1}]
+    checkpoints.save(network(0), record(epochs=[EPOCHS[0] | {"others_cpu": 0.1}]))
+    assert checkpoints.resume(network(1), record(epochs=[])) == [EPOCHS[0] | {"background_load": 0.1}]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,21 @@ def test_checkpoint_of_other_settings_is_not_loaded(capsys, changes):
     assert capsys.readouterr().out == f"{path} belongs to other settings: starting anew\n"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "no record", "no JSON", "an array short"])
+DAMAGES = [
+    "truncated",
+    "empty",
+    "text",
+    "no record",
+    "no JSON",
+    "an array short",
+    "nan",
+    "object",
+    "9 of 5",
+    "no epochs",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint_is_named_and_not_loaded(capsys, damage):
     checkpoints.save(network(0), record())
     path = checkpoints.file_of(record(), "checkpoint.npz")
@@ -106,12 +123,27 @@ def test_damaged_checkpoint_is_named_and_not_loaded(capsys, damage):
         path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"not an archive"}[damage])
     elif damage == "no JSON":
         np.savez(path, **arrays | {"record": "{"})
+    elif damage in ("nan", "object"):
+        np.savez(path, **arrays | {"v1": arrays["v1"] * np.nan if damage == "nan" else np.array({})})
+    elif damage in ("9 of 5", "no epochs"):
+        epochs = [EPOCHS[0] | {"epoch": number} for number in range(1, 10)] if damage == "9 of 5" else []
+        np.savez(path, **arrays | {"record": json.dumps(record(epochs=epochs))})
     else:
         del arrays["record" if damage == "no record" else "v1"]
         np.savez(path, **arrays)
     assert_not_resumed()
     printed = capsys.readouterr().out
     assert printed.startswith(f"{path} is damaged (") and printed.endswith("): starting anew\n")
+    assert len(printed.splitlines()) == 1 and "pickle" not in printed
+
+
+def test_checkpoint_of_another_type_is_not_loaded(capsys):
+    checkpoints.save(network(0), record())
+    path = checkpoints.file_of(record(), "checkpoint.npz")
+    arrays = dict(np.load(path))
+    np.savez(path, **arrays | {"v1": arrays["v1"].astype("float64")})
+    assert_not_resumed()
+    assert "belongs to other settings" in capsys.readouterr().out
 
 
 def test_failed_write_keeps_the_earlier_checkpoint(monkeypatch):

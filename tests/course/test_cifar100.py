@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fcnn_utils.course import data
-from fcnn_utils.course.data import cifar100
+from fcnn_utils.course.data import cifar100, medmnist, standin
 from fcnn_utils.course.data.download import Unavailable
 
 META = {
@@ -272,8 +272,33 @@ def test_chosen_folder_without_files_is_reported(home, tmp_path, monkeypatch, ca
             write(chosen / part, {})
         monkeypatch.setattr(os, "stat", forbid)
     monkeypatch.setenv("FCNN_DATA_DIR", str(chosen))
-    with pytest.raises(ValueError, match="train, test and meta are not there.*--dataset standin") as error:
+    with pytest.raises(Unavailable, match="no data set is, neither CIFAR-100 nor another;.*--dataset standin") as error:
         data.load("cifar100")
     assert f"FCNN_DATA_DIR is {str(chosen)!r}" in str(error.value)
     assert data.locate("auto") is None
     assert str(chosen) in capsys.readouterr().out
+
+
+def test_chosen_folder_with_one_data_set_does_not_forbid_the_download_of_another(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar100, "download", lambda: "CIFAR-100, downloaded")
+    monkeypatch.setattr(medmnist, "download", lambda name: f"{name}, downloaded")
+    for part in ("train", "test", "meta"):
+        write(tmp_path / "one" / "cifar-100-python" / part, {})
+    write(tmp_path / "two" / "bloodmnist.npz", {})
+    monkeypatch.setenv("FCNN_DATA_DIR", str(tmp_path / "one"))
+    assert data.locate("cifar100") == tmp_path / "one" / "cifar-100-python"
+    assert data.locate("pneumoniamnist") == "pneumoniamnist, downloaded"
+    monkeypatch.setenv("FCNN_DATA_DIR", str(tmp_path / "two"))
+    assert data.locate("auto") == "CIFAR-100, downloaded"
+    assert data.locate("pneumoniamnist") == "pneumoniamnist, downloaded"
+
+
+def test_damaged_files_are_replaced_by_the_standin_if_that_is_allowed(home, monkeypatch, capsys):
+    for part in ("train", "test", "meta"):
+        write(home / ".keras" / "datasets" / "cifar-100-python" / part, b"<html>Please log in</html>")
+    with pytest.raises(Unavailable, match="meta is damaged or not a file of CIFAR-100") as error:
+        data.load("cifar100")
+    few = standin.generate(per_class=10, test_per_class=2)
+    monkeypatch.setattr(standin, "generate", lambda **counts: few)
+    assert data.load("auto", 10, 10).name == "standin-10"
+    assert capsys.readouterr().out.startswith(f"NOTICE: {error.value}. Continuing with the stand-in")

@@ -9,7 +9,6 @@ import pytest
 
 from fcnn_utils.course import data
 from fcnn_utils.course.data import cifar100, standin
-from fcnn_utils.course.data.download import Unavailable
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def test_invalid_count_or_seed_is_rejected(small, splits, monkeypatch, method, a
         "subset": small.subset,
         "load": lambda *counts: data.load("standin", *counts),
     }[method]
-    with pytest.raises(ValueError, match=r"(number of (training )?images|seed) must be.* between") as error:
+    with pytest.raises(ValueError, match=r"(number of ((training|test) )?images|seed) must be.* between") as error:
         call(*arguments)
     assert str(error.value).split("got ")[1] in map(str, arguments)
 
@@ -158,6 +157,13 @@ def test_subset_keeps_share_of_validation_images(small, train, test):
 # --- the stand-ins and CIFAR-100 ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("counts", [(-5, 0), (9, 0), (1.5, 0), ("10", 0), (0, -1), (0, 2.0)], ids=str)
+def test_count_that_no_data_set_has_is_refused_before_anything_is_read(monkeypatch, counts):
+    monkeypatch.setattr(data, "locate", lambda *arguments: pytest.fail("the data set was looked for"))
+    with pytest.raises(ValueError, match="number of (training|test) images must be a whole number between"):
+        data.load("cifar100", *counts)
+
+
 def test_standin_has_the_layout_of_cifar100_and_published_fingerprint():
     whole = data.load("standin")
     assert (whole.name, whole.stand_in) == ("standin", True)
@@ -182,12 +188,7 @@ def test_grey_standin_has_three_images_to_one_and_published_fingerprint():
 
 @pytest.fixture(scope="module")
 def real():
-    try:
-        if cifar100.find():
-            return data.load("cifar100")
-    except Unavailable:
-        pass
-    pytest.skip("CIFAR-100 is not on this machine")
+    return data.load("cifar100") if cifar100.find() else pytest.skip("CIFAR-100 is not on this machine")
 
 
 def test_cifar100_has_published_fingerprint_and_layout(real):

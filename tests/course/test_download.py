@@ -222,3 +222,25 @@ def test_medmnist_file_is_downloaded_with_its_md5(serve, tmp_path, monkeypatch):
     monkeypatch.setitem(medmnist.SETS, "pneumoniamnist", known)
     assert data.locate("pneumoniamnist") == home / "pneumoniamnist.npz"
     assert (home / "pneumoniamnist.npz").read_bytes() == CONTENT and files(home) == {"pneumoniamnist.npz"}
+
+
+@pytest.mark.parametrize("answer", [failure[0] for failure in FAILURES.values()], ids=FAILURES)
+def test_failed_download_of_medmnist_breaks_no_later_load(serve, tmp_path, monkeypatch, capsys, answer):
+    """A login page, for example, is never left as the data set: the next call downloads again."""
+    monkeypatch.setattr(medmnist, "_URL", serve(answer) + "/{}")
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="pneumoniamnist cannot be downloaded"):
+            data.load("pneumoniamnist")
+        assert data.load("pneumoniamnist", or_stand_in=True).name == "greystandin"
+        assert "NOTICE: pneumoniamnist cannot be downloaded" in capsys.readouterr().out and not files(tmp_path)
+
+
+@pytest.mark.parametrize("works", [True, False], ids=["download", "failed download"])
+def test_wrong_file_is_replaced_by_a_verified_one_or_stays(serve, tmp_path, works):
+    path = tmp_path / "file"
+    path.write_bytes(b"<html>Please log in</html>")
+    address = serve(reply(CONTENT if works else b"another page", None))
+    with contextlib.nullcontext() if works else pytest.raises(Unavailable, match="does not match the known hash"):
+        fetch("a set", address, CHECKSUM, path, "advice")
+    assert path.read_bytes() == (CONTENT if works else b"<html>Please log in</html>")
+    assert files(tmp_path) == {"file"}

@@ -35,12 +35,12 @@ def files(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def train_until(where, name, call, dataset, recipe=RECIPE, **options):
+def train_until(where, name, call, dataset, recipe=RECIPE, message=None, **options):
     """Interrupt a training at the `call`-th call of the function `name`, before it does anything."""
     interrupted = Mock(wraps=getattr(where, name), side_effect=[DEFAULT] * (call - 1) + [KeyboardInterrupt])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(where, name, interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=message):
             experiments.train(network(), dataset, recipe, **options)
     assert records.find().empty  # no complete run
 
@@ -124,7 +124,7 @@ def test_run_is_read_instead_of_trained(dataset, whole, done, course_folder, fit
     experiments.train(model, dataset, RECIPE, quiet=True)
     assert not capsys.readouterr().out
     assert_equal_weights(model, network(seed=9))
-    with pytest.raises(ValueError, match="its predictions were not kept: pass retrain=True to replace it"):
+    with pytest.raises(ValueError, match="its predictions were not kept: pass retrain=True .* to replace it"):
         experiments.train(model, dataset, RECIPE, save_predictions=True)
     shutil.move(done.parents[3], course_folder / "results")
     assert experiments.train(model, dataset, RECIPE)["test"] == whole[1]["test"]  # of the course, if none is nearer
@@ -147,7 +147,7 @@ def test_record_of_other_settings_or_data_is_rejected_and_a_missing_setting_is_t
     done.write_text(json.dumps(record))
     assert experiments.train(network(), dataset, RECIPE)["test"] == record["test"]
     for setting, value in (("learning_rate", 0.06), ("shift", 0), ("epochs", 4), ("clip_norm", 1.0)):
-        with pytest.raises(ValueError, match=f"another recipe, {setting}; pass retrain=True to replace it") as error:
+        with pytest.raises(ValueError, match=f"another recipe, {setting}; pass retrain=True .*--retrain") as error:
             experiments.train(network(), dataset, dataclasses.replace(RECIPE, **{setting: value}))
         assert str(done) in str(error.value)
     with pytest.raises(ValueError, match="another fingerprint; pass retrain=True"):
@@ -167,8 +167,11 @@ def test_record_of_other_settings_or_data_is_rejected_and_a_missing_setting_is_t
         ((network, RECIPE), {}, "model must be a network's name, a built keras.Model, or a function and a name"),
         ((3, RECIPE), {"name": "three"}, "model must be a network's name, a built keras.Model, or a function"),
         (("simple", RECIPE), {"name": "mine", "width": 0.5}, "width must be 1 .*; got 0.5"),
-        (("simple", RECIPE.replace(batch_size=101)), {}, "batch_size must be at most 100, the training images"),
-        (("simple", RECIPE.replace(train_on="train", batch_size=81)), {}, "batch_size must be at most 80"),
+        (("simple", RECIPE.replace(batch_size=101)), {}, "needs at least 101 training images, one batch; got 100"),
+        (("simple", RECIPE.replace(train_on="train", batch_size=81)), {}, "needs at least 81 .*; got 80"),
+        ((pytest.fail, RECIPE), {"name": "../up", "retrain": True}, "name of the network becomes a folder.*'../up'"),
+        ((pytest.fail, RECIPE), {"name": ""}, "name of the network becomes a folder.*; got ''"),
+        (("simple", dataclasses.replace(RECIPE, name="/tmp/x")), {}, "name of the recipe becomes a folder"),
     ],
 )
 def test_train_rejects_bad_arguments(dataset, output, arguments, options, message):
@@ -178,11 +181,53 @@ def test_train_rejects_bad_arguments(dataset, output, arguments, options, messag
     assert not output.exists()
 
 
-def test_output_that_cannot_be_written_is_found_before_training(dataset, output, fit_epoch):
-    output.write_text("a file where a folder should be")
-    with pytest.raises(ValueError, match="cannot write"):
+@pytest.mark.parametrize("folder", ["output", "json", "partial.json", "checkpoint.npz", "keras", "predictions.npz"])
+def test_output_that_cannot_be_written_is_found_before_training(dataset, output, fit_epoch, folder):
+    if folder == "output":
+        output.write_text("a file where a folder should be")
+    else:
+        records.path_of("standin-100", "tiny", RECIPE.name, 0).with_suffix(f".{folder}").mkdir(parents=True)
+    with pytest.raises(ValueError, match="cannot write|is a folder where a file goes"):
+        experiments.train(network(), dataset, RECIPE, retrain=True)
+    fit_epoch.assert_not_called()
+
+
+def test_network_whose_outputs_are_no_probabilities_is_refused_before_training(dataset, fit_epoch):
+    def ending(layer):
+        return keras.Sequential([keras.Input((8, 8, 3)), layers.Flatten(), layer], name="tiny")
+
+    for layer, message in (
+        (layers.Dense(10), "model must give class probabilities, .* end it in a softmax"),
+        (layers.Dense(10, activation="sigmoid"), "model must give class probabilities"),
+        (layers.Dense(9, activation="softmax"), r"model must give 10 class probabilities .* its output is \(2, 9\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            experiments.train(ending(layer), dataset, RECIPE)
+        with pytest.raises(ValueError, match=message.replace("model", "teacher", 1)):
+            taught = RECIPE.replace(distillation=0.5)
+            experiments.train(network(), dataset, taught, teacher=ending(layer))
+    fit_epoch.assert_not_called()
+
+
+def test_record_that_is_damaged_is_not_replaced_unasked(dataset, done, fit_epoch):
+    done.write_text(done.read_text().replace('"top5"', '"top6"'))
+    with pytest.raises(ValueError, match="seed0.json is not a readable record .*'top5'.*; delete it and train again"):
         experiments.train(network(), dataset, RECIPE)
     fit_epoch.assert_not_called()
+
+
+def test_network_that_would_run_code_or_is_damaged_is_not_loaded(done):
+    path, model = done.with_suffix(".keras"), network()
+    keras.Sequential([keras.Input((2,)), layers.Lambda(lambda x: x)]).save(path)
+    for damage in (None, 0.5, 0.0):
+        if damage is not None:
+            model.save(path)
+            path.write_bytes(path.read_bytes()[: int(damage * path.stat().st_size)])
+        with pytest.raises(
+            ValueError, match="seed0.keras cannot be loaded: it is damaged, .* or contains code"
+        ) as error:
+            experiments.load_trained("tiny", "standin-100", RECIPE.name)
+        assert "safe_mode" not in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
 def test_function_makes_the_network_from_the_seed_if_there_is_no_record(dataset, whole):
@@ -278,9 +323,15 @@ def test_predictions_are_kept_after_every_cycle_even_if_the_run_is_interrupted(d
 def test_interrupted_run_continues_as_if_it_had_not_been(
     dataset, whole, output, fit_epoch, capsys, request, where, name, call, written, left
 ):
-    train_until(where, name, call, dataset)
+    is_damaged = "damaged" in request.node.callspec.id
+    kept = 2 if is_damaged else 3 - len(left)
+    message = f"epochs 1 to {kept} of 3 of tiny are kept in .*checkpoint.npz; the next call continues after them"
+    train_until(
+        where, name, call, dataset, message=message if kept else "no epoch of tiny was done, so nothing is kept"
+    )
+    (output / "results" / "standin-100" / "tiny" / RECIPE.name / ".seed0.json.7.tmp").touch()  # as after a kill
     assert records.find(status="running")["epochs"].tolist() == written
-    if "damaged" in request.node.callspec.id:
+    if is_damaged:
         (path,) = output.rglob("*.checkpoint.npz")
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     fit_epoch.reset_mock()

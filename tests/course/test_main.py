@@ -1,6 +1,9 @@
 """The command line: `python -m fcnn_utils`. Most tests call it in this process, and stop before the work begins."""
 
+import io
 import os
+import platform
+import signal
 import subprocess
 import sys
 import tomllib
@@ -45,7 +48,8 @@ def calls(monkeypatch):
         ("run --profile nope", "profile must be one of smoke, quick, full; got 'nope'"),
         ("run --profile reads", "profile must be one of smoke, quick, full; got 'reads'"),
         ("run --only 99", "notebook must be one of 01, 02; got '99'"),
-        ("run --only 01 3", "notebook must be one of 01, 02; got '3'"),
+        ("run --only 01 3", "notebook must be one of 01, 02; got '03'"),
+        ("run --only 1 --from 2", "no notebook is left: 01 come before 02; drop one of the two choices"),
         ("run --from 07", "notebook must be one of 01, 02; got '07'"),
         ("run --dataset mnist", "dataset must be one of auto, cifar100, standin; got 'mnist'"),
         ("run --set NOPE=1", "got 'NOPE'"),
@@ -59,13 +63,21 @@ def calls(monkeypatch):
         ("train nope", f"model must be one of {', '.join(networks.NAMES)}; got 'nope'"),
         ("train simple --width 0", "width must be a number between 0.001 and 1000.0; got 0.0"),
         ("train simple --recipe nope", f"recipe must be one of {', '.join(RECIPES)}; got 'nope'"),
+        (
+            "train wrn-15-4",
+            "model must be wrn-DEPTH-WIDTH with a depth of 6n + 4 (10, 16, 22, to 994) and a width from 1",
+        ),
+        ("train simple --seed -1", "seed must be a whole number between 0 and 2147483647; got -1"),
         ("train simple --dataset nope", "dataset must be one of cifar100, pathmnist, "),
         ("train simple --epochs 0", "epochs must be a whole number between 1 and 1000; got 0"),
-        ("train simple --dataset greystandin --train-images -5", "got -5"),
+        ("train simple --train-images -5", "number of training images must be a whole number between 10 and"),
+        ("train simple --test-images -5", "number of test images must be a whole number between 1 and"),
         ("train simple --dataset greystandin --test-images 999", "got 999"),
     ],
 )
-def test_bad_value_is_one_sentence_and_exit_code_2(course, monkeypatch, capsys, arguments, message):
+def test_bad_value_is_one_sentence_and_exit_code_2_before_data_is_read(course, monkeypatch, capsys, arguments, message):
+    if "999" not in arguments:
+        monkeypatch.setattr(data.cifar100, "find", lambda: pytest.fail("the data set was looked for"))
     monkeypatch.setattr(experiments, "train", lambda *args, **options: pytest.fail("a training was started"))
     assert main(arguments.split()) == 2
     out, error = capsys.readouterr()
@@ -98,16 +110,16 @@ def test_train_passes_all_options_on(calls, capsys):
     options = ["--dataset", "standin", "--train-images", "500", "--test-images", "100", "--epochs", "2", "--seed", "3"]
     options += ["--width", "0.5", "--retrain", "--save-model", "--save-predictions"]
     assert main(["train", "wider_separable", "--recipe", "thesis", *options]) == 0
-    recipe = get_recipe("thesis").replace(epochs=2)
+    recipe = get_recipe("thesis").replace(epochs=2, seed=3)
     how = {"width": 0.5, "retrain": True, "save_model": True, "save_predictions": True}
-    assert calls == [("standin", 500, 100), (("wider_separable", "a data set", recipe, 3), how)]
+    assert calls == [("standin", 500, 100), (("wider_separable", "a data set", recipe), how)]
     assert capsys.readouterr().out == "a data set\n"
 
 
 def test_train_uses_recipe_faster_and_all_images_by_default(calls):
     assert main(["train", "simple"]) == 0
     how = {"width": 1.0, "retrain": False, "save_model": False, "save_predictions": False}
-    assert calls == [("auto", 0, 0), (("simple", "a data set", get_recipe("faster"), None), how)]
+    assert calls == [("auto", 0, 0), (("simple", "a data set", get_recipe("faster")), how)]
 
 
 def test_run_passes_all_options_on(monkeypatch):
@@ -144,7 +156,9 @@ def test_help_lists_all_choices(capsys):
         (training.Diverged("the loss is nan at epoch 1, step 2"), 1, "stopped: the loss is nan at epoch 1, step 2"),
         (ValueError("the disk is full"), 2, "fcnn_utils: the disk is full"),
         (Unavailable("no network"), 2, "fcnn_utils: no network"),
-        (KeyboardInterrupt(), 130, "stopped; "),
+        (KeyboardInterrupt(), 130, "stopped; run the same command to continue from here"),
+        (KeyboardInterrupt("epoch 1 is kept"), 130, "stopped: epoch 1 is kept"),
+        (BrokenPipeError(32, "Broken pipe"), 2, "fcnn_utils: [Errno 32] Broken pipe"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -186,13 +200,41 @@ def start(output, *options):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-def test_train_prints_every_epoch_and_writes_a_record(output, capsys):
-    assert main(["train", "--dataset", "greystandin", *SMALL]) == 0
-    record, printed = records.read(path_of_small(output)), capsys.readouterr().out
+def test_train_prints_every_epoch_even_on_an_ascii_terminal_and_writes_a_record(output, monkeypatch, capsys):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert main(["train", "--dataset", "greystandin", *SMALL]) == 0
+    record, printed = records.read(path_of_small(output)), terminal.buffer.getvalue().decode()
     assert [row["epoch"] for row in record["epochs"]] == [1, 2] and record["status"] == "complete"
     assert "epoch 1/2" in printed and f"{record['epochs'][1]['loss']:.3f}" in printed
     assert main(["train", "--dataset", "greystandin", *SMALL]) == 0
     assert "epoch 1/2" not in capsys.readouterr().out  # the record was read
+
+
+def test_second_training_is_refused_and_sigterm_keeps_the_epochs(output, monkeypatch, capsys):
+    """After the first epoch the same command is given again; after the second one, SIGTERM comes."""
+    command, say, codes = ["train", "--dataset", "greystandin", *SMALL, "--epochs", "3"], paths.say, []
+
+    def disturb(line):
+        say(line)
+        if "epoch 1/3" in line:
+            codes.append(main(command))
+        if "epoch 2/3" in line:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setenv("FCNN_EAGER", "1")  # faster for so few steps
+    monkeypatch.setattr(paths, "say", disturb)
+    assert main(command) == 130 and codes == [2]
+    second, stopped = capsys.readouterr().err.splitlines()
+    assert f"seed0.json is under way in process {os.getpid()} on {platform.node()}; wait until it ends" in second
+    assert stopped.startswith("stopped: epochs 1 to 2 of 3 of wider_separable-width0.05 are kept in ")
+    assert stopped.endswith("seed0.checkpoint.npz; the next call continues after them")
+    monkeypatch.setattr(paths, "say", say)
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "going on after epoch 2" in printed and "epoch 3/3" in printed and "epoch 2/3" not in printed
+    assert [path.name for path in output.rglob("*") if path.is_file()] == ["seed0.json"]
 
 
 @pytest.mark.full

@@ -90,7 +90,11 @@ INVALID = {
     "missing label": ({"test_labels": np.zeros((9, 1), "uint8")}, "10 test images and labels; .* 9 labels"),
     "one class": ({"test_labels": np.zeros((10, 1), "uint8")}, "test labels must cover the classes 0 to 1"),
     "20 classes": ({"train_labels": np.arange(20)}, "training labels must cover the classes 0 to 1, and no others"),
-    "objects": ({"train_labels": np.full(20, {})}, "damaged"),
+    "labels in a row": ({"test_labels": np.arange(10)[None] % 2}, "10 test images and labels"),
+    "fractions": ({"val_labels": np.arange(10) / 2 % 1}, "validation labels must be whole numbers; they are float64"),
+    "texts": ({"val_labels": np.array(["0", "1"] * 5)}, "validation labels must be whole numbers; they are <U1"),
+    "objects": ({"train_labels": np.full(20, {})}, "it is not a whole npz file of numbers"),
+    "login page": (b"<html>Please log in</html>", "it is not a whole npz file of numbers"),
     "empty file": (b"", "damaged"),
     "text file": (b"nothing", "damaged"),
     "truncated file": (None, "damaged"),
@@ -98,14 +102,17 @@ INVALID = {
 
 
 @pytest.mark.parametrize("change, message", INVALID.values(), ids=INVALID)
-def test_invalid_file_is_rejected_with_both_md5s(file, change, message):
+def test_invalid_file_is_rejected_with_both_md5s_or_replaced_by_the_standin(file, capsys, change, message):
     content = arrays() | (change if isinstance(change, dict) else {})
     np.savez(file, **{key: value for key, value in content.items() if value is not None})
     if not isinstance(change, dict):
         file.write_bytes(file.read_bytes()[:5000] if change is None else change)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(Unavailable, match=message) as error:
         data.load("pneumoniamnist")
     assert str(file) in str(error.value) and "delete it" in str(error.value)
+    assert "pickle" not in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert data.load("pneumoniamnist", 20, 10, or_stand_in=True).name == "greystandin-20"
+    assert capsys.readouterr().out.startswith(f"NOTICE: {error.value}")
     assert hashlib.md5(file.read_bytes()).hexdigest() in str(error.value) and TINY.md5 in str(error.value)
 
 
@@ -125,7 +132,7 @@ def test_chosen_folder_comes_first(file, tmp_path, monkeypatch):
 def test_missing_file_is_reported_or_replaced_by_the_standin(file, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FCNN_DATA_DIR", str(tmp_path))
     with pytest.raises(
-        Unavailable, match="FCNN_DATA_DIR is .*pneumoniamnist.npz is not there; .*--dataset greystandin"
+        Unavailable, match="FCNN_DATA_DIR is .*neither pneumoniamnist.npz nor another;.* or greystandin"
     ):
         data.load("pneumoniamnist")
     dataset = data.load("pneumoniamnist", or_stand_in=True)
@@ -135,11 +142,7 @@ def test_missing_file_is_reported_or_replaced_by_the_standin(file, tmp_path, mon
 
 
 def test_pneumoniamnist_is_as_published():
-    try:
-        found = medmnist.find("pneumoniamnist")
-    except Unavailable:
-        found = None
-    if found is None:
+    if medmnist.find("pneumoniamnist") is None:
         pytest.skip("PneumoniaMNIST is not on this machine")
     dataset = data.load("pneumoniamnist")
     counts = [np.bincount(split.fine).tolist() for split in (dataset.train, dataset.validation, dataset.test)]

@@ -1,5 +1,7 @@
 """Folders of the course and of its output: `fcnn_utils.course.paths`."""
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,10 +47,26 @@ def test_output_is_chosen_by_the_environment_then_the_course_then_the_current_fo
     assert not any(tmp_path.rglob("fcnn_output"))  # asking makes no folder
 
 
-def test_paths_are_shown_relative_to_the_course(installed_paths, other_course, tmp_path, monkeypatch):
+def test_paths_are_shown_relative_to_the_current_folder_and_in_notebooks_to_the_course(
+    installed_paths, other_course, tmp_path, monkeypatch
+):
     inside, outside = other_course / "results" / "a.json", tmp_path / "a.json"
     monkeypatch.chdir(other_course)
     assert installed_paths.shown(inside) == installed_paths.shown("results/a.json") == "results/a.json"
     assert installed_paths.shown(outside) == str(outside)
+    monkeypatch.chdir(other_course / "notebooks")
+    assert installed_paths.shown(inside) == "results/a.json"
     monkeypatch.chdir(tmp_path)
-    assert installed_paths.shown(inside) == str(inside)
+    assert installed_paths.shown(inside) == "other/results/a.json"
+    (other_course / "results").mkdir()
+    monkeypatch.chdir(other_course / "results")
+    assert installed_paths.shown(inside) == "a.json"
+    assert installed_paths.shown(other_course / "b") == str(other_course / "b")
+
+
+@pytest.mark.parametrize("encoding, shown", [("utf-8", "a · b"), ("ascii", "a ? b"), ("latin-1", "a · b")])
+def test_line_is_printed_by_a_terminal_that_cannot_show_it(monkeypatch, encoding, shown):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    paths.say("a · b")
+    assert terminal.buffer.getvalue().decode(encoding) == f"{shown}\n"

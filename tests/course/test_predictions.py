@@ -6,7 +6,13 @@ import pytest
 from fcnn_utils.course import metrics, predictions, records
 
 pytestmark = pytest.mark.usefixtures("course_folder")
-RECORD = {"dataset": "standin", "model": "tiny", "recipe": {"name": "fast"}, "seed": 3}
+FIGURES = {"cross_entropy": 0.25, "top1": 0.5, "top5": 1, "seconds": 0.5, "ms_per_step": 2.0, "loss": 1.0}
+RECORD = {
+    **{"status": "complete", "dataset": "standin", "model": "tiny", "seed": 3, "fingerprint": "f", "stand_in": True},
+    **{"device": "CPU", "cores": 2, "backend": "jax", "versions": {"keras": "3.15"}, "precision": "float32"},
+    **{"date": "2026-01-02", "train_images": 9, "params": 10, "trainable": 10, "macs": 20},
+    **{"recipe": {"name": "fast", "epochs": 1}, "epochs": [FIGURES | {"epoch": 1}], "test": None},
+}
 
 
 def drawn(seed=0, count=2000, classes=100, spread=3.0):
@@ -20,6 +26,19 @@ def rounded(probabilities):
     return predictions.decode(predictions.encode(probabilities))
 
 
+def finish(cycles=1, test=10, validation=None, classes=100):
+    """Complete the run with the results of so many images; return the path of its predictions."""
+    result = {"loss": 1.0, "top1": 0.5, "top5": 0.5, "correct_by_class": [0] * classes}
+    epoch = FIGURES | {"epoch": 1} | ({"validation": result | {"images": validation}} if validation else {})
+    done = {
+        "recipe": {"name": "fast", "epochs": 1, "cycles": cycles},
+        "epochs": [epoch],
+        "test": result | {"images": test},
+    }
+    predictions.finish(RECORD)
+    return records.write(RECORD | done).with_suffix(".predictions.npz")
+
+
 # --- files -------------------------------------------------------------------------------------------------------
 
 
@@ -28,7 +47,7 @@ def test_predictions_of_all_cycles_are_read_back():
     for number, said in enumerate(cycles):
         predictions.keep(RECORD, number, said)
     assert predictions.load("standin", "tiny", "fast", 3) is None  # the run is not complete
-    predictions.finish(RECORD)
+    finish(2, 30, 20)
     read = predictions.load("standin", "tiny", "fast", 3)
     assert {split: array.shape for split, array in read.items()} == {"validation": (2, 20, 100), "test": (2, 30, 100)}
     for number, said in enumerate(cycles):
@@ -39,28 +58,68 @@ def test_predictions_of_all_cycles_are_read_back():
 def test_cycle_that_is_repeated_replaces_its_predictions():
     for number, seed in ((0, 0), (1, 1), (1, 2)):  # stopped after the predictions, before the checkpoint
         predictions.keep(RECORD, number, {"test": drawn(seed, 10)})
-    predictions.finish(RECORD)
+    finish(2)
     read = predictions.load("standin", "tiny", "fast", 3)["test"]
     np.testing.assert_array_equal(read, [rounded(drawn(seed, 10)) for seed in (0, 2)])
 
 
 def test_incomplete_run_keeps_the_predictions_of_an_earlier_one():
     predictions.keep(RECORD, 0, {"test": drawn(0, 10)})
-    predictions.finish(RECORD)
-    predictions.finish(RECORD)  # a run that was stopped in between finishes again
+    finish()
+    finish()  # a run that was stopped in between finishes again
     earlier = predictions.load("standin", "tiny", "fast", 3)["test"]
     predictions.keep(RECORD, 0, {"test": drawn(1, 20)})
     np.testing.assert_array_equal(predictions.load("standin", "tiny", "fast", 3)["test"], earlier)
-    predictions.finish(RECORD)
+    finish(test=20)
     assert predictions.load("standin", "tiny", "fast", 3)["test"].shape == (1, 20, 100)
 
 
-def test_damaged_file_is_named():
-    path = records.path_of("standin", "tiny", "fast", 3).with_suffix(".predictions.npz")
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"PK no archive")
-    with pytest.raises(ValueError, match="seed3.predictions.npz is damaged .*; delete it and train again"):
+CODES = predictions.encode(drawn(0, 10))[None]
+DAMAGED = {
+    "no archive": b"PK no archive",
+    "nothing": {},
+    "no test": {"validation": CODES},
+    "another split": {"test": CODES, "train": CODES},
+    "one cycle": {"test": CODES[0]},
+    "no images": {"test": CODES[:, :0]},
+    "probabilities": {"test": np.full((1, 10, 100), 0.01)},
+    "finer codes": {"test": CODES.astype("uint16")},
+    "codes too large": {"test": CODES + 200},
+    "objects": {"test": np.full((1, 10, 100), None)},
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_file_is_named(content):
+    path = finish()
+    path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
+    with pytest.raises(ValueError, match="seed3.predictions.npz is damaged .*; delete it and train again") as error:
         predictions.load("standin", "tiny", "fast", 3)
+    assert "pickle" not in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "other", [{"cycles": 2}, {"test": 11}, {"classes": 99}, {"test": 10, "validation": 10}], ids=str
+)
+def test_predictions_that_do_not_agree_with_the_record_are_refused(other):
+    predictions.keep(
+        RECORD, 0, {"test": drawn(0, 10), **({"validation": drawn(1, 9)} if "validation" in other else {})}
+    )
+    finish(**other)
+    with pytest.raises(ValueError, match=r"predictions, but the run's record has \(.*\); delete both and train again"):
+        predictions.load("standin", "tiny", "fast", 3)
+
+
+def test_run_goes_on_only_with_the_predictions_of_the_cycles_before():
+    predictions.check_kept(RECORD, 0)
+    with pytest.raises(ValueError, match="lacks predictions of earlier cycles; delete .*checkpoint.npz to train anew"):
+        predictions.check_kept(RECORD, 1)
+    predictions.keep(RECORD, 0, {"test": drawn(0, 10)})
+    predictions.check_kept(RECORD, 1)
+    with pytest.raises(ValueError, match="lacks predictions"):
+        predictions.check_kept(RECORD, 2)
+    with pytest.raises(ValueError, match="is of other images or classes"):
+        predictions.keep(RECORD, 1, {"test": drawn(0, 11)})
 
 
 # --- codes -------------------------------------------------------------------------------------------------------

@@ -12,18 +12,21 @@ from fcnn_utils.course import paths, records
 
 
 def record(dataset="cifar100", model="simple", recipe="fast", seed=0, status="complete", top1=0.5):
-    """A record with the entries that the module uses."""
+    """A record with the entries that readers rely on."""
+    figures = {"cross_entropy": 0.25, "top1": 0.5, "top5": 1, "seconds": 0.5, "ms_per_step": 2.0}
+    result = {"top1": top1, "top5": 0.8, "loss": 2.5, "images": 4, "correct_by_class": [2, 0]}
     return {
-        "status": status,
-        "dataset": dataset,
-        "model": model,
+        **{"status": status, "dataset": dataset, "model": model, "seed": seed, "fingerprint": "f", "stand_in": False},
+        **{"device": "CPU", "cores": 2, "backend": "jax", "versions": {"keras": "3.15"}, "precision": "float32"},
+        **{"date": "2026-01-02", "train_images": 9, "params": 10, "trainable": 10, "macs": 20},
         "recipe": {"name": recipe, "epochs": 2},
-        "seed": seed,
-        "params": 10,
-        "macs": 20,
-        "epochs": [{"epoch": 1, "loss": 0.1 + 0.2}, {"epoch": 2, "loss": 1e-17}],
-        "test": {"top1": top1, "top5": 0.8, "loss": 2.5} if status == "complete" else None,
+        "epochs": [{"epoch": 1, "loss": 0.1 + 0.2, **figures}, {"epoch": 2, "loss": 1e-17, **figures}],
+        "test": result if status == "complete" else None,
     }
+
+
+def without(key):
+    return {name: value for name, value in (record() | {"schema": 1}).items() if name != key}
 
 
 def files(folder):
@@ -118,7 +121,8 @@ def test_find_has_the_entries_of_a_record_as_columns(course_folder):
     path = records.write(record(seed=4, top1=0.25))
     row = records.find().iloc[0].to_dict()
     assert row.pop("record") == records.read(path)
-    expected = {key: value for key, value in record(seed=4).items() if key != "test"}
+    named = ("dataset", "model", "seed", "status", "params", "macs")
+    expected = {key: record(seed=4)[key] for key in named}
     results = {"top1": 0.25, "top5": 0.8, "loss": 2.5}
     assert row == expected | results | {"recipe": "fast", "epochs": 2, "path": str(path)}
 
@@ -134,30 +138,65 @@ def test_nearest_folder_wins(course_folder, output):
     assert records.find(where=[output / "results"])["top1"].tolist() == [0.1]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        json.dumps(record() | {"schema": 1}).encode()[:100],
-        b"",
-        b"\xff\xfe\x00",
-        b"[1, 2]",
-        b'{"schema": 1, "status": "complete"}',
-        json.dumps(record() | {"schema": 2}).encode(),
-    ],
-    ids=["truncated", "empty", "no text", "a list", "another object", "another schema"],
-)
-def test_damaged_record_is_named_and_skipped(course_folder, capsys, content):
+EPOCH, RESULT = record()["epochs"][0], record()["test"]
+DAMAGED = {
+    "truncated": json.dumps(record() | {"schema": 1}).encode()[:100],
+    "empty": b"",
+    "no text": b"\xff\xfe\x00",
+    "a list": b"[1, 2]",
+    "nested": b"[" * 100_000,
+    "another object": {"schema": 1, "status": "complete"},
+    "another schema": record() | {"schema": 2},
+    **{f"no {key}": without(key) for key in without("schema")},
+    "name as recipe": record() | {"recipe": "fast"},
+    "nameless recipe": record() | {"recipe": {"epochs": 2}},
+    "text as seed": record() | {"seed": "0"},
+    "true as seed": record() | {"seed": True},
+    "no version of Keras": record() | {"versions": {}},
+    "unknown status": record() | {"status": "done"},
+    "no epochs": record() | {"epochs": []},
+    "number as epoch": record() | {"epochs": [1, 2]},
+    "text as loss": record() | {"epochs": [EPOCH, EPOCH | {"epoch": 2, "loss": "low"}]},
+    "infinite loss": record() | {"epochs": [EPOCH, EPOCH | {"epoch": 2, "loss": 10**400}]},
+    "NaN": json.dumps(record() | {"test": RESULT | {"top1": float("nan")}}).encode(),
+    "an epoch twice": record() | {"epochs": [EPOCH, EPOCH]},
+    "an epoch short": record() | {"epochs": [EPOCH]},
+    "more epochs than planned": record() | {"epochs": [EPOCH | {"epoch": n} for n in range(1, 10)]},
+    "no result": record() | {"test": None},
+    "result without accuracy": record() | {"test": {"images": 4, "loss": 0.1}},
+    "no classes in validation": record() | {"test": None, "epochs": [EPOCH, EPOCH | {"epoch": 2, "validation": {}}]},
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_record_is_named_and_skipped_but_not_trained_over(course_folder, capsys, content):
     far = records.write(record(top1=0.9), course_folder / "results")
     good = records.write(record(seed=1, top1=0.2))
     damaged = records.path_of("cifar100", "simple", "fast", 0)
-    damaged.write_bytes(content)
-    with pytest.raises(ValueError, match="delete it and train again") as error:
-        records.read(damaged)
-    assert str(damaged) in str(error.value)
+    damaged.write_bytes(content if isinstance(content, bytes) else json.dumps({"schema": 1} | content).encode())
+    for read in (lambda: records.read(damaged), lambda: records.lookup("cifar100", "simple", "fast", 0)):
+        with pytest.raises(ValueError, match="delete it and train again") as error:
+            read()
+        assert str(damaged) in str(error.value) and len(str(error.value).splitlines()) == 1
     assert records.find()["path"].tolist() == [str(far), str(good)]  # the farther record is not hidden
-    assert records.lookup("cifar100", "simple", "fast", 0) == (records.read(far), far)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and all(line.startswith("skipped: ") and str(damaged) in line for line in lines)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"skipped: {error.value}"
+
+
+NOT_FOLDERS = ["", ".", "..", ".x", "x.", "../x", "/x", "x/y", "x\\y", "..\\x", "C:x", "x\ny", "x\0", "x*", None, 7]
+
+
+@pytest.mark.parametrize("name", NOT_FOLDERS, ids=repr)
+def test_name_that_is_no_plain_folder_is_refused(course_folder, output, name):
+    for run in ((name, "m", "r", 0), ("d", name, "r", 0), ("d", "m", name, 0)):
+        with pytest.raises(ValueError, match="becomes a folder, so it must not"):
+            records.path_of(*run)
+    if isinstance(name, str) and name != "x/y":  # folders below results/ are allowed
+        with pytest.raises(ValueError, match="name of the measurement becomes a folder"):
+            records.save(name, {})
+    assert not output.exists()
+    path = records.path_of("d-1", "simple-cp-4.5x", "faster-learningrate1e-05", 0)
+    assert path.parts[-4:-1] == ("d-1", "simple-cp-4.5x", "faster-learningrate1e-05")
 
 
 # --- other measurements, and files of the first edition ----------------------------------------------------------
@@ -169,9 +208,19 @@ def test_measurements_are_loaded_from_the_nearest_file_that_is_not_damaged(cours
     assert records.load("speed") == ({"of": "course"}, far)
     assert records.save("speed", {"images_per_second": [1.5, 2]}) == near
     assert records.load("speed") == ({"images_per_second": [1.5, 2]}, near)
-    near.write_text('{"of": "out')
+    for damaged in ('{"of": "out', "[1]", '{"settings": [1]}', '{"ms": NaN}'):
+        near.write_text(damaged)
+        assert records.load("speed") == ({"of": "course"}, far)
+        assert str(near) in capsys.readouterr().out
+    near.unlink()
+    near.mkdir()
     assert records.load("speed") == ({"of": "course"}, far)
-    assert str(near) in capsys.readouterr().out
+
+
+def test_measurement_that_cannot_be_kept_is_not_computed(course_folder, output):
+    output.write_text("a file where a folder should be")
+    with pytest.raises(ValueError, match="cannot write"):
+        records.cached("speed", lambda: pytest.fail("it was computed"))
 
 
 def test_cached_computes_once_and_checks_the_settings(course_folder):
@@ -192,10 +241,11 @@ def test_cached_computes_once_and_checks_the_settings(course_folder):
 
 
 def test_old_record_is_read_with_the_current_names(course_folder):
-    old = record() | {"schema": 1, "epochs": [{"epoch": 1, "others_cpu": 0.01}, {"epoch": 2, "others_cpu": 0.02}]}
+    epochs = [EPOCH | {"epoch": number, "others_cpu": number / 100} for number in (1, 2)]
+    old = record() | {"schema": 1, "epochs": epochs}
     path = records.path_of("cifar100", "simple", "fast", 0)
     _files.write_atomic(path, json.dumps(old))
-    expected = [{"epoch": 1, "background_load": 0.01}, {"epoch": 2, "background_load": 0.02}]
+    expected = [EPOCH | {"epoch": number, "background_load": number / 100} for number in (1, 2)]
     assert records.read(path)["epochs"] == records.find()["record"][0]["epochs"] == expected
     assert json.loads(path.read_text()) == old  # reading does not rewrite
 

@@ -85,7 +85,7 @@ def test_fit_continues_from_the_first_epoch_that_is_asked_for(dataset):
 
 @pytest.mark.parametrize("train_on, images", [("all", 100), ("train", 80)])
 def test_fit_rejects_a_batch_larger_than_the_data(dataset, train_on, images):
-    with pytest.raises(ValueError, match=f"batch_size must be at most {images}, the training images; got 101"):
+    with pytest.raises(ValueError, match=f"needs at least 101 training images, one batch; got {images}: take more"):
         next(training.fit(linear(), dataset, RECIPE.replace(batch_size=101, train_on=train_on)))
 
 

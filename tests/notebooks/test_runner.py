@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import nbformat
 import papermill
@@ -82,7 +83,7 @@ def test_notebooks_run_in_order_with_parameters_of_the_profile(course, executed,
 
 def test_only_from_and_settings_choose_notebooks_and_parameters(course, executed):
     write_notebook(course, "02_second", parameters="SEED = 0")
-    runner.run("smoke", only=["01", "02"], settings={"EPOCHS": 7})
+    runner.run("smoke", only=["01", "2"], settings={"EPOCHS": 7})
     runner.run("smoke", start="03", settings={"DATASET": "standin"})
     assert [(name, given.get("EPOCHS")) for name, given, _ in executed] == [
         ("01_first", 7),
@@ -151,11 +152,12 @@ def test_run_continues_at_the_notebook_that_failed(course, executed, monkeypatch
     ],
 )
 def test_medical_images_are_the_real_ones_if_available(course, executed, monkeypatch, here, options, expected):
-    def locate(name, or_stand_in=False):
-        assert or_stand_in or name in ("cifar100", "standin")
-        return "somewhere" if name == "cifar100" or here and name == "pneumoniamnist" else None
+    def load(name, or_stand_in):
+        assert name == "pneumoniamnist" and or_stand_in
+        return Mock(stand_in=not here)  # not only where it is missing, but also where it is damaged
 
-    monkeypatch.setattr(runner.data, "locate", locate)
+    monkeypatch.setattr(runner.data, "locate", {"cifar100": "somewhere", "standin": None}.get)
+    monkeypatch.setattr(runner.data, "load", load)
     write_notebook(course, "01_first", parameters="MEDICAL_DATASET = 'pneumoniamnist'")
     runner.run("smoke", **options)
     assert [given.get("MEDICAL_DATASET") for _, given, _ in executed] == [expected, None, None]
@@ -207,6 +209,12 @@ def test_run_without_a_course_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(paths, "root", lambda: None)
     assert main(["run"]) == 2
     assert "there is no course here" in capsys.readouterr().err
+
+
+def test_folder_that_cannot_be_written_is_found_before_the_notebook_runs(course, executed, tmp_path, capsys):
+    (tmp_path / "build").write_text("a file where a folder should be")
+    assert main(["run", "--profile", "smoke"]) == 2
+    assert "cannot write" in capsys.readouterr().err and not executed
 
 
 def test_failing_notebook_is_kept_and_reported(course, tmp_path, capsys):

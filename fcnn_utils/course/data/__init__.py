@@ -12,10 +12,13 @@ training images of each class. MedMNIST has its own validation images.
 import dataclasses
 import functools
 import hashlib
+import os
+from pathlib import Path
 
 import numpy as np
 
 from fcnn_utils._checks import check_choice, check_number
+from fcnn_utils.course import paths
 from fcnn_utils.course.data import cifar100, medmnist, standin
 from fcnn_utils.course.data.download import Unavailable
 
@@ -159,7 +162,8 @@ def load(name, train_images=0, test_images=0, *, or_stand_in=False):
         train_images: number of training and validation images together (see `Dataset.subset`); 0
             means all.
         test_images: number of test images; 0 means all.
-        or_stand_in: if the data set is not available, print a notice and use its stand-in.
+        or_stand_in: if the data set is not available or its files are damaged, print a notice and use
+            its stand-in, as for "auto".
 
     Returns:
         Dataset.
@@ -168,22 +172,34 @@ def load(name, train_images=0, test_images=0, *, or_stand_in=False):
         ValueError: if the name is unknown, the data set is not available, its files are damaged, or
             it has fewer images than requested.
     """
+    if train_images:
+        check_number("number of training images", train_images, int, 10, 10**7)
+    if test_images:
+        check_number("number of test images", test_images, int, 1, 10**7)
     path = locate(name, or_stand_in)
-    if path is None and name in ("greystandin", *medmnist.SETS):
-        dataset = _assemble("greystandin", "a generator", standin.grey(), standin.GREY_NAMES)
-    elif path is None:
-        splits = standin.generate(per_class=100, test_per_class=20)
-        dataset = _assemble("standin", "a generator", splits, standin.FINE_NAMES, standin.COARSE_NAMES)
-    elif name in medmnist.SETS:
-        splits, official = medmnist.read(name, path)
-        source = "the official file" if official else "a file that is not the official one"
-        dataset = _assemble(name, source, splits, medmnist.SETS[name].classes)
-    else:
-        dataset = _assemble("cifar100", "the official batches", *cifar100.read(path))
+    try:
+        dataset = _read(name, path)
+    except Unavailable as error:  # the files are damaged
+        _continue_without(name, error, or_stand_in)
+        dataset = _read(name, None)
     if train_images or test_images:
         available = len(dataset.train) + len(dataset.validation)
         dataset = dataset.subset(train_images or available, test_images or len(dataset.test))
     return dataset
+
+
+def _read(name, path):
+    """Read a data set from the `path` of `locate`; if it is None, generate the stand-in."""
+    if path is None and name in ("greystandin", *medmnist.SETS):
+        return _assemble("greystandin", "a generator", standin.grey(), standin.GREY_NAMES)
+    if path is None:
+        splits = standin.generate(per_class=100, test_per_class=20)
+        return _assemble("standin", "a generator", splits, standin.FINE_NAMES, standin.COARSE_NAMES)
+    if name in medmnist.SETS:
+        splits, official = medmnist.read(name, path)
+        source = "the official file" if official else "a file that is not the official one"
+        return _assemble(name, source, splits, medmnist.SETS[name].classes)
+    return _assemble("cifar100", "the official batches", *cifar100.read(path))
 
 
 def locate(name, or_stand_in=False):
@@ -199,16 +215,34 @@ def locate(name, or_stand_in=False):
     check_choice("dataset", name, NAMES)
     if name in STAND_INS:
         return None
+    is_medical = name in medmnist.SETS
+    path = medmnist.find(name) if is_medical else cifar100.find()
     try:
-        if name in medmnist.SETS:
-            return medmnist.find(name) or medmnist.download(name)
-        return cifar100.find() or cifar100.download()
+        if path is None:
+            _check_chosen_folder(f"{name}.npz" if is_medical else "CIFAR-100")
+            path = medmnist.download(name) if is_medical else cifar100.download()
     except Unavailable as error:
-        if name != "auto" and not or_stand_in:
-            raise
-        real = name if name in medmnist.SETS else "CIFAR-100"
-        print(f"NOTICE: {error}. Continuing with the stand-in: generated images, no result on {real}.", flush=True)
-        return None
+        _continue_without(name, error, or_stand_in)
+    return path
+
+
+def _check_chosen_folder(what):
+    """Raise Unavailable if `$FCNN_DATA_DIR` is set to a folder without any data set: then nothing is downloaded."""
+    chosen = os.environ.get("FCNN_DATA_DIR")
+    sets = [Path(chosen or "", f"{name}.npz") for name in medmnist.SETS]
+    if chosen and not cifar100.inside(Path(chosen)) and not any(map(os.path.isfile, sets)):
+        raise Unavailable(
+            f"FCNN_DATA_DIR is {chosen!r}, where no data set is, neither {what} nor another; correct or unset it, "
+            "or choose a stand-in (--dataset standin or greystandin)"
+        )
+
+
+def _continue_without(name, error, or_stand_in):
+    """Print that the stand-in replaces the data set `name`; raise `error`, the reason, if that is not allowed."""
+    if name != "auto" and not or_stand_in:
+        raise error
+    real = name if name in medmnist.SETS else "CIFAR-100"
+    paths.say(f"NOTICE: {error}. Continuing with the stand-in: generated images, no result on {real}.")
 
 
 def _assemble(name, source, splits, fine_names, coarse_names=None):

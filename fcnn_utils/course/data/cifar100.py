@@ -24,19 +24,17 @@ def find():
 
     The folders searched are `$FCNN_DATA_DIR`, Keras's data folder and `./data`, and their usual
     subfolders.
-
-    Raises:
-        Unavailable: if `$FCNN_DATA_DIR` is set and none of these folders has the files.
     """
     chosen = os.environ.get("FCNN_DATA_DIR")
-    for root in [*([Path(chosen)] if chosen else []), _keras_datasets(), Path("data")]:
-        for folder in (root, root / "cifar-100-python", root / "cifar-100-python-target" / "cifar-100-python"):
-            if all(os.path.isfile(folder / part) for part in ("train", "test", "meta")):  # False if unreadable
-                return folder
-    if chosen:
-        raise Unavailable(
-            f"FCNN_DATA_DIR is {chosen!r}, but CIFAR-100's files train, test and meta are not there; {_ADVICE}"
-        )
+    roots = [*([Path(chosen)] if chosen else []), _keras_datasets(), Path("data")]
+    return next(filter(None, map(inside, roots)), None)
+
+
+def inside(root):
+    """Return the folder with the extracted files that is `root` or a usual subfolder of it; None if there is none."""
+    for folder in (root, root / "cifar-100-python", root / "cifar-100-python-target" / "cifar-100-python"):
+        if all(os.path.isfile(folder / part) for part in ("train", "test", "meta")):  # False if unreadable
+            return folder
     return None
 
 
@@ -74,7 +72,7 @@ def read(folder):
         ((training, test), fine names, coarse names); training and test as from `read_batch`.
 
     Raises:
-        ValueError: if a file is damaged or is not a file of CIFAR-100; the message says which, and
+        Unavailable: if a file is damaged or is not a file of CIFAR-100; the message says which, and
             what to do.
     """
     meta = _unpickle(folder / "meta")
@@ -96,7 +94,7 @@ def read_batch(path, per_class):
         images (N, 32, 32, 3) uint8, fine labels (N,), coarse labels (N,).
 
     Raises:
-        ValueError: if the file cannot be read or is not such a batch; the message says why, and
+        Unavailable: if the file cannot be read or is not such a batch; the message says why, and
             what to do.
     """
     batch = _unpickle(path)
@@ -133,7 +131,7 @@ def _names(meta, key, count, path):
 
 
 def _invalid(path, reason):
-    return ValueError(
+    return Unavailable(
         f"{path} is damaged or not a file of CIFAR-100: {reason}; delete {Path(path).parent} to download it again, "
         "or choose the stand-in (--dataset standin)"
     )
@@ -145,7 +143,7 @@ def _unpickle(path):
             batch = _NumpyUnpickler(file, encoding="bytes").load()
         return {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}; {_ADVICE}") from None
+        raise Unavailable(f"{path} cannot be read: {error.strerror}; {_ADVICE}") from None
     except Exception as error:  # a damaged pickle can raise almost anything
         raise _invalid(path, error) from None
 

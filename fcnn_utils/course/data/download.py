@@ -6,9 +6,11 @@ import time
 
 from tqdm import tqdm
 
+from fcnn_utils.course.paths import say
+
 
 class Unavailable(ValueError):
-    """A data set is not on this machine and could not be downloaded."""
+    """A data set is not on this machine and could not be downloaded, or its files are damaged."""
 
 
 class _TimedProgressBar(tqdm):
@@ -49,7 +51,7 @@ def fetch(what, url, checksum, path, advice, processor=None):
     import pooch  # takes as long as NumPy to import, and most calls find their files on the disk
 
     seconds = _time_limit()
-    print(f"{what} is not on this machine: downloading it to {path.parent}, at most {seconds:g} s", flush=True)
+    say(f"{what} is not on this machine: downloading it to {path.parent}, at most {seconds:g} s")
     try:
         with _TimedProgressBar(seconds, unit="B", unit_scale=True, mininterval=1) as progress:
             downloader = pooch.HTTPDownloader(progress, timeout=min(20, seconds))

@@ -8,11 +8,11 @@ because its images have several labels each.
 import dataclasses
 import hashlib
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from fcnn_utils._files import read_arrays
 from fcnn_utils.course.data.download import Unavailable, fetch
 
 _URL = "https://zenodo.org/records/10519652/files/{}.npz?download=1"
@@ -65,18 +65,12 @@ SETS = {name: MedMNIST(*facts, tuple(_CLASSES[name].split("; "))) for name, fact
 
 
 def find(name):
-    """Return the file of the set `name` in `$FCNN_DATA_DIR` or `~/.medmnist`; None if there is none.
-
-    Raises:
-        Unavailable: if `$FCNN_DATA_DIR` is set and the file is in neither folder.
-    """
+    """Return the file of the set `name` in `$FCNN_DATA_DIR` or `~/.medmnist`; None if there is none."""
     chosen = os.environ.get("FCNN_DATA_DIR")
     for folder in [*([Path(chosen)] if chosen else []), _home()]:
         path = folder / f"{name}.npz"
         if os.path.isfile(path):  # False if unreadable
             return path
-    if chosen:
-        raise Unavailable(f"FCNN_DATA_DIR is {chosen!r}, but {name}.npz is not there; {_advice(name)}")
     return None
 
 
@@ -100,23 +94,24 @@ def read(name, path):
         of the official file.
 
     Raises:
-        ValueError: if the file is damaged or is not this set; the message gives both MD5s, and what
+        Unavailable: if the file is damaged or is not this set; the message gives both MD5s, and what
             to do.
     """
     known = SETS[name]
     try:
         md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise Unavailable(f"{path} cannot be read: {error.strerror}") from None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            pairs = [(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "val", "test")]
+        arrays = read_arrays(path)
+        pairs = [(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "val", "test")]
         parts = zip(("training", "validation", "test"), known.images, pairs, strict=True)
         splits = [_check_split(known, part, count, *pair) for part, count, pair in parts]
-    except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise ValueError(
-            f"{path} is damaged or not {name}: {error} (its MD5 is {md5}, the official file's is {known.md5}); "
-            "delete it and unset FCNN_DATA_DIR to download it again"
+    except (KeyError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise Unavailable(
+            f"{path} is damaged or not {name}: {reason} (its MD5 is {md5}, the official file's is {known.md5}); "
+            "delete it to download it again"
         ) from None
     return splits, md5 == known.md5
 
@@ -127,10 +122,12 @@ def _check_split(known, part, count, images, labels):
     if images.dtype != np.uint8 or images.shape[1:] != shape:
         wanted = ", ".join(map(str, ("N", *shape)))
         raise ValueError(f"its {part} images must be ({wanted}) uint8; they are {images.shape} {images.dtype}")
-    if len(images) != count or labels.size != count:
+    if len(images) != count or labels.shape not in ((count,), (count, 1)):
         raise ValueError(
             f"it must have {count:,} {part} images and labels; it has {len(images):,} images and {labels.size:,} labels"
         )
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"its {part} labels must be whole numbers; they are {labels.dtype}")
     labels = labels.reshape(-1).astype(np.int64)
     if set(np.unique(labels)) != set(range(len(known.classes))):
         raise ValueError(f"its {part} labels must cover the classes 0 to {len(known.classes) - 1}, and no others")

@@ -151,6 +151,11 @@ def run_name(name, width=1.0):
         ValueError: if there is no such network, or the width is out of range.
     """
     if not cited.known(name):
+        if isinstance(name, str) and name.startswith("wrn-"):
+            raise ValueError(
+                "model must be wrn-DEPTH-WIDTH with a depth of 6n + 4 (10, 16, 22, to 994) and a width from 1 to 99, "
+                f"for example wrn-16-4; got {name!r}"
+            )
         check_choice("model", name, NAMES)
     check_number("width", width, float, 1e-3, 1e3)
     return name if width == 1 else f"{name}-width{width:.10g}"

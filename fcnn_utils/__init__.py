@@ -8,7 +8,7 @@
 The functions and classes below are imported when they are first used, so that importing the package is fast.
 
     factorize         a trained model -> a factorized one, and a report                        compress
-    fold_batch_norm   a model for inference without batch norms                               keras_graph
+    fold_batch_norm   a model for inference without batch norms                               batch_norm
     reestimate        batch-norm statistics from unlabelled images                            calibration
     layer_costs       parameters, MACs and activation bytes, layer by layer                   cost
     total_costs       the same for the whole model                                            cost
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "factorize": "compress",
-    "fold_batch_norm": "keras_graph",
+    "fold_batch_norm": "batch_norm",
     "reestimate": "calibration",
     "layer_costs": "cost",
     "total_costs": "cost",

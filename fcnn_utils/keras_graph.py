@@ -1,25 +1,45 @@
-"""Inspect and rebuild the layer graph of a Keras model, and fold batch normalisations into the layers before.
+"""Inspect and rebuild the layer graph of a Keras model.
 
 The functions take functional and Sequential models, with models nested in them. A layer of a nested
-model has a path, such as `inner/conv1`. This is the only module that touches Keras internals.
+model has a path, such as `inner/conv1`. A subclassed model is traced first, with a warning. This is the
+only module that touches Keras internals.
 """
 
 import dataclasses
+import tempfile
 
 import keras
-import numpy as np
 from keras import layers
 
+from fcnn_utils import _trace
 from fcnn_utils._checks import check_choice
 
-_FOLDABLE = (  # layers whose kernel has the output channels last or, if it is depthwise, in its last two axes
-    layers.Conv1D,
-    layers.Conv2D,
-    layers.Conv3D,
-    layers.DepthwiseConv2D,
-    layers.SeparableConv2D,
-    layers.Dense,
-)
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One call of an operation in a model: of a layer, or of a function of `keras.ops`.
+
+    Attributes:
+        path: name of the operation, after the names of the nested models that contain it.
+        operation: keras.Operation; a layer is one.
+        args, kwargs: its arguments; Keras tensors stand for values.
+        outputs: list of Keras tensors.
+        training: the `training` argument, of the call itself or of the nested model around it; or None.
+        node: Keras's own node, whose tensors are those of the model that contains the operation.
+    """
+
+    path: str
+    operation: keras.Operation
+    args: tuple
+    kwargs: dict
+    outputs: list
+    training: bool | None
+    node: object
+
+    @property
+    def inputs(self):
+        """The Keras tensors among the arguments."""
+        return [x for x in keras.tree.flatten((self.args, self.kwargs)) if isinstance(x, keras.KerasTensor)]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -34,7 +54,7 @@ class LayerNode:
         producers: operations that produce what the layer reads.
         consumers: operations that read what the layer produces; None stands for an output of the model
             that contains the layer.
-        training: the `training` argument of each call; None where it has none.
+        training: the `training` argument of each call (`Call.training`).
     """
 
     path: str
@@ -51,20 +71,44 @@ class LayerNode:
 
     @property
     def is_channel_norm(self):
-        """Whether the layer is a batch normalisation over the last axis that is called once."""
-        is_norm = isinstance(self.layer, layers.BatchNormalization)
+        """Whether the layer is Keras's own batch normalisation over the last axis and is called once."""
+        is_norm = type(self.layer) is layers.BatchNormalization  # a subclass may compute something else
         return is_norm and len(self.calls) == 1 and self.layer.axis in (-1, len(self.calls[0][1]) - 1)
 
 
 def check_graph(model):
-    """Return `model` if it is a built functional or Sequential model; else raise ValueError."""
+    """Return `model` if it is a built functional or Sequential model; trace it if it is a subclassed one.
+
+    Tracing makes the functional model `keras.Model(x, model.call(x))` of the same layers, and warns.
+
+    Raises:
+        ValueError: it is not a built keras.Model, or it cannot be traced.
+    """
     if not isinstance(model, keras.Model):
         raise ValueError(f"model must be a built keras.Model; got {type(model).__name__}")
     if not model.built:
         raise ValueError(f"model {model.name!r} is not built: call it on images once, or give it an Input")
-    if not hasattr(_graph(model), "operations"):
-        raise ValueError(f"model {model.name!r} is not a graph of layers: make it Sequential or functional")
-    return model
+    return model if is_graph(model) else _trace.trace_model(model)
+
+
+def is_graph(layer):
+    """Return whether a layer is a functional or Sequential model, whose layers can be listed."""
+    return isinstance(layer, keras.Model) and hasattr(_graph(layer), "operations")
+
+
+def operation_calls(model):
+    """List every call of every operation of a model, layer by layer; nested models give theirs.
+
+    Input layers are left out. The shapes in a nested model are those of the call of this model: they are
+    known even if the nested model itself takes images of any size.
+
+    Args:
+        model: as in `check_graph`.
+
+    Returns:
+        list of `Call`.
+    """
+    return list(_operation_calls(check_graph(model), "", None, None))
 
 
 def layer_nodes(model):
@@ -73,21 +117,36 @@ def layer_nodes(model):
     Input layers are left out, and so are operations of `keras.ops` between layers.
 
     Args:
-        model: built, functional or Sequential.
+        model: as in `check_graph`.
 
     Returns:
         list of `LayerNode`.
-
-    Raises:
-        ValueError: `check_graph` refuses the model or a model nested in it.
     """
-    found = {}
-    for node in _layer_nodes(model, ""):
-        first = found.setdefault(id(node.layer), node)
-        if first is not node:  # two of the models share the layer
-            for name in ("calls", "producers", "consumers", "training"):
-                setattr(first, name, getattr(first, name) + getattr(node, name))
+    model = check_graph(model)
+    consumers, found = _consumers(model), {}
+    for call in _operation_calls(model, "", None, None):
+        if not isinstance(call.operation, keras.Layer):
+            continue
+        shapes = [tuple(x.shape) for x in call.inputs], tuple(call.outputs[0].shape)
+        node = found.setdefault(id(call.operation), LayerNode(call.path, call.operation, [], [], [], []))
+        node.calls.append(shapes)
+        node.producers += [x._keras_history.operation for x in call.node.input_tensors]
+        node.consumers += [reader for x in call.node.outputs for reader in consumers.get(id(x), [])]
+        node.training.append(call.training)
     return list(found.values())
+
+
+def operation_names(model):
+    """Return the names of all operations of a model: its inputs, layers, nested models and what these contain."""
+    names = set()
+    for operation in _graph(model).operations:
+        names |= {operation.name} | (operation_names(operation) if is_graph(operation) else set())
+    return names
+
+
+def is_quantized(layer):
+    """Return whether the weights of a layer are quantized, as by `keras.Model.quantize`."""
+    return bool(getattr(getattr(layer, "dtype_policy", None), "quantization_mode", None))
 
 
 def input_model(model, path):
@@ -97,7 +156,7 @@ def input_model(model, path):
     to get exactly what the layer is given at inference, before it casts that to its compute dtype.
 
     Args:
-        model: built, functional or Sequential.
+        model: as in `check_graph`.
         path: path of the layer, as in `LayerNode.path`.
 
     Returns:
@@ -108,6 +167,7 @@ def input_model(model, path):
     Raises:
         ValueError: `check_graph` refuses the model, or it has no layer at `path`.
     """
+    model = check_graph(model)
     found = {node.path: node.layer for node in layer_nodes(model)}
     return _input_model(model, found[check_choice("path of the layer", path, found)])
 
@@ -123,9 +183,11 @@ def copy_layer(layer, **changes):
     The activation may be a function that Keras does not know by name. If it is a layer, it is copied too.
 
     Raises:
-        ValueError: Keras cannot make the layer from its configuration, as with a Lambda; or its activation
-            has weights, which Keras would not save.
+        ValueError: Keras cannot make the layer from its configuration, as with a Lambda; its activation
+            has weights, which Keras would not save; or it is quantized and the dtype shall change.
     """
+    if "dtype" in changes and is_quantized(layer):
+        raise ValueError(f"layer {layer.name!r} is quantized, so that its dtype can't be changed: quantize afterwards")
     activation = getattr(layer, "activation", None)
     if isinstance(activation, keras.Layer):
         if activation.variables:
@@ -164,38 +226,6 @@ def rebuild(model, chains, dtype=None):
     return _rebuild(check_graph(model), {key: list(chain) for key, chain in chains.items()}, dtype)
 
 
-def fold_batch_norm(model, dtype=None):
-    """Copy a model for inference, with each batch normalisation folded into the layer before it.
-
-    A normalisation after a convolution or a dense layer becomes part of that layer's weights:
-
-        y = γ (W x + b − μ) / √(σ² + ε) + β  =  (γ / √(σ² + ε)) W x + γ (b − μ) / √(σ² + ε) + β
-
-    This needs a channels-last layer without activation and LoRA whose output only the normalisation reads,
-    one call of each, and no call with `training=True`. Other normalisations stay. The outputs are equal up to
-    rounding. Do not train the new model.
-
-    Args:
-        model: built, functional or Sequential.
-        dtype: dtype policy of the new layers, such as "float32" to leave mixed precision; default: each
-            keeps its own.
-
-    Returns:
-        keras.Model, not compiled, that shares nothing with `model`.
-
-    Raises:
-        ValueError: `check_graph` refuses the model, or `copy_layer` cannot copy a layer.
-    """
-    if dtype is not None:
-        model = rebuild(model, {}, dtype=dtype)
-    chains, nodes = {}, {id(node.layer): node for node in layer_nodes(model)}
-    for norm in nodes.values():
-        before = nodes.get(id(norm.producers[0])) if norm.is_channel_norm else None
-        if before is not None and _folds(before, norm):
-            chains |= {id(before.layer): [_fold(before, norm.layer)], id(norm.layer): []}
-    return rebuild(model, chains)
-
-
 # --- reading the graph -------------------------------------------------------------------------------------------
 
 
@@ -209,43 +239,64 @@ def _keras_nodes(graph):
     return [node for depth in sorted(graph._nodes_by_depth, reverse=True) for node in graph._nodes_by_depth[depth]]
 
 
-def _calls_by_layer(graph):
-    """Yield (layer, its Keras nodes), without the input layers."""
+def _calls_by_operation(graph):
+    """Yield (operation, its Keras nodes) in the graph's order, without the input layers."""
     nodes = _keras_nodes(graph)
-    for layer in graph.layers:
-        if not isinstance(layer, layers.InputLayer):
-            yield layer, [node for node in nodes if node.operation is layer]
+    for operation in graph.operations:
+        if not isinstance(operation, layers.InputLayer):
+            yield operation, [node for node in nodes if node.operation is operation]
 
 
-def _layer_nodes(model, prefix):
-    graph = _graph(check_graph(model))
-    consumers = {}
+def _operation_calls(model, prefix, inputs, training):
+    """Yield the calls in a graph that is called on `inputs` (None: its own) with the argument `training`."""
+    graph = _graph(model)
+    arguments = _arguments(graph, inputs)
+    for operation, nodes in _calls_by_operation(graph):
+        for node in nodes:
+            args, kwargs, outputs = arguments[id(node)]
+            own = kwargs.get("training")
+            own = training if own is None else own
+            if is_graph(operation):
+                read = keras.tree.flatten(args[0] if args else kwargs["inputs"])
+                yield from _operation_calls(operation, f"{prefix}{operation.name}/", read, own)
+            else:
+                yield Call(prefix + operation.name, operation, args, kwargs, outputs, own, node)
+
+
+def _arguments(graph, inputs):
+    """Return dict id(Keras node) -> (args, kwargs, outputs), for a graph that is called on `inputs`."""
+    same = inputs is None or [x.shape for x in inputs] == [x.shape for x in graph.inputs]
+    values = {id(x): value for x, value in zip(graph.inputs, graph.inputs if same else inputs, strict=True)}
+    found = {}
+    for node in _keras_nodes(graph):
+        if node.is_input:
+            continue
+        args, kwargs = node.arguments.fill_in(values)
+        outputs = node.outputs if same else keras.tree.flatten(node.operation.compute_output_spec(*args, **kwargs))
+        values |= {id(x): value for x, value in zip(node.outputs, outputs, strict=True)}
+        found[id(node)] = args, kwargs, outputs
+    return found
+
+
+def _consumers(model):
+    """Return dict id(tensor) -> operations that read it, None for an output, in a model and those nested in it."""
+    graph, found = _graph(model), {}
     for node in _keras_nodes(graph):
         for tensor in node.input_tensors:
-            consumers.setdefault(id(tensor), []).append(node.operation)
+            found.setdefault(id(tensor), []).append(node.operation)
     for tensor in {id(tensor) for tensor in graph.outputs}:
-        consumers.setdefault(tensor, []).append(None)
-    for layer, calls in _calls_by_layer(graph):
-        if isinstance(layer, keras.Model):
-            for inner in _layer_nodes(layer, f"{prefix}{layer.name}/"):
-                yield dataclasses.replace(inner, calls=inner.calls * len(calls))
-        else:
-            yield LayerNode(
-                path=prefix + layer.name,
-                layer=layer,
-                calls=[([tuple(x.shape) for x in call.input_tensors], tuple(call.outputs[0].shape)) for call in calls],
-                producers=[x._keras_history.operation for call in calls for x in call.input_tensors],
-                consumers=[reader for call in calls for x in call.outputs for reader in consumers.get(id(x), [])],
-                training=[call.arguments.kwargs.get("training") for call in calls],
-            )
+        found.setdefault(tensor, []).append(None)
+    for nested in filter(is_graph, graph.operations):
+        found |= _consumers(nested)
+    return found
 
 
 def _input_model(model, layer):
     """Build the model from the inputs of `model` to what `layer` reads; None if `model` does not contain it."""
     graph = _graph(model)
     calls = []  # (call of the layer, None) or (call of a nested model, the nested model up to the layer)
-    for inner, nodes in _calls_by_layer(graph):
-        part = _input_model(inner, layer) if isinstance(inner, keras.Model) else None
+    for inner, nodes in _calls_by_operation(graph):
+        part = _input_model(inner, layer) if is_graph(inner) else None
         if part is not None or inner is layer:
             calls += [(node, part) for node in nodes]
     if not calls:
@@ -279,7 +330,7 @@ def _rebuild(model, copies, dtype):
 
     def copy(operation):
         if id(operation) not in copies:
-            if isinstance(operation, keras.Model):
+            if is_graph(operation):
                 copies[id(operation)] = _rebuild(operation, copies, dtype)
             else:
                 copies[id(operation)] = copy_layer(operation, **policy if isinstance(operation, keras.Layer) else {})
@@ -312,46 +363,26 @@ def _carry_over(model, copies):
             for part in _as_list(new):
                 part.trainable = False
     for layer, new in pairs:
-        if isinstance(layer, keras.Model):
+        if is_graph(layer):
             continue
-        if layer.weights and not isinstance(new, list):  # a chain has its own weights
-            new.set_weights(layer.get_weights())
-            if hasattr(new, "finalize_state"):  # a Normalization computes with values derived from its weights
-                new.finalize_state()
+        if not isinstance(new, list):  # a chain has its own weights
+            _carry_over_state(layer, new)
         for part in _as_list(new):
             part.trainable = layer.trainable
 
 
+def _carry_over_state(layer, new):
+    """Give a copied layer the weights of `layer`, and what else Keras saves with it, such as a vocabulary."""
+    if layer.weights:
+        new.set_weights(layer.get_weights())
+    for one, other in zip(layer._flatten_layers(), new._flatten_layers(), strict=True):
+        if hasattr(one, "save_assets"):
+            with tempfile.TemporaryDirectory() as folder:
+                one.save_assets(folder)
+                other.load_assets(folder)
+        if hasattr(other, "finalize_state"):  # a Normalization computes with values derived from its weights
+            other.finalize_state()
+
+
 def _as_list(value):
     return value if isinstance(value, list) else [value]
-
-
-# --- folding -----------------------------------------------------------------------------------------------------
-
-
-def _folds(before, norm):
-    """Return whether the batch normalisation of node `norm` can be folded into the layer of node `before`."""
-    layer = before.layer
-    return (
-        isinstance(layer, _FOLDABLE)
-        and has_linear_activation(layer)
-        and getattr(layer, "data_format", "channels_last") == "channels_last"
-        and not getattr(layer, "lora_enabled", False)
-        and len(before.calls) == len(before.consumers) == 1
-        and not any(norm.training)  # with training=True it normalises by the batch, not by its moving statistics
-    )
-
-
-def _fold(node, norm):
-    """Return a copy of the node's layer with the batch normalisation `norm` in its weights."""
-    mean, variance = (np.asarray(value, np.float64) for value in (norm.moving_mean, norm.moving_variance))
-    gamma, beta = (1.0 if norm.gamma is None else norm.gamma), (0.0 if norm.beta is None else norm.beta)
-    scale = np.asarray(gamma, np.float64) / np.sqrt(variance + norm.epsilon)
-    kernels = node.layer.get_weights()
-    bias = kernels.pop() if node.layer.use_bias else 0.0
-    last = np.asarray(kernels[-1], np.float64)
-    kernels[-1] = last * scale.reshape(last.shape[2:] if isinstance(node.layer, layers.DepthwiseConv2D) else -1)
-    copy = copy_layer(node.layer, use_bias=True)
-    copy.build(node.calls[0][0][0])
-    copy.set_weights([*kernels, (np.asarray(bias, np.float64) - mean) * scale + np.asarray(beta, np.float64)])
-    return copy

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from fcnn_utils import compress, cost, factorizations, keras_graph
+from fcnn_utils import batch_norm, compress, cost, factorizations, keras_graph
 
 METHODS = list(factorizations.FACTORIZATIONS)
 
@@ -145,7 +145,7 @@ def test_images_bring_the_outputs_nearer(zoo):
 def test_a_factorized_network_is_saved_and_loaded_and_its_batch_norms_fold(zoo, tmp_path):
     new, _ = compress.factorize(zoo, "cp", ratio=0.5, layers=["first", "shared", "inner/conv"])
     assert_loads_without_custom_objects(new, images(zoo), tmp_path)
-    folded = keras_graph.fold_batch_norm(new)
+    folded = batch_norm.fold_batch_norm(new)
     assert not [n for n in keras_graph.layer_nodes(folded) if isinstance(n.layer, layers.BatchNormalization)]
     assert distance(new, folded) < 1e-4 and outputs(new, images(zoo)).std() > 1e-2
 
@@ -395,4 +395,4 @@ def test_networks_of_keras_applications_take_five_minutes_and_eight_gigabytes_at
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) < 8e9
     assert (report["reason"] == "").sum() == count - (count > 1)
     assert_loads_without_custom_objects(new, x, tmp_path)
-    assert distance(new, keras_graph.fold_batch_norm(new), x) < 1e-4
+    assert distance(new, batch_norm.fold_batch_norm(new), x) < 1e-4

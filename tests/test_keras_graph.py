@@ -57,18 +57,10 @@ def nodes_by_path(model):
 
 
 def test_models_that_are_no_graph_of_layers_are_rejected():
-    class Own(keras.Model):
-        def call(self, x):
-            return x
-
-    own = Own(name="own")
-    own(np.zeros((1, 2)))
     with pytest.raises(ValueError, match="built keras.Model; got str"):
         keras_graph.check_graph("simple")
     with pytest.raises(ValueError, match="'sequential.*' is not built"):
         keras_graph.check_graph(keras.Sequential([layers.Conv2D(4, 3)]))
-    with pytest.raises(ValueError, match="'own' is not a graph of layers"):
-        keras_graph.check_graph(own)
 
 
 # --- reading the graph -------------------------------------------------------------------------------------------
@@ -96,7 +88,7 @@ def test_calls_of_a_nested_and_of_a_layer_in_two_models_add_up():
     (node,) = keras_graph.layer_nodes(keras.Model(inputs, inner(inner(inputs))))
     assert node.path == "inner/conv" and len(node.calls) == 2
     (node,) = keras_graph.layer_nodes(keras.Model(inputs, conv(inner(inner(inputs)))))
-    assert len(node.calls) == 3 and len(node.producers) == len(node.consumers) == len(node.training) == 2
+    assert len(node.calls) == len(node.producers) == len(node.consumers) == len(node.training) == 3
 
 
 # --- what a layer reads ------------------------------------------------------------------------------------------
@@ -335,59 +327,81 @@ def test_layers_that_cannot_be_copied_are_named():
         keras_graph.rebuild(model, {})
 
 
-# --- folding batch normalisations --------------------------------------------------------------------------------
+# --- subclassed models, state outside the weights, sizes of nested models --------------------------------------------
 
 
-def normalised():
-    """A normalisation after every kind of layer that takes one, and some that cannot be folded."""
-    x = inputs = keras.Input((9, 9, 4))
-    x = layers.Conv2D(6, 3, use_bias=False, name="conv")(x)
-    x = layers.ReLU()(layers.BatchNormalization(name="bn1")(x))
-    x = layers.DepthwiseConv2D(3, depth_multiplier=2, name="depth")(x)
-    x = layers.BatchNormalization(scale=False, name="bn2")(x)
-    x = layers.BatchNormalization(center=False, name="bn3")(layers.SeparableConv2D(8, 3, name="separable")(x))
-    x = layers.Conv2D(8, 1, activation="relu", name="active")(x)
-    x = layers.BatchNormalization(name="kept1")(x)  # after an activation
-    y = layers.Conv2D(8, 1, name="branching")(x)
-    x = layers.Add()([layers.BatchNormalization(name="kept2")(y), y])  # two layers read the convolution
-    x = layers.BatchNormalization(name="bn4")(layers.Dense(5, name="dense")(layers.Flatten()(x)))
-    return randomize(keras.Model(inputs, x))
+class Subclassed(keras.Model):
+    """A model whose graph can be traced: layers, keras.ops and a branch on a Python value."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.conv, self.norm, self.head = layers.Conv2D(4, 3), layers.BatchNormalization(), layers.Dense(2)
+
+    def call(self, x, training=False):
+        x = self.norm(self.conv(x), training=training)
+        return self.head(keras.ops.mean(x, axis=(1, 2)) if len(x.shape) == 4 else x)
 
 
-def norms(model):
-    return [path for path, node in nodes_by_path(model).items() if isinstance(node.layer, layers.BatchNormalization)]
+def test_a_subclassed_model_is_traced_with_a_warning():
+    model = Subclassed(name="own")
+    model(np.zeros((1, 8, 8, 3), "float32"))
+    randomize(model)
+    with pytest.warns(UserWarning, match="model 'own' is subclassed: it was traced"):
+        graph = keras_graph.check_graph(model)
+    x = np.random.default_rng(0).standard_normal((2, 8, 8, 3)).astype("float32")
+    np.testing.assert_allclose(outputs(graph, x)[0], outputs(model, x)[0], rtol=1e-6)
+    assert [node.layer for node in keras_graph.layer_nodes(graph)] == [model.conv, model.norm, model.head]
 
 
-def test_batch_norms_are_folded_where_that_is_exact():
-    model = normalised()
-    folded = keras_graph.fold_batch_norm(model)
-    assert norms(folded) == ["kept1", "kept2"]
-    assert_close(model, folded)
-    assert folded.get_layer("conv").use_bias and not model.get_layer("conv").use_bias
+def test_a_subclassed_model_that_cannot_be_traced_is_told():
+    class Untraceable(keras.Model):
+        def call(self, x):
+            return x * np.asarray(x).sum()
+
+    model = Untraceable(name="own")
+    model(np.zeros((1, 2), "float32"))
+    with pytest.raises(ValueError, match="model 'own' is subclassed and can't be traced .*: write its call with"):
+        keras_graph.check_graph(model)
 
 
-def test_batch_norms_of_nesteds_and_of_one_dimension_are_folded():
-    inner = [layers.Conv1D(4, 3, name="conv"), layers.BatchNormalization(), layers.ReLU()]
-    inner = keras.Sequential([keras.Input((9, 3)), *inner], name="inner")
-    x = inputs = keras.Input((9, 3))
-    x = layers.BatchNormalization()(layers.Dense(4)(inner(x)))
-    model = randomize(keras.Model(inputs, x))
-    folded = keras_graph.fold_batch_norm(model)
-    assert len(norms(model)) == 2 and norms(folded) == []
-    assert_close(model, folded)
-
-
-def test_a_batch_norm_that_normalises_by_the_batch_stays():
+def test_a_subclassed_model_inside_is_a_layer():
     inputs = keras.Input((8, 8, 3))
-    x = layers.Conv2D(4, 3, name="conv")(inputs)
-    model = randomize(keras.Model(inputs, layers.BatchNormalization(name="norm")(x, training=True)))
-    folded = keras_graph.fold_batch_norm(model)
-    assert norms(folded) == ["norm"]
-    assert_close(model, folded, 1e-5)
+    model = keras.Model(inputs, Subclassed(name="own")(layers.Conv2D(3, 3, name="conv")(inputs)))
+    assert list(nodes_by_path(model)) == ["conv", "own"]
 
 
-def test_folding_can_change_the_precision():
-    model = keras_graph.rebuild(normalised(), {}, dtype="mixed_bfloat16")
-    folded = keras_graph.fold_batch_norm(model, dtype="float32")
-    assert {node.layer.dtype_policy.name for node in keras_graph.layer_nodes(folded)} == {"float32"}
-    assert_close(normalised(), folded)
+def test_a_vocabulary_is_carried_over():
+    words, numbers = keras.Input((2,), dtype="string", name="words"), keras.Input((2,), dtype="int64", name="numbers")
+    lookup, index = layers.StringLookup(name="lookup"), layers.IntegerLookup(name="index")
+    lookup.adapt(["a", "b", "b"])
+    index.adapt([7, 9, 9])
+    x = layers.Concatenate()([lookup(words), index(numbers)])
+    model = keras.Model([words, numbers], x)
+    given = [keras.ops.convert_to_tensor([["b", "z"]]), keras.ops.convert_to_tensor([[7, 9]])]
+    copy = keras_graph.rebuild(model, {})
+    np.testing.assert_array_equal(outputs(copy, given)[0], outputs(model, given)[0])
+
+
+def test_sizes_in_a_nested_model_are_those_of_its_call():
+    stack = [layers.Conv2D(4, 3, strides=2, name="conv"), layers.GlobalAveragePooling2D(name="pool")]
+    inner = keras.Sequential([keras.Input((None, None, 3)), *stack], name="inner")
+    inputs = keras.Input((9, 7, 3))
+    nodes = nodes_by_path(keras.Model(inputs, [inner(inputs), inner(layers.ZeroPadding2D(1)(inputs))]))
+    shapes = [((None, 9, 7, 3), (None, 4, 3, 4)), ((None, 11, 9, 3), (None, 5, 4, 4))]
+    assert sorted(nodes["inner/conv"].calls, key=str) == sorted([([a], b) for a, b in shapes], key=str)
+
+
+@pytest.mark.parametrize(("own", "expected"), [({}, True), ({"training": False}, False)])
+def test_training_of_a_nested_model_holds_for_its_layers(own, expected):
+    inner_in = keras.Input((4,))
+    inner = keras.Model(inner_in, layers.BatchNormalization(name="norm")(inner_in, **own), name="inner")
+    inputs = keras.Input((4,))
+    assert nodes_by_path(keras.Model(inputs, inner(inputs, training=True)))["inner/norm"].training == [expected]
+
+
+def test_names_of_inputs_operations_and_nested_models_are_listed():
+    inputs = keras.Input((4,), name="given")
+    inner = keras.Sequential([keras.Input((4,), name="inside"), layers.Dense(4, name="dense")], name="inner")
+    model = keras.Model(inputs, keras.ops.add(inner(inputs), 1.0))
+    assert {"given", "inside", "dense", "inner"} < keras_graph.operation_names(model)
+    assert any(name.startswith("add") for name in keras_graph.operation_names(model))

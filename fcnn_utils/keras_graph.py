@@ -96,7 +96,7 @@ def is_graph(layer):
     return isinstance(layer, keras.Model) and hasattr(_graph(layer), "operations")
 
 
-def operation_calls(model):
+def operation_calls(model, inputs=None):
     """List every call of every operation of a model, layer by layer; nested models give theirs.
 
     Input layers are left out. The shapes in a nested model are those of the call of this model: they are
@@ -104,11 +104,12 @@ def operation_calls(model):
 
     Args:
         model: as in `check_graph`.
+        inputs: list of Keras tensors that the model is called on; default: its own.
 
     Returns:
         list of `Call`.
     """
-    return list(_operation_calls(check_graph(model), "", None, None))
+    return list(_operation_calls(check_graph(model), "", inputs, None))
 
 
 def layer_nodes(model):

@@ -72,6 +72,29 @@ def test_a_sweep_never_raises_the_error(seed):
     assert np.max(np.diff(errors)) <= 1e-12 * np.sum(tensor**2) and errors[-1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize("method", [CP, CP4])
+def test_default_sweeps_reach_at_least_what_300_plain_ones_reach(trained, method):
+    """A trained kernel, and collinear components, where plain sweeps hardly lower the error for a long time."""
+    rng = np.random.default_rng(5)
+    modes = [rng.standard_normal((size, 1)) + 0.3 * rng.standard_normal((size, 10)) for size in (3, 3, 20, 20)]
+    for kernel, rank in ((trained["conv3"][:, :, :48, :48], 29), (np.einsum("ir,jr,sr,tr->ijst", *modes), 10)):
+        tensor = method._modes(kernel.astype(float))
+        _, plain = als.sweeps(tensor, als.initial_factors(tensor, rank, 0, 0), als.no_ridge, 300, 0.0)
+        assert method.decompose(kernel, rank).relative_error < plain
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_extrapolation_never_raises_the_error(seed):
+    tensor = random_kernel((9, 6, 8), seed)
+    start = als.initial_factors(tensor, 12, seed, 1)
+    fits = [als.extrapolated_sweeps(tensor, start, count, 0.0) for count in range(1, 60, 3)]
+    errors = [error for _, error in fits]
+    assert (np.diff(errors) <= 0).all() and errors[-1] < als.sweeps(tensor, start, als.no_ridge, 58, 0.0)[1]
+    for factors, error in fits:
+        rebuilt = np.einsum("ir,jr,kr->ijk", *factors)
+        assert np.linalg.norm(tensor - rebuilt) / np.linalg.norm(tensor) == pytest.approx(error, rel=1e-6)
+
+
 def test_more_starts_are_not_worse_and_the_seed_determines_the_result():
     kernel = random_kernel()
     one, five = CP.decompose(kernel, 8, seed=1), CP.decompose(kernel, 8, n_starts=5, seed=1)

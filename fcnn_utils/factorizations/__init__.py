@@ -20,6 +20,7 @@ from fcnn_utils.factorizations.base import (
     check_kernel_shape,
     decompose,
     get,
+    one_blas_thread,
 )
 from fcnn_utils.factorizations.chain import ChainLayer, place_strides
 from fcnn_utils.factorizations.cp import CP, CP4, error_preserving_correction

@@ -12,32 +12,61 @@ It is implemented here because libraries have a fixed ridge at most: TensorLy's 
 import math
 
 import numpy as np
+from scipy.linalg import lapack
 from scipy.optimize import brentq
 
-LETTERS = "ijklm"
+from fcnn_utils.factorizations.gram import left_vectors
 
 
 def sweeps(tensor, factors, ridge, n_iter, tol):
-    """Sweep until the relative error falls by less than `tol`.
+    """Sweep until ten sweeps lower the relative error by no more than `tol`.
 
     Args:
         tensor: array with two or more modes.
         factors: list of (I_n, R), one for each mode.
         ridge: function (‖X‖², d (R,), squares (R,)) -> λ, such as `no_ridge`.
         n_iter: maximum number of sweeps.
-        tol: stop when a sweep lowers the relative error by less than this.
+        tol: smallest fall of the relative error in ten sweeps at which it goes on.
 
     Returns:
         (factors, relative error).
     """
-    norm, before = np.linalg.norm(tensor), math.inf
-    for _ in range(n_iter):
+    norm, errors = np.linalg.norm(tensor), []
+    while len(errors) < n_iter and not _is_settled(errors, tol):
         factors, squared_error = sweep(tensor, factors, ridge)
-        error = math.sqrt(max(squared_error, 0)) / norm if norm else 0.0
-        if before - error < tol:
-            break
-        before = error
-    return factors, error
+        errors.append(_relative(squared_error, norm))
+    return factors, errors[-1]
+
+
+def extrapolated_sweeps(tensor, factors, n_iter, tol):
+    """Sweep without a ridge as `sweeps`, but start each sweep beyond the result of the last, in the same direction.
+
+    If that raises the error, the result is dropped, the next sweep starts from the best factors, and the momentum
+    falls (Mitchell, Ye & De Sterck 2020, arXiv 1810.05846, restarts by the error). So the error never rises.
+    100 such sweeps fit trained kernels as well as 300 to 700 plain ones.
+    """
+    norm, errors = np.linalg.norm(tensor), []
+    start, best, momentum = factors, None, 0.5
+    while len(errors) < n_iter and not _is_settled(errors, tol):
+        found, squared_error = sweep(tensor, start, no_ridge)
+        error = _relative(squared_error, norm)
+        if best is None:
+            start = best = found
+        elif error <= errors[-1]:
+            start = [new + momentum * (new - old) for new, old in zip(found, best, strict=True)]
+            best, momentum = found, 1.05 * momentum
+        else:
+            error, start, momentum = errors[-1], best, 0.7 * momentum
+        errors.append(error)
+    return best, errors[-1]
+
+
+def _is_settled(errors, tol):
+    return len(errors) > 10 and errors[-11] - errors[-1] <= tol
+
+
+def _relative(squared_error, norm):
+    return math.sqrt(max(squared_error, 0)) / norm if norm else 0.0
 
 
 def sweep(tensor, factors, ridge):
@@ -46,34 +75,50 @@ def sweep(tensor, factors, ridge):
     Returns:
         (factors, squared error).
     """
-    factors, total = list(factors), np.sum(tensor**2)
-    for mode in range(tensor.ndim):
-        for other in range(tensor.ndim):
-            if other != mode:
-                factors[other] = factors[other] / column_norms(factors[other])
-        gram = math.prod(factor.T @ factor for other, factor in enumerate(factors) if other != mode)
-        d, basis = np.linalg.eigh(gram)  # (R,), (R, R)
-        product = mttkrp(tensor, factors, mode) @ basis  # (I_n, R)
-        keep = d > d[-1] * len(d) * np.finfo(float).eps  # pseudo-inverse if columns are collinear
-        d, product, basis = d[keep], product[:, keep], basis[:, keep]
-        squares = np.sum(product**2, axis=0)
-        penalty = ridge(total, d, squares)
-        factors[mode] = product / (d + penalty) @ basis.T
-    return factors, _squared_error(penalty, total, d, squares)
+    factors, total = [factor / column_norms(factor) for factor in factors], np.vdot(tensor, tensor)
+    grams = [factor.T @ factor for factor in factors]
+    before = np.ones((1, len(grams[0])))  # (I_0 ⋯ I_{n-1}, R), the Khatri-Rao product of the modes updated already
+    for mode, after in enumerate(partial_products(tensor, factors)):
+        if mode:
+            last = factors[mode - 1] = factors[mode - 1] / column_norms(factors[mode - 1])
+            grams[mode - 1] = last.T @ last
+            before = (before[:, None] * last).reshape(-1, len(last.T))
+        gram = math.prod(grams[:mode] + grams[mode + 1 :])
+        if mode < tensor.ndim - 1:
+            product = np.einsum("lir,lr->ir", after.reshape(len(before), -1, len(gram)), before)
+        else:
+            product = after.reshape(len(before), -1).T @ before
+        factors[mode], squared_error = _update(gram, product, ridge, total)
+    return factors, squared_error
 
 
-def mttkrp(tensor, factors, mode):
-    """Return X₍ₙ₎ (⊙_{m≠n} A_m), the matricized tensor times Khatri-Rao product, as (I_n, R).
+def partial_products(tensor, factors):
+    """Return, for each mode n, the tensor times the factors of all later modes, (I_0 ⋯ I_n, R).
 
-    The largest of the other modes is summed by a matrix product, the rest by einsum.
+    A sweep updates the modes in order, so these products hold throughout it. The matricized tensor times Khatri-Rao
+    product of mode n is this product summed with the factors before n. Thus a sweep multiplies the tensor twice, not
+    once for each mode (a dimension tree: Phan, Tichavský & Cichocki 2013, IEEE Trans. Signal Process. 61(19)).
     """
-    others = sorted((m for m in range(tensor.ndim) if m != mode), key=lambda m: -tensor.shape[m])
-    letters = LETTERS[: tensor.ndim]
-    axes = letters.replace(letters[others[0]], "") + "r"
-    product = np.moveaxis(tensor, others[0], -1) @ factors[others[0]]
-    rest = [(letters[m] + "r", factors[m]) for m in others[1:]]
-    equation = ",".join([axes, *(name for name, _ in rest)]) + "->" + letters[mode] + "r"
-    return np.einsum(equation, product, *(factor for _, factor in rest))
+    products = [tensor, tensor.reshape(-1, tensor.shape[-1]) @ factors[-1]]
+    for factor in factors[-2:0:-1]:
+        products.append(np.einsum("lir,ir->lr", products[-1].reshape(-1, *factor.shape), factor))
+    return products[::-1]
+
+
+def _update(gram, product, ridge, total):
+    """Return the factor (I_n, R) from ZᵀZ and X₍ₙ₎ Z, and the squared error with it."""
+    if ridge is no_ridge:  # by a Cholesky factorization, in a third of the time, if it is well conditioned
+        cholesky, failed = lapack.dpotrf(gram)
+        if not failed and lapack.dpocon(cholesky, np.linalg.norm(gram, 1))[0] > 1e-10:
+            factor = lapack.dpotrs(cholesky, product.T)[0].T
+            return factor, total - np.sum(product * factor)
+    d, basis = np.linalg.eigh(gram)  # (R,), (R, R)
+    product = product @ basis
+    keep = d > d[-1] * len(d) * np.finfo(float).eps  # pseudo-inverse if columns are collinear
+    d, product, basis = d[keep], product[:, keep], basis[:, keep]
+    squares = np.sum(product**2, axis=0)
+    penalty = ridge(total, d, squares)
+    return product / (d + penalty) @ basis.T, _squared_error(penalty, total, d, squares)
 
 
 def no_ridge(total, d, squares):
@@ -101,8 +146,8 @@ def initial_factors(tensor, rank, seed, number):
     if number == 0:
         for mode, factor in enumerate(factors):
             unfolding = np.moveaxis(tensor, mode, 0).reshape(tensor.shape[mode], -1)
-            vectors = np.linalg.svd(unfolding, full_matrices=False)[0][:, :rank]
-            factor[:, : vectors.shape[1]] = vectors
+            count = min(rank, *unfolding.shape)
+            factor[:, :count] = left_vectors(unfolding, count)
     return factors
 
 

@@ -23,16 +23,49 @@ parameters and MACs, the Keras layers and their weights, and the factor that `ca
 This module does not use Keras.
 """
 
+import contextlib
 import dataclasses
+import functools
 import inspect
 import math
+import threading
 
 import numpy as np
+from threadpoolctl import OpenBLASController, ThreadpoolController
 
 from fcnn_utils._checks import check_number
 from fcnn_utils.factorizations.chain import SPATIAL, ChainLayer, place_strides
 
 FACTORIZATIONS = {}  # name -> class; a subclass that sets a name registers itself
+
+_blas = functools.cache(lambda: ThreadpoolController().select(user_api="blas"))  # it searches all loaded libraries
+_blas_lock = threading.Lock()
+_blas_users, _blas_limit = 0, None  # how many blocks of `one_blas_thread` are open, and what the first of them set
+
+
+@contextlib.contextmanager
+def one_blas_thread():
+    """Let BLAS use one thread in this block, also as a decorator of a function.
+
+    BLAS threads wait for each other in every product of matrices. If another program has a processor, they wait long:
+    a decomposition by small products then takes ten times as long. The number of BLAS threads belongs to the process,
+    not to a Python thread. Therefore the first block that is entered sets it, and the last that is left, in whichever
+    thread, restores it. Blocks may be nested. Hold one around a pool of threads that decompose several kernels.
+    """
+    global _blas_users, _blas_limit
+    with _blas_lock:
+        if not _blas_users:
+            _blas_limit = _blas().limit(limits=1)
+            OpenBLASController.clear_controlling_thread()  # else no other thread could restore it
+        _blas_users += 1
+    try:
+        yield
+    finally:
+        with _blas_lock:
+            _blas_users -= 1
+            if not _blas_users:
+                _blas_limit.restore_original_limits()
+                OpenBLASController.clear_controlling_thread()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -87,6 +120,7 @@ class Factorization:
     # --- making one ------------------------------------------------------------------------------
 
     @classmethod
+    @one_blas_thread()
     def decompose(cls, kernel, ranks, **options):
         """Decompose a kernel.
 
@@ -322,7 +356,7 @@ def check_kernel(kernel):
     kernel = np.asarray(kernel)
     if kernel.dtype.kind not in "fiu" and kernel.dtype.name != "bfloat16":
         raise ValueError(f"kernel must be an array of real numbers; got {kernel.dtype}")
-    kernel = kernel.astype(np.float64)
+    kernel = kernel.astype(np.float64, order="C")  # the axes are merged again and again: without copies
     check_kernel_shape(kernel.shape)
     if not np.isfinite(kernel).all():
         raise ValueError(f"kernel must be finite; {kernel.size - np.isfinite(kernel).sum()} of its values are not")

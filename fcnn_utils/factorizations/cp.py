@@ -3,9 +3,9 @@
     CP    K[i, j, s, t] = Σ_r  A[(i, j), r] · C[s, r] · D[t, r]               the spatial axes are one mode
     CP4   K[i, j, s, t] = Σ_r  A[i, r] · B[j, r] · C[s, r] · D[t, r]          each axis is a mode
 
-It is computed by alternating least squares (`als`), from one or several starts. The components of a plain result
-may grow without bound and cancel (degeneracy: de Silva & Lim 2008). Fine-tuning may then diverge (Phan et al. 2020,
-arXiv 2008.05441). `max_norm` bounds them.
+It is computed by alternating least squares with extrapolation (`als`), from one or several starts. The components
+of a plain result may grow without bound and cancel (degeneracy: de Silva & Lim 2008). Fine-tuning may then diverge
+(Phan et al. 2020, arXiv 2008.05441). `max_norm` bounds them.
 """
 
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 
 from fcnn_utils._checks import check_number
 from fcnn_utils.factorizations import als
-from fcnn_utils.factorizations.base import Factorization, check_kernel
+from fcnn_utils.factorizations.base import Factorization, check_kernel, one_blas_thread
 from fcnn_utils.factorizations.chain import AXIS_NAMES
 
 
@@ -30,7 +30,7 @@ class CP(Factorization):
         n_starts: number of starts (1). The first uses singular vectors of the unfoldings, the others are random.
         seed: seed of the random numbers (0).
         n_iter: maximum number of sweeps for a start (100).
-        tol: a start ends when a sweep lowers the relative error by less than this (1e-5).
+        tol: a start ends when ten sweeps lower the relative error by no more than this (1e-5).
         max_norm: largest allowed `total_norm`, at least 1; None for no bound (None). If the best start exceeds
             it, `error_preserving_correction` lowers the norms at 1% more error. If that is not enough, the
             bound is enforced and the error may rise further.
@@ -56,6 +56,7 @@ class CP(Factorization):
         return (math.prod(modes) // max(modes),)
 
     @classmethod
+    @one_blas_thread()
     def decompose(cls, kernel, ranks, *, n_starts=1, seed=0, n_iter=100, tol=1e-5, max_norm=None):
         check_number("n_starts", n_starts, int, 1, 1000)
         check_number("seed", seed, int, 0, 2**31 - 1)
@@ -69,7 +70,7 @@ class CP(Factorization):
         if rank == cls.max_ranks(kernel.shape)[0]:
             return cls.from_factors(kernel, als.exact_factors(tensor))
         starts = [als.initial_factors(tensor, rank, seed, number) for number in range(n_starts)]
-        fits = [als.sweeps(tensor, factors, als.no_ridge, n_iter, tol) for factors in starts]
+        fits = [als.extrapolated_sweeps(tensor, factors, n_iter, tol) for factors in starts]
         best = cls.from_factors(kernel, min(fits, key=lambda fit: fit[1])[0])
         if max_norm is None or not best.kernel_norm or best.total_norm <= max_norm:
             return best
@@ -147,6 +148,7 @@ class CP4(CP):
         return list(kernel_shape)
 
 
+@one_blas_thread()
 def error_preserving_correction(kernel, decomposition, *, error=None, n_iter=1000, tol=1e-4, until=0.0):
     """Make the components of a CP smaller, so that they cancel less, at (nearly) the same error.
 

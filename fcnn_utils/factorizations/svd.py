@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 from fcnn_utils.factorizations.base import Factorization
+from fcnn_utils.factorizations.gram import truncated_svd
 
 
 class SpatialSVD(Factorization):
@@ -73,6 +74,6 @@ class DepthwiseSeparable(Factorization):
 
 def _truncated(matrix, rank):
     """Return the best factors (…, n, rank) and (…, rank, m) of matrices (…, n, m)."""
-    u, sigma, vt = np.linalg.svd(matrix, full_matrices=False)
-    root = np.sqrt(sigma[..., :rank])
-    return u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
+    u, sigma, vt = truncated_svd(matrix, rank)
+    root = np.sqrt(sigma)
+    return u * root[..., None, :], root[..., :, None] * vt

@@ -6,6 +6,7 @@ from tensorly.decomposition import tensor_train
 
 from fcnn_utils.factorizations.base import Factorization
 from fcnn_utils.factorizations.chain import AXIS_NAMES
+from fcnn_utils.factorizations.gram import truncated_svd
 
 _RANKS = "abcd"
 
@@ -39,5 +40,10 @@ class TensorTrain(Factorization):
     def _factors(cls, kernel, ranks):
         spatial = kernel.ndim - 2
         modes = kernel.transpose(spatial, *range(spatial), spatial + 1)  # (*spatial, S, T) -> (S, *spatial, T)
-        first, *middle, last = tensor_train(modes, [1, *ranks, 1]).factors
+        first, *middle, last = tensor_train(modes, [1, *ranks, 1], svd=_svd).factors
         return [first[0], *middle, last[..., 0]]
+
+
+def _svd(matrix, n_eigenvecs, **options):
+    """Return `truncated_svd` as TensorLy calls it."""
+    return truncated_svd(matrix, n_eigenvecs)

@@ -11,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -30,7 +29,7 @@ COLUMNS = ["model", "engine", "batch", "median_ms", "low_ms", "high_ms", "speedu
 def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", threads=None, environment=None):
     """Time one call on `batch` images, for one model or for several that take turns.
 
-    Each round calls every model once on the same random images, after four rounds that do not count. A change
+    Each round calls every model once on the same random inputs, after four rounds that do not count. A change
     of the processor's speed therefore affects all models alike, and speed-ups are ratios within a round.
     The columns:
 
@@ -43,7 +42,8 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
 
     Args:
         models: built keras.Model, or dict name -> model. The first model is the baseline. Fold the batch
-            norms (`keras_graph.fold_batch_norm`), as in a deployed network, and use one precision.
+            norms (`batch_norm.fold_batch_norm`), as in a deployed network, and use one precision. A model
+            may have several inputs and outputs.
         batch: images per call, or a list of such numbers, measured one after another.
         engine: "keras", "onnxruntime", "openvino" or "litert".
         rounds: calls of each model that count.
@@ -67,12 +67,16 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
     for number in batches:
         check_number("batch", number, int, 1, 65536)
     check_number("rounds", rounds, int, 2, 1_000_000)
-    shape = _image_shape(models)
+    models = _check_inputs(models)
     if environment is not None:
         arguments = {"batch": batches, "engine": engine, "rounds": rounds, "precision": precision, "threads": threads}
         return _latency_in_process(models, arguments, environment)
     runs = {name: deploy.load(model, engine, precision=precision, threads=threads) for name, model in models.items()}
-    return pd.concat([_compare(runs, shape, number, engine, rounds) for number in batches], ignore_index=True)
+    tables = []
+    for number in batches:
+        inputs = {name: deploy.random_inputs(model, number) for name, model in models.items()}
+        tables.append(_compare(runs, inputs, number, engine, rounds))
+    return pd.concat(tables, ignore_index=True)
 
 
 def gemm_peak(size=2048, repeats=5, dtype="float32"):
@@ -119,9 +123,11 @@ def roofline(model, batch=64, *, peak=None, bytes_per_second=None, repeats=5):
     """
     check_number("batch", batch, int, 1, 65536)
     check_number("repeats", repeats, int, 1, 1_000_000)
-    nodes = keras_graph.layer_nodes(model)
-    calls = [(node.layer, inputs[0], output) for node in nodes for inputs, output in node.calls]
-    calls = [(*call, macs) for call, macs in zip(calls, cost.layer_costs(model)["macs"].iloc[:-1], strict=True) if macs]
+    calls = [
+        (call.operation, tuple(call.inputs[0].shape), tuple(call.outputs[0].shape), macs)
+        for call, macs, _ in cost.call_costs(model)
+        if isinstance(call.operation, keras.Layer) and macs > 0
+    ]
     if not calls:
         raise ValueError(f"model {model.name!r} has no layer with MACs")
     peak = check_number(
@@ -188,17 +194,18 @@ class BackgroundLoad:
 # --- latencies ---------------------------------------------------------------------------------------------------
 
 
-def _image_shape(models):
-    """Return the one shape of image, without the batch axis, that all models read."""
-    shapes = set()
+def _check_inputs(models):
+    """Return the models, traced if they are subclassed, if all read inputs of the same fixed sizes."""
+    checked, sizes = {}, set()
     for name, model in models.items():
         if not isinstance(model, keras.Model):
             raise ValueError(f"models must be built keras.Models; {name!r} is a {type(model).__name__}")
-        shapes.add(tuple(keras_graph.check_graph(model).inputs[0].shape[1:]))
-    if len(shapes) > 1 or None in next(iter(shapes)):
-        found = ", ".join(map(str, sorted(shapes, key=str)))
+        checked[name] = keras_graph.check_graph(model)
+        sizes.add(tuple(tuple(x.shape[1:]) for x in checked[name].inputs))
+    if len(sizes) > 1 or any(None in shape for shape in next(iter(sizes))):
+        found = ", ".join(sorted(" and ".join(map(str, shapes)) for shapes in sizes))
         raise ValueError(f"models must read images of one fixed size; got {found}")
-    return shapes.pop()
+    return checked
 
 
 def _latency_in_process(models, arguments, environment):
@@ -206,7 +213,7 @@ def _latency_in_process(models, arguments, environment):
     if not all(isinstance(text, str) for pair in environment.items() for text in pair):
         raise ValueError(f"environment must be a dict of strings; got {environment}")
     variables = os.environ | {"KERAS_BACKEND": keras.config.backend()} | environment
-    with tempfile.TemporaryDirectory() as folder:
+    with deploy.temporary_folder() as folder:
         for number, model in enumerate(models.values()):
             model.save(f"{folder}/{number}.keras")
         Path(folder, "request.json").write_text(json.dumps({"models": list(models), "arguments": arguments}))
@@ -228,18 +235,17 @@ def _answer(folder):
     table.to_json(f"{folder}/table.json", orient="split", double_precision=15)
 
 
-def _compare(runs, shape, batch, engine, rounds):
-    """Make the table of `latency` for one batch size; `runs` are dict name -> function of images."""
-    images = np.random.default_rng(0).standard_normal((batch, *shape)).astype("float32")
-    for run in runs.values():
+def _compare(runs, inputs, batch, engine, rounds):
+    """Make the table of `latency` for one batch size; `runs` are dict name -> function of `inputs[name]`."""
+    for name, run in runs.items():
         for _ in range(3):
-            run(images)  # compiles, allocates memory, warms up
+            run(inputs[name])  # compiles, allocates memory, warms up
 
-    def work(run):
-        run(images)
+    def work(name):
+        runs[name](inputs[name])
         return batch
 
-    load, works = BackgroundLoad(), {name: functools.partial(work, run) for name, run in runs.items()}
+    load, works = BackgroundLoad(), {name: functools.partial(work, name) for name in runs}
     times = 1e3 * batch / alternate(works, rounds)  # images per second -> ms per call
     share, rows = round(load.share(), 3), []
     for name in times:

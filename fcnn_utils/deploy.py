@@ -1,27 +1,33 @@
 """Export a model and run it in an inference engine: Keras, ONNX Runtime, OpenVINO or LiteRT.
 
-    run = deploy.load(keras_graph.fold_batch_norm(model), "onnxruntime")
+    run = deploy.load(batch_norm.fold_batch_norm(model), "onnxruntime")
     probabilities = run(images)
 
 The engines besides Keras are optional: they are the extra `export` of this package. Exporting needs further packages,
 which depend on the Keras backend.
 """
 
+import collections
+import contextlib
+import errno
 import importlib.util
 import os
+import re
 import tempfile
+import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import keras
 import numpy as np
+from keras import layers
 
-from fcnn_utils import keras_graph
+from fcnn_utils import _engines, keras_graph
 from fcnn_utils._checks import check_choice, check_number
-from fcnn_utils._files import write_atomic
+from fcnn_utils._engines import ENGINES, TITLES
+from fcnn_utils._files import cannot_write
 
-ENGINES = ("keras", "onnxruntime", "openvino", "litert")
-TITLES = {"keras": "Keras", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "litert": "LiteRT"}
 _SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".xml", "litert": ".tflite"}
 _ENGINE_OF = {suffix: engine for engine, suffix in _SUFFIXES.items()}
 _FORMATS = {"onnxruntime": "onnx", "openvino": "openvino", "litert": "litert"}  # the names in keras.Model.export
@@ -31,6 +37,15 @@ _EXPORTERS = {  # Keras backend -> engines that Keras exports to from it -> pack
     "jax": {"onnxruntime": ("onnx", "jax2onnx")},
     "torch": {"onnxruntime": ("onnx", "onnxscript"), "openvino": ()},
 }
+# Engines sum in another order than Keras, and GPUs multiply with 10 bits: the outputs then differ by up to some 0.1% of
+# their range. A wrong operation changes them by tens of percent.
+_TOLERANCE = 0.01
+_NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_SEARCH_SECONDS = 20  # for the layer that cannot be exported
+
+
+class _ExportError(Exception):
+    """A file was not written, cannot be run, or computes something else than Keras."""
 
 
 def available():
@@ -41,12 +56,14 @@ def available():
 def export(model, path):
     """Write a model to a file in the format of its suffix: .onnx, .xml (OpenVINO) or .tflite (LiteRT).
 
-    The file computes in float32, whatever the precision of `model`, on batches of any size. An OpenVINO
-    model is two files: the weights are in a .bin beside the .xml. Missing folders are created and existing
-    files replaced.
+    The file computes in float32, whatever the precision of `model`, on batches of any size, and as in
+    inference: layers such as dropout and augmentation do nothing. It is first run on two random inputs. If
+    an output differs from that of Keras by more than 1% of its range, nothing is written. An OpenVINO model is two
+    files: the weights are in a .bin beside the .xml. Missing folders are created and existing files replaced.
 
     Args:
-        model: built, functional or Sequential, with one input and one output.
+        model: built, functional or Sequential, with any number of inputs and outputs. A subclassed model is
+            traced, with a warning.
         path: path of the file.
 
     Returns:
@@ -54,21 +71,15 @@ def export(model, path):
 
     Raises:
         ValueError: the suffix is another, the model is not as above, a package is not installed, Keras cannot
-            write the format from this backend, or the file cannot be written.
+            write the format from this backend, the engine does not compute what Keras computes, or the file
+            cannot be written. What was at `path` before stays.
     """
     path = Path(path)
     engine = _ENGINE_OF[check_choice("suffix of the exported file", path.suffix, _ENGINE_OF)]
     _check_installed(engine, exports=True)
-    model = _single_precision(_check_one_input(model))
-    # Keras exports a model only after a call; 64 stands in for a free size.
-    model(np.zeros([1, *(64 if size is None else size for size in model.inputs[0].shape[1:])], "float32"))
-    with tempfile.TemporaryDirectory() as folder:
-        exported = Path(folder) / path.name
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporters warn about their own code
-            model.export(str(exported), format=_FORMATS[engine], verbose=False)
-        for file in sorted(exported.parent.iterdir()):  # the .bin comes before the .xml that refers to it
-            write_atomic(path.with_name(file.name), file.read_bytes())
+    with temporary_folder() as folder:
+        _export(keras_graph.check_graph(model), engine, folder / path.name)
+        _replace(folder, path)
     return path
 
 
@@ -76,18 +87,20 @@ def load(model, engine=None, *, precision="float32", threads=None):
     """Make a model ready to run in an engine.
 
     Args:
-        model: built keras.Model with one input and one output, or the path of a file for the engine.
+        model: built keras.Model, or the path of a file for the engine.
         engine: "keras", "onnxruntime", "openvino" or "litert"; default: the engine of the file's suffix, or Keras.
         precision: "float32"; also "bfloat16" in OpenVINO, which uses it if the processor can. In Keras the
             model's own precision holds.
         threads: number of threads; default: all available processors. Keras always uses its backend's.
 
     Returns:
-        A function from images (N, H, W, C) to the model's output (N, ...), both NumPy arrays.
+        A function from images (N, H, W, C) to the model's output (N, ...), both NumPy arrays. If the model has
+        several inputs or outputs: from a list or dict of arrays to one, as `predict_on_batch` of the model.
+        The inputs are cast to the dtypes that the model reads.
 
     Raises:
-        ValueError: an argument is not as above, the file does not exist, the engine is not installed, or
-            Keras cannot export to it from this backend.
+        ValueError: an argument is not as above, the file does not exist or is damaged, the engine is not
+            installed, or `export` refuses the model.
     """
     is_file = isinstance(model, (str, Path))
     if engine is None:
@@ -98,14 +111,41 @@ def load(model, engine=None, *, precision="float32", threads=None):
     if is_file and not Path(model).exists():
         raise ValueError(f"there is no file {model} to load")
     if engine == "keras":
-        model = keras.saving.load_model(model, compile=False) if is_file else model
-        return _check_one_input(model).predict_on_batch
+        return (_load_keras(Path(model)) if is_file else keras_graph.check_graph(model)).predict_on_batch
     _check_installed(engine, exports=not is_file)
-    start = {"onnxruntime": _onnxruntime, "openvino": _openvino, "litert": _litert}[engine]
     if is_file:
-        return start(str(model), threads, precision)
-    with tempfile.TemporaryDirectory() as folder:
-        return start(str(export(model, Path(folder) / f"model{_SUFFIXES[engine]}")), threads, precision)
+        return _engines.start(engine, Path(model), threads, precision)
+    with temporary_folder() as folder:
+        file = folder / f"model{_SUFFIXES[engine]}"
+        _export(keras_graph.check_graph(model), engine, file)
+        return _engines.start(engine, file, threads, precision)
+
+
+def random_inputs(model, batch=2):
+    """Draw inputs of the shapes and dtypes that a model reads, always the same.
+
+    Floats are normally distributed. Integers are pixels, 0 to 255, or indices if a layer reads indices.
+
+    Args:
+        model: built, functional or Sequential.
+        batch: number of images.
+
+    Returns:
+        Arrays in the structure that the model reads: an array, a list or a dict. 64 stands in for a free size.
+    """
+    rng = np.random.default_rng(0)
+    indexed = [node.layer for node in keras_graph.layer_nodes(model)]
+    indexed = [layer for layer in indexed if isinstance(layer, (layers.Embedding, layers.CategoryEncoding))]
+    limits = [getattr(layer, "input_dim", None) or getattr(layer, "num_tokens", None) or 256 for layer in indexed]
+
+    def draw(tensor):
+        shape = [batch, *(64 if size is None else size for size in tensor.shape[1:])]
+        dtype = keras.backend.standardize_dtype(tensor.dtype)
+        if "float" in dtype and not indexed:
+            return rng.standard_normal(shape).astype(dtype)
+        return rng.integers(0, min([{"bool": 2, "int8": 128}.get(dtype, 256), *limits]), shape).astype(dtype)
+
+    return keras.tree.map_structure(draw, _input_structure(model))
 
 
 def available_cores():
@@ -113,62 +153,33 @@ def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-# --- the engines -------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def temporary_folder():
+    """Make a folder, which is deleted afterwards; if it cannot be written, raise ValueError."""
+    place = None
+    try:
+        place = tempfile.gettempdir()
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    except OSError as error:
+        place = place or "the folder of temporary files"
+        raise ValueError(f"{cannot_write(place, error)}, or set TMPDIR to another folder") from error
 
 
-def _onnxruntime(path, threads, precision):
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Threads that keep spinning after a call slow down whatever runs next, such as the model it is compared with.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: np.asarray(images, "float32")})[0]
+# --- exporting ---------------------------------------------------------------------------------------------------
 
 
-def _openvino(path, threads, precision):
-    import openvino
-
-    core = openvino.Core()
-    core.set_property({"ENABLE_MMAP": False})  # the file may be deleted while the model is in use
-    settings = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision]}
-    settings |= {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    model = core.compile_model(core.read_model(path), "CPU", settings)
-    return lambda images: model(np.asarray(images, "float32"))[0]
-
-
-def _litert(path, threads, precision):
-    from ai_edge_litert.interpreter import Interpreter
-
-    interpreter = Interpreter(model_content=Path(path).read_bytes(), num_threads=threads)
-    (enter,), (leave,) = interpreter.get_input_details(), interpreter.get_output_details()
-    shape = None
-
-    def run(images):
-        nonlocal shape
-        images = np.asarray(images, "float32")
-        if images.shape != shape:
-            interpreter.resize_tensor_input(enter["index"], images.shape)
-            interpreter.allocate_tensors()
-            shape = images.shape
-        interpreter.set_tensor(enter["index"], images)
-        interpreter.invoke()
-        return interpreter.get_tensor(leave["index"])
-
-    return run
-
-
-# --- checks ------------------------------------------------------------------------------------------------------
-
-
-def _check_one_input(model):
-    keras_graph.check_graph(model)
-    if len(model.inputs) != 1 or len(model.outputs) != 1:
-        counts = f"{len(model.inputs)} and {len(model.outputs)}"
-        raise ValueError(f"model {model.name!r} must have one input and one output; it has {counts}")
-    return model
+def _export(model, engine, file):
+    """Write a checked model to `file`, in a folder of its own, and compare it with Keras."""
+    model = _single_precision(model)
+    try:
+        _write_and_compare(model, engine, file)
+    except _ExportError as error:
+        culprit, why = _find_culprit(model, engine) or ("", str(error))
+        raise ValueError(
+            f"model {model.name!r} cannot be exported to {TITLES[engine]}{culprit}: {why}; replace what fails or "
+            "choose another format"
+        ) from error
 
 
 def _single_precision(model):
@@ -176,6 +187,180 @@ def _single_precision(model):
     if all(node.layer.compute_dtype == "float32" for node in keras_graph.layer_nodes(model)):
         return model
     return keras_graph.rebuild(model, {}, dtype="float32")
+
+
+def _write_and_compare(model, engine, file):
+    """Export a model and compare the file with what Keras computes.
+
+    Raises:
+        _ExportError: the export failed, or the file computes something else.
+        ValueError: Keras itself cannot run the model on random inputs.
+        OSError: the folder cannot be written.
+    """
+    inputs = random_inputs(model, model.inputs[0].shape[0] or 2)
+    try:
+        expected = keras.tree.map_structure(keras.ops.convert_to_numpy, model(inputs, training=False))
+    except Exception as error:  # a layer may raise anything
+        raise ValueError(
+            f"model {model.name!r} cannot be run on random inputs ({_engines.reason(error)}), so that its export "
+            "cannot be checked"
+        ) from error
+    try:
+        _write(model, _labels(model, expected), engine, file)
+        outputs = _engines.run_file(engine, file, available_cores(), "float32")(inputs)
+    except Exception as error:  # each exporter and each engine has exceptions of its own
+        if getattr(error, "errno", None) in _NOT_WRITTEN:
+            raise
+        if re.search("No space left|iostream error", str(error)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise _ExportError(_engines.reason(error)) from error
+    for wanted, found in zip(keras.tree.flatten(expected), keras.tree.flatten(outputs), strict=True):
+        _compare(wanted, np.asarray(found))
+
+
+def _write(model, labels, engine, file):
+    """Export a model by Keras, with its inputs and outputs in lists."""
+    named = list(zip(model.inputs, labels.inputs, strict=True))
+    # From a dict Keras would give OpenVINO the names of the inputs in another order.
+    inputs = [keras.Input(batch_shape=x.shape, dtype=x.dtype, name=name) for x, name in named]
+    # Without `training` some exporters would trace what augmentation does in training.
+    outputs = model(keras.tree.pack_sequence_as(_input_structure(model), inputs), training=False)
+    outputs = keras.tree.flatten(outputs)
+    flat = keras.Model(*(x if len(x) > 1 else x[0] for x in (inputs, outputs)), name=model.name)
+    signature = [keras.InputSpec(shape=(None, *x.shape[1:]), dtype=x.dtype, name=name) for x, name in named]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters warn about their own code
+        signature = [signature] if len(signature) > 1 else signature
+        flat.export(str(file), format=_FORMATS[engine], verbose=False, input_signature=signature)
+    _engines.complete(engine, file, labels)
+
+
+def _labels(model, outputs):
+    """Return the labels of a file. Its names of the inputs are those of Keras, in letters that all engines take."""
+    inputs = []
+    for x in model.inputs:
+        name = re.sub(r"\W", "_", x.name, flags=re.ASCII)
+        name = name if name[:1].isalpha() else f"input_{name}"
+        inputs.append(f"{name}_{len(inputs)}" if name in inputs else name)
+    read = _input_structure(model)
+    is_flat = isinstance(read, dict) and len(read) == len(inputs)
+    keys = sorted(read) if is_flat else [x.name for x in model.inputs]
+    count = len(keras.tree.flatten(outputs))
+    return _engines.Labels(inputs, keys, keras.tree.pack_sequence_as(outputs, list(range(count))))
+
+
+def _input_structure(model):
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+
+
+def _compare(expected, found):
+    """Raise _ExportError unless an output of the file agrees with that of Keras."""
+    if expected.shape != found.shape:
+        raise _ExportError(f"its output has the shape {found.shape}, in Keras {expected.shape}")
+    if not np.issubdtype(expected.dtype, np.floating):  # such as classes, where two may be about equal
+        share = np.mean(expected != found) if expected.size else 0.0
+        if share > _TOLERANCE:
+            raise _ExportError(f"{share:.0%} of its output differs from Keras")
+        return
+    finite = np.isfinite(expected)
+    values = expected[finite].astype("float64")
+    error = np.abs(values - found[finite]).max(initial=0.0)
+    # A constant output has no range: a hundred roundings are allowed then.
+    allowed = 1e-5 * np.abs(values).max(initial=0.0) + (_TOLERANCE * np.ptp(values) if values.size else 0.0)
+    if not error <= allowed or not np.array_equal(expected[~finite], found[~finite], equal_nan=True):
+        raise _ExportError(f"its output differs from that of Keras by {error:.2g}, {allowed:.2g} is allowed")
+
+
+# --- finding the layer that cannot be exported --------------------------------------------------------------------
+
+
+def _find_culprit(model, engine):
+    """Return (which layer cannot be exported, why), or None."""
+    end, seen, ranked = time.monotonic() + _SEARCH_SECONDS, collections.Counter(), []
+    calls = keras_graph.operation_calls(model)
+    for call in calls:
+        kind = type(call.operation), getattr(call.operation, "activation", None)
+        ranked.append((seen[kind], call))
+        seen[kind] += 1
+    for _, call in sorted(ranked, key=lambda pair: pair[0]):  # each kind of layer first
+        why = time.monotonic() < end and _failure(_alone(call), engine)
+        if why:
+            return f" because of its {type(call.operation).__name__} {call.path!r}", why
+    # An engine may fail on a layer only after those before it. Bisect, by the layers that are not in nested models.
+    calls, low, why = [call for call in calls if "/" not in call.path], 0, ""
+    high = len(calls)
+    while low < high and time.monotonic() < end:
+        middle = (low + high) // 2
+        failure = _failure(lambda: keras.Model(model.inputs, calls[middle].outputs), engine)  # noqa: B023
+        why, low, high = (failure, low, middle) if failure else (why, middle + 1, high)
+    if not why or low < high:
+        return None
+    return f" with its {type(calls[low].operation).__name__} {calls[low].path!r} after the layers before it", why
+
+
+def _alone(call):
+    """Return the function that makes a model of one call of an operation."""
+    read = []
+
+    def fresh(value):
+        if not isinstance(value, keras.KerasTensor):
+            return value
+        read.append(keras.Input(batch_shape=value.shape, dtype=value.dtype))
+        return read[-1]
+
+    def build():
+        args, kwargs = keras.tree.map_structure(fresh, (call.args, call.kwargs))
+        return keras.Model(read, call.operation(*args, **kwargs))
+
+    return build
+
+
+def _failure(build, engine):
+    """Return why the model that `build` makes cannot be exported; "" if it can, or if Keras cannot run it."""
+    try:
+        part = build()
+        with temporary_folder() as folder:
+            _write_and_compare(part, engine, folder / f"part{_SUFFIXES[engine]}")
+    except _ExportError as error:
+        return str(error)
+    except (TypeError, ValueError):
+        return ""
+    return ""
+
+
+def _replace(folder, path):
+    """Move all files of `folder` beside `path`, or none of them."""
+    staged = {}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file in sorted(folder.iterdir()):  # the .bin comes before the .xml that refers to it
+            new = staged[path.with_name(file.name)] = path.with_name(f".{file.name}.{os.getpid()}.tmp")
+            with open(new, "wb") as copy:
+                copy.write(file.read_bytes())
+                copy.flush()
+                os.fsync(copy.fileno())
+        for place, new in staged.items():
+            os.replace(new, place)
+    except OSError as error:
+        raise ValueError(cannot_write(path, error)) from error
+    finally:
+        for new in staged.values():
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def _load_keras(path):
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except Exception as error:  # a damaged file or a user's class may raise anything
+        is_damaged = path.suffix == ".keras" and not zipfile.is_zipfile(path)
+        why = "the file is damaged" if is_damaged else _engines.reason(error)
+        raise ValueError(
+            f"{path} cannot be loaded in Keras ({why}): save the model again, and import the classes that it uses"
+        ) from error
 
 
 def _check_installed(engine, exports):

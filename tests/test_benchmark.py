@@ -121,6 +121,24 @@ def test_latency_in_a_process_with_its_own_environment(monkeypatch, tmp_path):
         benchmark.latency(models, rounds=2, environment={"KERAS_BACKEND": "nonesuch"})
 
 
+@pytest.mark.parametrize("engine", ["keras", "onnxruntime"])
+def test_networks_of_several_inputs_and_of_integers_are_timed(engine):
+    if engine not in deploy.available():
+        pytest.skip(f"{engine} is not installed, or Keras cannot export to it from {keras.config.backend()}")
+    pixels, codes = keras.Input((8, 8, 3), name="pixels", dtype="uint8"), keras.Input((4,), name="codes", dtype="int32")
+    x = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3)(layers.Rescaling(1 / 255)(pixels)))
+    y = layers.Flatten()(layers.Embedding(5, 2)(codes))
+    models = {
+        "dict": keras.Model({"pixels": pixels, "codes": codes}, {"x": layers.Dense(2)(x), "y": y}),
+        "list": keras.Model([codes, pixels], [layers.Dense(3)(y), x]),
+    }
+    table = benchmark.latency(models, 2, engine, rounds=2, threads=1)
+    assert table["model"].tolist() == ["dict", "list"] and (table["median_ms"] > 0).all()
+    models["other"] = keras.Model(pixels, x)
+    with pytest.raises(ValueError, match=r"one fixed size; got \(4,\) and \(8, 8, 3\), \(8, 8, 3\)"):
+        benchmark.latency(models, engine=engine)
+
+
 # --- clocks ------------------------------------------------------------------------------------------------------
 
 

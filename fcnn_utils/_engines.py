@@ -1,0 +1,225 @@
+"""Run exported files in ONNX Runtime, OpenVINO and LiteRT.
+
+Each engine numbers the inputs and outputs of a file in an order of its own. A file of several therefore carries
+`Labels`: the names of its inputs in the order of Keras, and the structure of its outputs.
+"""
+
+import ast
+import dataclasses
+import re
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+
+ENGINES = ("keras", "onnxruntime", "openvino", "litert")
+TITLES = {"keras": "Keras", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "litert": "LiteRT"}
+_LABELS = "fcnn_utils_labels"  # the name under which a file keeps its labels
+# What the engines and Keras say of an operation or class that they lack, somewhere in a long message.
+_LACKS = "|".join(
+    (
+        r"No conversion rule found for operations?: [^\n]*",
+        r"No Op registered for \w+",
+        r"Node number \d+ \([^)]*\) failed",
+        r"Could not locate \w+ '[^']*'",
+    )
+)
+
+
+@dataclasses.dataclass
+class Labels:
+    """How the inputs and outputs of a file correspond to those of the Keras model.
+
+    Attributes:
+        inputs: the file's names of the inputs, in the order of `keras.Model.inputs`.
+        keys: the keys that Keras takes in a dict of inputs, in the same order.
+        outputs: structure of the model's outputs; the numbers in it count the outputs of the file.
+    """
+
+    inputs: list
+    keys: list
+    outputs: object
+
+
+def start(engine, path, threads, precision):
+    """Return the function that runs a file in an engine, from inputs to outputs as in `keras.Model`.
+
+    Raises:
+        ValueError: the engine cannot be imported or cannot read the file.
+    """
+    try:
+        return run_file(engine, path, threads, precision)
+    except ImportError as error:
+        raise ValueError(
+            f"{TITLES[engine]} is installed but cannot be imported ({reason(error)}): reinstall it"
+        ) from error
+    except Exception as error:  # each engine has exceptions of its own
+        raise ValueError(
+            f"{path} cannot be loaded in {TITLES[engine]} ({reason(error)}): the file is damaged or has another "
+            "format, so export the model again"
+        ) from error
+
+
+def run_file(engine, path, threads, precision):
+    """As `start`, with the engine's own exceptions."""
+    return {"onnxruntime": _onnxruntime, "openvino": _openvino, "litert": _litert}[engine](path, threads, precision)
+
+
+def complete(engine, path, labels):
+    """Write labels into a file that Keras has exported, if its inputs or outputs are several; and mend the file."""
+    is_plain = len(labels.inputs) == 1 and labels.outputs == 0
+    text = repr(dataclasses.astuple(labels))
+    if engine == "openvino":
+        _complete_openvino(path, labels.inputs, None if is_plain else text)
+    elif is_plain:
+        return
+    elif engine == "onnxruntime":
+        import onnx
+
+        model = onnx.load(path)
+        onnx.helper.set_model_props(model, {_LABELS: text})
+        onnx.save(model, path)
+    else:  # a .tflite file carries other files in a ZIP archive behind the model
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(_LABELS, text)
+
+
+def _complete_openvino(path, inputs, text):
+    import openvino
+
+    model = _openvino_core().read_model(path)
+    named = [any(name.startswith("Identity") for name in entry.names) for entry in model.outputs]
+    for result, is_output in zip(model.get_results(), named, strict=True):
+        if any(named) and not is_output:  # TensorFlow names outputs so; OpenVINO adds values that nothing reads
+            model.remove_result(result)
+    if text is not None:
+        for entry, name in zip(model.inputs, inputs, strict=True):  # from some backends they have no names
+            entry.tensor.set_names({name})
+        model.set_rt_info(text, [_LABELS])
+    elif all(named):
+        return
+    openvino.serialize(model, path)
+
+
+def reason(error):
+    """Return the one line of an exception that says most."""
+    text = str(error)
+    lacks = re.search(_LACKS, text)
+    lines = [line.strip() for line in text.splitlines()]
+    # OpenVINO first names places in its source.
+    lines = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
+    line = lacks[0] if lacks else (lines or [type(error).__name__])[0]
+    return line.rstrip(".:") if len(line) <= 200 else f"{line[:200]}..."
+
+
+def _onnxruntime(path, threads, precision):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Threads that keep spinning after a call slow down whatever runs next, such as the model it is compared with.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kinds = {"float": "float32", "double": "float64"}
+    dtypes = {entry.name: entry.type.removeprefix("tensor(").removesuffix(")") for entry in session.get_inputs()}
+    dtypes = {name: kinds.get(kind, kind) for name, kind in dtypes.items()}
+    labels = session.get_modelmeta().custom_metadata_map.get(_LABELS)
+    return _runner(dtypes, len(session.get_outputs()), labels, lambda values: session.run(None, values))
+
+
+def _openvino_core():
+    import openvino
+
+    core = openvino.Core()
+    core.set_property({"ENABLE_MMAP": False})  # the file may be changed or deleted while the model is in use
+    return core
+
+
+def _openvino(path, threads, precision):
+    settings = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision]}
+    settings |= {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    core = _openvino_core()
+    read = core.read_model(path)
+    labels = read.get_rt_info([_LABELS]).astype(str) if read.has_rt_info([_LABELS]) else None
+    model = core.compile_model(read, "CPU", settings)
+    ports = {min(entry.names, default=f"input_{number}"): entry for number, entry in enumerate(model.inputs)}
+    dtypes = {name: entry.get_element_type().to_dtype() for name, entry in ports.items()}
+
+    def call(values):
+        return list(model({ports[name]: value for name, value in values.items()}).values())
+
+    return _runner(dtypes, len(model.outputs), labels, call)
+
+
+def _litert(path, threads, precision):
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_content=Path(path).read_bytes(), num_threads=threads)
+    if len(interpreter.get_signature_list()) == 1:  # its names are those of Keras, the tensors' are not
+        signature = interpreter.get_signature_runner()
+        enter, leave = signature.get_input_details(), signature.get_output_details()
+    else:
+        enter = {entry["name"]: entry for entry in interpreter.get_input_details()}
+        leave = {entry["name"]: entry for entry in interpreter.get_output_details()}
+    leave = [leave[name]["index"] for name in sorted(leave, key=lambda name: (len(name), name))]  # output_9, output_10
+    labels = None
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            labels = archive.read(_LABELS).decode() if _LABELS in archive.namelist() else None
+    shapes = None
+
+    def call(values):
+        nonlocal shapes
+        found = {name: value.shape for name, value in values.items()}
+        if found != shapes:
+            for name, shape in found.items():
+                interpreter.resize_tensor_input(enter[name]["index"], shape)
+            interpreter.allocate_tensors()
+            shapes = found
+        for name, value in values.items():
+            interpreter.set_tensor(enter[name]["index"], value)
+        interpreter.invoke()
+        return [interpreter.get_tensor(index) for index in leave]
+
+    return _runner({name: entry["dtype"] for name, entry in enter.items()}, len(leave), labels, call)
+
+
+def _runner(dtypes, count, labels, call):
+    """Return the function from inputs to outputs as in Keras.
+
+    Args:
+        dtypes: dict name -> dtype of the file's inputs; an input that the outputs don't depend on may be missing.
+        count: number of the file's outputs.
+        labels: text that `write_labels` has written; None: the inputs and outputs are in the file's order.
+        call: function from a dict name -> array to the list of output arrays.
+    """
+    if labels is None:
+        labels = Labels([*dtypes], [*dtypes], 0 if count == 1 else list(range(count)))
+    else:
+        labels = Labels(*ast.literal_eval(labels))
+
+    def run(inputs):
+        values = _in_order(inputs, labels)
+        named = zip(labels.inputs, values, strict=True)
+        found = call({name: np.asarray(value, dtypes[name]) for name, value in named if name in dtypes})
+        return keras.tree.map_structure(lambda number: found[number], labels.outputs)
+
+    return run
+
+
+def _in_order(inputs, labels):
+    """Return the list of input values in the order of `labels.inputs`."""
+    count, got = len(labels.inputs), type(inputs).__name__
+    if isinstance(inputs, dict):
+        got = f"a dict of {', '.join(map(str, inputs))}"
+        is_nested = any(isinstance(value, (dict, list, tuple)) for value in inputs.values())
+        if set(labels.keys) <= set(inputs):
+            inputs = [inputs[key] for key in labels.keys]
+        elif count > 1 and not is_nested:
+            raise ValueError(f"the model reads {count} inputs: {', '.join(labels.keys)}; got {got}")
+    is_several = isinstance(inputs, (dict, list, tuple)) and (count > 1 or len(inputs) == 1)
+    values = keras.tree.flatten(inputs) if is_several else [inputs]
+    if len(values) != count:
+        raise ValueError(f"the model reads {count} inputs: {', '.join(labels.keys)}; got {len(values)}")
+    return values

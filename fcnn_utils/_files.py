@@ -41,14 +41,14 @@ def write_atomic(path, content):
             temporary.unlink(missing_ok=True)
 
 
-def check_writable(folder):
-    """Check that files can be written to `folder`, before an hour of work depends on it.
+def check_writable(folder, size=1):
+    """Check that a file of `size` bytes can be written to `folder`, before an hour of work depends on it.
 
     Raises:
-        ValueError: if nothing can be written there.
+        ValueError: if it cannot.
     """
     probe = Path(folder) / f".writable.{os.getpid()}"
-    write_atomic(probe, b"1")
+    write_atomic(probe, bytes(size))
     probe.unlink()
 
 

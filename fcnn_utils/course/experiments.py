@@ -82,8 +82,10 @@ def train(
         return stored
     images = len(dataset.train) + (len(dataset.validation) if recipe.train_on == "all" else 0)
     steps = training.steps_per_epoch(images, recipe)
-    with _alone(records.path_of(dataset.name, name, recipe.name, recipe.seed)):
+    path = records.path_of(dataset.name, name, recipe.name, recipe.seed)
+    with _alone(path):
         model = _build(model, dataset, recipe, width)
+        _files.check_writable(path.parent, 8 * model.count_params())  # a checkpoint: weights and momenta
         training.compile_model(model, recipe, steps)  # a checkpoint includes the optimizer
         record = _new_record(model, name, dataset, recipe, images)
         try:
@@ -194,9 +196,8 @@ def _stored(name, dataset, recipe, needs_predictions, quiet):
 
 @contextlib.contextmanager
 def _alone(path):
-    """Hold the lock of the run whose record is `path`; check that its files can be written, and tidy up."""
+    """Hold the lock of the run whose record is `path`; check that no folder is in the way, and tidy up."""
     with _files.locked(path.with_name(f".{path.stem}.lock"), f"the training of {paths.shown(path)}"):
-        _files.check_writable(path.parent)
         for suffix in (".json", ".partial.json", ".checkpoint.npz", ".keras", ".predictions.npz"):
             if path.with_suffix(suffix).is_dir():
                 raise ValueError(f"{paths.shown(path.with_suffix(suffix))} is a folder where a file goes; delete it")

@@ -192,6 +192,21 @@ def test_output_that_cannot_be_written_is_found_before_training(dataset, output,
     fit_epoch.assert_not_called()
 
 
+def test_disk_without_space_for_a_checkpoint_is_found_before_training(dataset, monkeypatch, fit_epoch):
+    sizes = []
+
+    def write(path, content):
+        sizes.append(len(content))
+        raise ValueError(f"cannot write {path}: the disk is full")
+
+    model = network()
+    monkeypatch.setattr("fcnn_utils._files.write_atomic", write)
+    with pytest.raises(ValueError, match="the disk is full"):
+        experiments.train(model, dataset, RECIPE)
+    assert sizes == [8 * model.count_params()]
+    fit_epoch.assert_not_called()
+
+
 def test_network_whose_outputs_are_no_probabilities_is_refused_before_training(dataset, fit_epoch):
     def ending(layer):
         return keras.Sequential([keras.Input((8, 8, 3)), layers.Flatten(), layer], name="tiny")

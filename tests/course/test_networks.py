@@ -27,9 +27,11 @@ def random_images(count, shape=(32, 32, 3)):
 
 
 @pytest.mark.parametrize("name", ["Simple", "", None, 5, "wrn", "wrn-4-1", "wrn-17-4", "wrn-16-0", "wrn-16-4 "])
-def test_build_rejects_unknown_name(name):
+def test_build_rejects_unknown_name_and_tells_the_rule_of_wide_residual_networks(name):
     assert not cited.known(name)
-    with pytest.raises(ValueError, match=f"model must be one of {', '.join(networks.NAMES)}; got {name!r}"):
+    rule = r"wrn-DEPTH-WIDTH with a depth of 6n \+ 4 .* and a width from 1 to 99, for example wrn-16-4"
+    allowed = rule if str(name).startswith("wrn-") else f"one of {', '.join(networks.NAMES)}"
+    with pytest.raises(ValueError, match=f"model must be {allowed}; got {name!r}"):
         networks.build(name)
 
 

@@ -15,10 +15,10 @@ from fcnn_utils import _trace, keras_graph
 _UNKNOWN = (math.nan, 0)
 # Functions of keras.ops that move or create values.
 _MOVES = """
-    Append Arange Array BroadcastTo Cast Concatenate ConvertToTensor Copy CropImages DepthToSpace Diag Diagonal Dstack
-    EmptyLike ExpandDims ExtractPatches Flip Full FullLike GetItem Hstack Identity Meshgrid Moveaxis Ndim OneHot OnesLike
-    Pad PadImages Ravel Repeat Reshape Roll Rot90 SaturateCast Size Slice SpaceToDepth Split Squeeze Stack StopGradient
-    Swapaxes Take TakeAlongAxis Tile Transpose Tril Triu Unfold Unstack View Vstack ZerosLike
+    Append Arange Array BroadcastTo Cast Concatenate ConvertToTensor Copy CropImages DepthToSpace Diag Diagonal
+    Dstack EmptyLike ExpandDims ExtractPatches Flip Full FullLike GetItem Hstack Identity Meshgrid Moveaxis Ndim
+    OneHot OnesLike Pad PadImages Ravel Repeat Reshape Roll Rot90 SaturateCast Size Slice SpaceToDepth Split Squeeze
+    Stack StopGradient Swapaxes Take TakeAlongAxis Tile Transpose Tril Triu Unfold Unstack View Vstack ZerosLike
 """
 # Functions in the modules of elementwise functions and reductions that are neither.
 _NOT_ELEMENTWISE = """

@@ -1,14 +1,17 @@
 """Data-driven calibration on unlabelled images: predict losses, refit factors, re-estimate batch-norm statistics.
 
 Nothing here computes a gradient. `images` are a few hundred inputs of the model, (N, H, W, C), normalised as in
-training.
+training, in any of the forms that `check_images` takes. Everything is computed in float32, because many processors
+only emulate half precision.
 """
 
 import keras
 import numpy as np
 from keras import layers
 
-from fcnn_utils import factorizations, keras_graph, rank_selection
+from fcnn_utils import _calibration_inputs, factorizations, keras_graph, rank_selection
+from fcnn_utils._calibration_inputs import batches as _batches
+from fcnn_utils._progress import progress
 
 _BATCH = 128  # images at a time
 _TARGET_ROWS = 20_000  # about so many patches of a batch are read: neighbouring patches are redundant
@@ -16,23 +19,28 @@ _SENSITIVITY_IMAGES = 256
 
 
 def check_images(model, images):
-    """Return `images` as a float32 array if the model takes them; else raise ValueError."""
-    images = np.asarray(images, "float32")
-    if len(model.inputs) != 1:
-        raise ValueError(f"calibration needs a model with one input; {model.name!r} has {len(model.inputs)}")
-    wanted = tuple(model.inputs[0].shape)[1:]
-    fits = images.ndim == 1 + len(wanted) and all(
-        size in (None, given) for size, given in zip(wanted, images.shape[1:], strict=True)
-    )
-    if not fits or not len(images) or not np.isfinite(images).all():
-        raise ValueError(
-            f"calibration images must be finite numbers of the shape (N, {', '.join(map(str, wanted))}), at least "
-            f"one; got {images.shape}"
-        )
-    return images
+    """Return calibration images as a list of arrays, one for each input of the model.
+
+    Args:
+        model: built functional or Sequential model.
+        images: (N, H, W, C) for a model with one input; a list or a dict (by input name) of arrays for several.
+            Or an iterable of such batches: a tf.data.Dataset, a generator, a PyTorch DataLoader, a
+            keras.utils.PyDataset; 2,000 inputs are taken from it. Pairs (inputs, labels) are taken without the
+            labels.
+
+    Raises:
+        ValueError: the shapes or types do not fit the model's inputs, there are none, or they are not finite.
+            Also if they are whole numbers, and the model neither takes these nor rescales its inputs.
+
+    Warns:
+        UserWarning: they are unlike the images of the training, by the statistics of the first batch norm.
+    """
+    inputs = _calibration_inputs.take(model, images)
+    _calibration_inputs.warn_if_unlike_training(model, inputs)
+    return inputs
 
 
-def layer_sensitivity(model, method, images, nodes, fractions, **options):
+def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **options):
     """Measure how much the network's outputs change when one layer is factorized, for every layer and size.
 
     Each kernel in turn is replaced by its decomposition, with the last factor refitted to the layer's output on these
@@ -41,13 +49,14 @@ def layer_sensitivity(model, method, images, nodes, fractions, **options):
     of the output relative to its variance.
 
     Args:
-        model: built functional or Sequential model with one input. It is not changed.
+        model: built functional or Sequential model. It is not changed.
         method: name or class of a factorization.
-        images: (N, H, W, C); the first 256 are used.
+        images: see `check_images`; the first 256 are used.
         nodes: `keras_graph.LayerNode` of each Conv2D layer.
         fractions: shares of a kernel's parameters to try, rising. Those below rank 1 are left out; if none is left,
             rank 1 is tried.
-        options: of the decomposition. A CP makes 10 sweeps here unless told otherwise.
+        verbose: 1 to show a progress bar.
+        options: of the decomposition. CP and Tucker make 10 sweeps here unless told otherwise.
 
     Returns:
         dict path -> list of (fraction, ranks, loss).
@@ -55,14 +64,15 @@ def layer_sensitivity(model, method, images, nodes, fractions, **options):
     Raises:
         ValueError: the model does not take the images, or there is no such method.
     """
-    images, method = check_images(model, images)[:_SENSITIVITY_IMAGES], factorizations.get(method)
-    if issubclass(method, factorizations.CP):
+    images, method = _calibration_inputs.take(model, images), factorizations.get(method)
+    images = [x[:_SENSITIVITY_IMAGES] for x in images]
+    if issubclass(method, (factorizations.CP, factorizations.Tucker2)):
         options = {"n_iter": 10} | options
-    trial = keras_graph.rebuild(model, {})
+    trial = keras_graph.rebuild(model, {}, dtype=_float32(model))
     trial_nodes = {node.path: node for node in keras_graph.layer_nodes(trial)}
     before = _outputs(trial, images)
     curves = {}
-    for node in nodes:
+    for node in progress(nodes, "sensitivity of the layers", verbose):
         own, curve = trial_nodes[node.path], []
         kernel, *bias = own.layer.get_weights()
         norms = _following_norms(own, trial_nodes)
@@ -93,18 +103,22 @@ def patch_moments(model, node, images):
     Args:
         model: built model with the layer in it.
         node: `keras_graph.LayerNode` of the layer.
-        images: (N, H, W, C).
+        images: see `check_images`.
 
     Returns:
         mean (kh · kw · S,) and covariance (kh · kw · S, kh · kw · S) in float64.
+
+    Raises:
+        ValueError: the layer reads values that are not finite.
     """
     total, squares, count = 0, 0, 0
     reader = keras_graph.input_model(model, node.path)
-    for batch in _batches(images, 16):
+    for batch in _batches(model, _calibration_inputs.take(model, images), 16):
         for rows in (_patches(node.layer, x).astype(np.float64) for x in _read(reader, node.layer, batch)):
             total, squares, count = total + rows.sum(axis=0), squares + rows.T @ rows, count + len(rows)
         if count > 20 * len(total):
             break
+    _check_finite(node.path, squares)
     mean = total / count
     return mean, squares / count - np.outer(mean, mean)
 
@@ -130,7 +144,7 @@ def refit_kernel(kernel, decomposition, moments):
     return rebuilt.reshape(kernel.shape), mean @ (dense - rebuilt)
 
 
-def refit_layers(new, model, images):
+def refit_layers(new, model, images, *, verbose=0):
     """Refit the factorized layers of `new` to what the dense layers of `model` compute on these images.
 
     From the first layer to the last, the last small layer of each chain gets the weights and the bias at which its
@@ -141,19 +155,21 @@ def refit_layers(new, model, images):
 
     Args:
         new: a factorized copy of `model`, from `compress.factorize`, whose layers keep their names.
-        model: built functional or Sequential model with one input.
-        images: (N, H, W, C).
+        model: built functional or Sequential model.
+        images: see `check_images`.
+        verbose: 1 to show a progress bar.
 
     Raises:
-        ValueError: the model does not take the images.
+        ValueError: the model does not take the images, or a layer reads values that are not finite.
     """
-    images = check_images(model, images)
-    new_nodes = {node.path: node for node in keras_graph.layer_nodes(new)}
-    for node in keras_graph.layer_nodes(model):
-        chain_end = new_nodes.get(node.path)
-        both_conv = chain_end is not None and all(type(one.layer) is layers.Conv2D for one in (node, chain_end))
-        if both_conv and node.layer.kernel.shape != chain_end.layer.kernel.shape:
-            _refit(new, chain_end, model, node, images, _following_norms(chain_end, new_nodes))
+    images = _calibration_inputs.take(model, images)
+    single, model = _in_float32(new), _in_float32(model)
+    nodes = {node.path: node for node in keras_graph.layer_nodes(model)}
+    new_nodes = {node.path: node for node in keras_graph.layer_nodes(single)}
+    chains = [path for path, node in nodes.items() if _is_refitted(node, new_nodes.get(path))]
+    for path in progress(chains, "factors refitted to images", verbose):
+        _refit(single, new_nodes[path], model, nodes[path], images, _following_norms(new_nodes[path], new_nodes))
+    _copy_weights(single, new)
 
 
 def reestimate(model, images):
@@ -162,13 +178,14 @@ def reestimate(model, images):
     The model runs in training mode, in batches of 128: dropout and random augmentation layers act, too.
 
     Args:
-        model: built functional or Sequential model with one input. It is changed.
-        images: (N, H, W, C).
+        model: built functional or Sequential model. It is changed.
+        images: see `check_images`.
 
     Raises:
         ValueError: the model does not take the images.
     """
-    images = check_images(model, images)
+    images = _calibration_inputs.take(model, images)
+    changed, model = model, _in_float32(model)
     nodes = keras_graph.layer_nodes(model)
     norms = [node.layer for node in nodes if isinstance(node.layer, layers.BatchNormalization)]
     if not norms:
@@ -176,17 +193,52 @@ def reestimate(model, images):
     before = [(norm.momentum, norm.trainable) for norm in norms]
     try:
         seen = 0
-        for batch in _batches(images):
+        for batch in _batches(model, images, _BATCH):
+            size = len(keras.tree.flatten(batch)[0])
             for norm in norms:
-                norm.trainable, norm.momentum = True, seen / (seen + len(batch))  # a mean, not a moving average
+                norm.trainable, norm.momentum = True, seen / (seen + size)  # a mean, not a moving average
             model(batch, training=True)
-            seen += len(batch)
+            seen += size
     finally:
         for norm, (momentum, trainable) in zip(norms, before, strict=True):
             norm.momentum, norm.trainable = momentum, trainable
+    _copy_weights(model, changed)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _float32(model):
+    """Return the dtype policy in which a copy of the model computes in float32; None if the model does."""
+    dtypes = {node.layer.compute_dtype for node in keras_graph.layer_nodes(model)}
+    return "float32" if dtypes & {"float16", "bfloat16"} else None
+
+
+def _in_float32(model):
+    """Return the model if it computes in float32, else a copy that does."""
+    return keras_graph.rebuild(model, {}, dtype="float32") if _float32(model) else model
+
+
+def _copy_weights(one, other):
+    """Give a model the weights of its copy in float32."""
+    if one is not other:
+        nodes = keras_graph.layer_nodes(one), keras_graph.layer_nodes(other)
+        for source, target in zip(*nodes, strict=True):
+            target.layer.set_weights(source.layer.get_weights())
+
+
+def _check_finite(path, sums):
+    if not np.isfinite(sums).all():
+        raise ValueError(
+            f"layer {path!r} reads or computes values that are not finite on the calibration images: check their "
+            "normalisation and the weights of the layers before it"
+        )
+
+
+def _is_refitted(node, chain_end):
+    """Return whether two nodes of one path are a dense convolution and the end of its chain."""
+    both = chain_end is not None and all(type(one.layer) is layers.Conv2D for one in (node, chain_end))
+    return both and node.layer.kernel.shape != chain_end.layer.kernel.shape
 
 
 def _feasible_fractions(fractions, method, kernel_shape):
@@ -216,12 +268,13 @@ def _refit(new, chain_end, model, node, images, norms):
     last, dense = chain_end.layer, node.layer
     new_reader, reader = (keras_graph.input_model(*one) for one in ((new, chain_end.path), (model, node.path)))
     sums = 0
-    for batch in _batches(images):
+    for batch in _batches(model, images, _BATCH):
         outputs = [_linear(dense, x) for x in _read(reader, dense, batch)]
         inputs = [_patches(last, x) for x in _read(new_reader, last, batch)]
         for z, y in zip(inputs, outputs, strict=True):
             rows = np.concatenate([np.ones((len(z), 1)), z, y], axis=1, dtype=np.float64)
             sums = sums + rows.T @ rows  # all sums, squares and products at once
+    _check_finite(node.path, sums)
     size = int(np.prod(last.kernel.shape[:3]))
     products = sums / sums[0, 0]
     mean, squares = products[0, 1:], products[1:, 1:]
@@ -273,7 +326,7 @@ def _rows(x):
 
 def _outputs(model, images):
     """Return all outputs of the model as rows (N, D)."""
-    parts = [keras.tree.flatten(model.predict_on_batch(batch)) for batch in _batches(images)]
+    parts = [keras.tree.flatten(model.predict_on_batch(batch)) for batch in _batches(model, images, _BATCH)]
     rows = [np.concatenate([np.reshape(y, (len(y), -1)) for y in part], axis=1) for part in parts]
     return np.concatenate(rows).astype(np.float64)
 
@@ -283,7 +336,3 @@ def _loss(before, after):
     if before.min() >= 0 and np.allclose(before.sum(axis=1), 1, atol=1e-2):
         return float(np.mean(np.sum(before * (np.log(before + 1e-9) - np.log(after + 1e-9)), axis=1)))
     return float(np.mean((after - before) ** 2) / max(np.var(before), 1e-30))
-
-
-def _batches(images, size=_BATCH):
-    return [images[start : start + size] for start in range(0, len(images), size)]

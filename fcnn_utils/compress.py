@@ -3,37 +3,24 @@
     small, report = factorize(model, "cp", ratio=0.15)                  # from the weights alone
     small, report = factorize(model, "cp", macs=60e6, images=images)    # ranks and factors from images, too
 
-Functional and Sequential models are taken, with branches, shared layers and nested models. Layers are named by their
-path, `inner/conv1`. The model is not changed, and the new one shares nothing with it. The added layers are stock
-layers: they are saved and loaded without custom objects.
+Functional and Sequential models are taken, with branches, shared layers and nested models. A subclassed model is traced
+first. Layers are named by their path, `inner/conv1`. The model is not changed, and the new one shares nothing with it.
+The added layers are stock layers: they are saved and loaded without custom objects.
 """
 
 import dataclasses
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import pandas as pd
 from keras import layers as keras_layers
-from keras.backend import standardize_dtype
 
-from fcnn_utils import blocks, calibration, cost, factorizations, keras_graph, rank_selection
+from fcnn_utils import blocks, calibration, cost, deploy, factorizations, keras_graph, rank_selection
 from fcnn_utils._checks import check_choice, check_number
+from fcnn_utils._progress import progress
+from fcnn_utils._report import Report
 
-COLUMNS = ["layer", "method", "ranks", "relative_error", "degeneracy"]
-COLUMNS += ["params_before", "params_after", "macs_before", "macs_after", "reason"]
-_CONVOLUTIONS = (
-    keras_layers.Conv1D,
-    keras_layers.Conv2D,
-    keras_layers.Conv3D,
-    keras_layers.DepthwiseConv1D,
-    keras_layers.DepthwiseConv2D,
-    keras_layers.SeparableConv1D,
-    keras_layers.SeparableConv2D,
-    keras_layers.Conv1DTranspose,
-    keras_layers.Conv2DTranspose,
-    keras_layers.Conv3DTranspose,
-)
 _KINDS = {"Depthwise": "depthwise", "Separable": "separable already", "Transpose": "transposed"}
 _FEW_CHANNELS = 4  # a layer that reads fewer is skipped by default
 _SMALLEST = 1e-9  # a fraction of the parameters that every smallest rank exceeds
@@ -53,6 +40,7 @@ def factorize(
     uniform=False,
     multiple=1,
     seed=0,
+    verbose=1,
     **options,
 ):
     """Replace convolutions of a trained model by factorized ones that carry its weights.
@@ -72,25 +60,27 @@ def factorize(
             all layers stay dense.
         layers: paths of the layers to convert. Default: all that can be converted, except those that read fewer than 4
             channels (little to save, much to lose) and those that are part of a factorization already.
-        images: a few hundred inputs (N, H, W, C), normalised as in training, without labels. The factors are then
-            fitted to what the layers compute on them (`calibration.refit_layers`).
+        images: a few hundred inputs (N, H, W, C), normalised as in training, without labels; or a list, a dict, a
+            dataset or another stream of batches (`calibration.check_images`). The factors are then fitted to what the
+            layers compute on them (`calibration.refit_layers`).
         uniform: with `macs` and `images`, use one ratio for all layers.
         multiple: with `ratio` or `macs`, ranks are multiples of this (or the maximum rank). 16 suits processors.
         seed: seed of the random numbers in a CP's starts.
+        verbose: 1 to show a progress bar if it takes longer than a second, 0 to print nothing.
         options: of the decomposition. A CP's norms are bounded by `max_norm=1.0` by default.
 
     Returns:
-        (new model, report). The report is a DataFrame with a row for each convolution: layer, method, ranks,
+        (new model, report). The report is a DataFrame with a row for each layer with weights: layer, method, ranks,
         relative_error (of the kernel, before `images` are used), degeneracy (CP only), params_before, params_after,
-        macs_before, macs_after (NaN if the image size is not fixed), and the reason if it was left as it is.
+        macs_before, macs_after (NaN if they are not known), and the reason if the layer was left as it is. Printed, it
+        is a short table with totals.
 
     Raises:
-        ValueError: the model is not a built graph of layers; there is nothing to convert; a layer does not exist or
-            can't be converted; the budget is below the smallest possible, or the cost of a layer is not known; the
-            model does not take the images; or an argument is not allowed.
+        ValueError: the model is not a built graph of layers; there is nothing to convert; a layer that is named does
+            not exist or can't be converted; the budget is below the smallest possible; the model does not take the
+            images; or an argument is not allowed.
     """
-    keras_graph.check_graph(model)
-    method = factorizations.get(method)
+    model, method = keras_graph.check_graph(model), factorizations.get(method)
     check_number("multiple", multiple, int, 1, 4096)
     check_number("seed", seed, int, 0, 2**31 - 1)
     check_choice("uniform", uniform, (True, False))
@@ -98,46 +88,53 @@ def factorize(
         raise ValueError("give one of ratio=, ranks= and macs=")
     if ranks is not None and layers is not None:
         raise ValueError("ranks= names the layers already: leave out layers=")
+    if ranks is not None and not isinstance(ranks, dict):
+        raise ValueError(f"ranks must be a dict, path of a layer -> its ranks; got {ranks!r}")
     if images is not None:
         images = calibration.check_images(model, images)
     if issubclass(method, factorizations.CP):
         options = {"max_norm": 1.0, "seed": seed} | options
     method.check_options(options)
 
-    nodes = keras_graph.layer_nodes(model)
-    sites = {node.path: _Site(node) for node in nodes if isinstance(node.layer, _CONVOLUTIONS)}
-    chosen = _chosen(sites, layers if ranks is None else ranks, model)
-    if ranks is not None:
-        plan = {path: method.check_ranks(chosen[path].kernel_shape, given) for path, given in ranks.items()}
-    elif ratio is not None:
-        plan = _plan_by_ratio(chosen, method, check_number("ratio", ratio, float, _SMALLEST, 1), multiple)
-    else:
-        plan = _plan_by_macs(model, chosen, method, macs, None if uniform else images, multiple, options)
-    dense_reason = f"the ratio is below {method.name} at rank {multiple}" if ratio else "left dense by the budget"
-    new, report = _convert(model, sites, chosen, method, plan, options, dense_reason)
-    if images is not None:
-        calibration.refit_layers(new, model, images)
+    sites = _sites(model)
+    chosen = _chosen(sites, layers if ranks is None else ranks, model, method)
+    with factorizations.one_blas_thread():  # several layers at a time are faster than several threads for one
+        if ranks is not None:
+            plan = {path: method.check_ranks(chosen[path].kernel_shape, given) for path, given in ranks.items()}
+        elif ratio is not None:
+            plan = _plan_by_ratio(chosen, method, float(check_number("ratio", ratio, float, _SMALLEST, 1)), multiple)
+        else:
+            budget = None if uniform else images
+            plan = _plan_by_macs(model, chosen, method, macs, budget, multiple, verbose, options)
+        dense_reason = f"the ratio is below {method.name} at rank {multiple}" if ratio else "left dense by the budget"
+        new, report = _convert(model, sites, chosen, method, plan, options, dense_reason, verbose)
+        if images is not None:
+            calibration.refit_layers(new, model, images, verbose=verbose)
     return new, report
 
 
-def _convert(model, sites, chosen, method, plan, options, dense_reason):
+# parameters: what `factorize` has decided
+def _convert(model, sites, chosen, method, plan, options, dense_reason, verbose):
     """Build the new model and the report; `dense_reason` is that of a chosen layer which is not in the plan."""
-    taken = {node.layer.name for node in keras_graph.layer_nodes(model)}
-    chains, rows = {}, []
+
+    def decompose(path):
+        try:
+            return method.decompose(sites[path].layer.get_weights()[0], plan[path], **options)
+        except ValueError as error:
+            raise ValueError(f"layer {path!r}: {error}") from None
+
+    with ThreadPoolExecutor(deploy.available_cores()) as pool:
+        what = f"{method.name} of {len(plan)} layers"
+        results = dict(zip(plan, progress(pool.map(decompose, plan), what, verbose, len(plan)), strict=True))
+    taken, chains, rows = keras_graph.operation_names(model), {}, []
     for path, site in sites.items():
-        reason = site.reason or "not chosen"
+        row = {"layer": path, "params_before": site.parameters, "params_after": site.parameters}
+        row |= {"macs_before": site.macs, "macs_after": site.macs, "reason": site.reason or "not chosen"}
         if path in chosen:
-            reason = "" if path in plan else dense_reason
-        row = {"layer": path, "params_before": site.parameters, "params_after": site.parameters, "reason": reason}
-        row |= {"macs_before": site.macs, "macs_after": site.macs}
+            row["reason"] = "" if path in plan else dense_reason
         if path in plan:
-            kernel, *bias = site.layer.get_weights()
-            try:
-                result = method.decompose(kernel, plan[path], **options)
-                chain = site.chain(result, bias[0] if bias else None, taken)
-            except ValueError as error:
-                raise ValueError(f"layer {path!r}: {error}") from None
-            chains[id(site.layer)] = chain
+            result, weights = results[path], site.layer.get_weights()
+            chain = chains[id(site.layer)] = site.chain(result, weights[1] if len(weights) > 1 else None, taken)
             row |= {
                 "method": method.name,
                 "ranks": result.ranks,
@@ -147,7 +144,7 @@ def _convert(model, sites, chosen, method, plan, options, dense_reason):
                 "macs_after": site.macs_at(method, result.ranks),
             }
         rows.append(row)
-    return keras_graph.rebuild(model, chains), pd.DataFrame(rows, columns=COLUMNS)
+    return keras_graph.rebuild(model, chains), Report.of(rows)
 
 
 # --- which layers ----------------------------------------------------------------------------------------------------
@@ -155,9 +152,11 @@ def _convert(model, sites, chosen, method, plan, options, dense_reason):
 
 @dataclasses.dataclass(eq=False)
 class _Site:
-    """A convolution in a model: whether it can be converted, and what that costs."""
+    """A layer with weights in a model: whether it can be converted, and what that costs."""
 
     node: keras_graph.LayerNode
+    macs: float  # of all its calls; NaN if they are not known
+    nodes: dict  # id of a layer -> its node, of all layers
 
     @property
     def layer(self):
@@ -176,45 +175,73 @@ class _Site:
         """Why it can't be converted; "" if it can."""
         layer = self.layer
         if type(layer) is not keras_layers.Conv2D:
-            name = type(layer).__name__
-            return next((said for kind, said in _KINDS.items() if kind in name), f"a {name}, not a Conv2D")
+            return self._other_kind()
         refusals = {
             "grouped": layer.groups > 1,
             "1×1: nothing to separate": layer.kernel_size == (1, 1),
             "channels come first": layer.data_format != "channels_last",
             "its kernel has a constraint": layer.kernel_constraint is not None,
-            "its weights are quantized or have a LoRA": "float" not in standardize_dtype(layer.kernel.dtype)
+            "its weights are quantized or have a LoRA": keras_graph.is_quantized(layer)
             or getattr(layer, "lora_enabled", False),
             "it is called on images of several sizes": len({str(call[0]) for call in self.node.calls}) > 1,
         }
         return next((reason for reason, holds in refusals.items() if holds), "")
+
+    def _other_kind(self):
+        layer, name = self.layer, type(self.layer).__name__
+        if type(layer) is not getattr(keras_layers, name, None):
+            return f"a {name}, not a layer of Keras"
+        if isinstance(layer, keras_layers.Wrapper):
+            return f"a {name}, not a layer by itself"
+        if all(len(weight.shape) < 2 for weight in layer.weights):
+            return f"a {name}: it has no kernel"
+        return next((said for kind, said in _KINDS.items() if kind in name), f"a {name}, not a Conv2D")
 
     @functools.cached_property
     def reason(self):
         """Why it is skipped by default; "" if it is not."""
         if self.obstacle:
             return self.obstacle
-        before = [other for other in self.node.producers if keras_graph.has_linear_activation(other)]
-        after = self.node.consumers if keras_graph.has_linear_activation(self.layer) else []
-        joined = [other for other in (*before, *after) if isinstance(other, _CONVOLUTIONS)]
-        if joined:
-            return f"no activation between it and {joined[0].name}: factorized already"
+        neighbour = self._other_part()
+        if neighbour is not None:
+            return f"factorized already, together with {neighbour.name}"
         channels = self.kernel_shape[2]
         if channels < _FEW_CHANNELS:
             return f"reads {channels} channel{'s' * (channels > 1)}: little to save, much to lose"
         return ""
 
+    def refuse(self, method):
+        """Find out whether the chain of a method can be built here: set `obstacle` if it can't."""
+        try:
+            ranks = (1,) * len(method.max_ranks(self.kernel_shape))
+            self._block(method, ranks, None)
+        except ValueError as error:
+            self.obstacle = self.reason = str(error)
+
+    def _other_part(self):
+        """Return a layer that forms a factorization together with this one; None if there is none.
+
+        These are the parts with a spatial extent of a Tucker-2 chain, 1×1 to fewer channels, k×k, 1×1 to more, and of a
+        chain along one axis after the other, k×1, 1×k. Nothing lies between the layers, not even an activation.
+        """
+        before, after = (_only_convolution(found) for found in (self.node.producers, self.node.consumers))
+        if before is not None:
+            is_joined = keras_graph.has_linear_activation(before) and len(set(self.nodes[id(before)].consumers)) == 1
+            before = before if is_joined else None
+        if not keras_graph.has_linear_activation(self.layer):
+            after = None
+        for other in filter(None, (before, after)):
+            sizes = zip(self.layer.kernel_size, other.kernel_size, strict=True)
+            if all(min(pair) == 1 < max(pair) for pair in sizes):  # each extends along the other's axis of size 1
+                return other
+        if before is not None and after is not None and before.kernel_size == after.kernel_size == (1, 1):
+            narrows = before.filters <= before.kernel.shape[2] and after.filters >= after.kernel.shape[2]
+            return before if narrows else None
+        return None
+
     @property
     def input_shape(self):
         return self.node.calls[0][0][0][1:]
-
-    @functools.cached_property
-    def macs(self):
-        """MACs of all calls; NaN if they are not known."""
-        try:
-            return cost.node_macs(self.node)
-        except ValueError:
-            return math.nan
 
     def macs_at(self, method, ranks):
         """MACs of the chain at these ranks, of all calls; NaN if they are not known."""
@@ -226,13 +253,20 @@ class _Site:
 
     def chain(self, result, bias, taken):
         """Return the new layers with their weights; the last has the layer's name, the others names not `taken`."""
+        block = self._block(type(result), result.ranks, bias)
+        block.set_weights([*result.layer_weights(), *([] if bias is None else [np.asarray(bias)])])
+        return [self._copy(layer, taken, last=layer is block.layers[-1]) for layer in block.layers[1:]]
+
+    def _block(self, method, ranks, bias):
+        """Build the model of a chain with new weights."""
+        layer = self.layer
         names = ("strides", "padding", "dilation_rate", "activation", "trainable", "name")
         names += ("kernel_initializer", "kernel_regularizer", "bias_initializer", "bias_regularizer")
-        options = {name: getattr(self.layer, name) for name in names} | {"dtype": self.layer.dtype_policy}
-        if np.ndim(getattr(self.layer.kernel_initializer, "value", 0)):  # an array of the dense kernel's shape
+        options = {name: getattr(layer, name) for name in names} | {"dtype": layer.dtype_policy}
+        if np.ndim(getattr(layer.kernel_initializer, "value", 0)):  # an array of the dense kernel's shape
             del options["kernel_initializer"]
-        block = blocks.from_decomposition(self.input_shape, result, bias, **options)
-        return [self._copy(layer, taken, last=layer is block.layers[-1]) for layer in block.layers[1:]]
+        options |= {"use_bias": bias is not None}
+        return blocks.factorized_conv(self.input_shape, method, layer.filters, layer.kernel_size, ranks, **options)
 
     def _copy(self, layer, taken, last):
         name = self.layer.name if last else layer.name
@@ -246,22 +280,45 @@ class _Site:
         return copy
 
 
-def _chosen(sites, named, model):
+def _only_convolution(operations):
+    """Return the Conv2D that the operations are, if they are one and the same; else None."""
+    is_one = len(set(operations)) == 1 and type(operations[0]) is keras_layers.Conv2D
+    return operations[0] if is_one else None
+
+
+def _sites(model):
+    """Return the layers with weights, by path."""
+    nodes, macs = {id(node.layer): node for node in keras_graph.layer_nodes(model)}, {}
+    try:
+        for call, count, _ in cost.call_costs(model):
+            macs[id(call.operation)] = macs.get(id(call.operation), 0) + count
+    except ValueError:  # the size of the images is not fixed
+        macs = dict.fromkeys(nodes, math.nan)
+    return {node.path: _Site(node, macs[key], nodes) for key, node in nodes.items() if node.layer.weights}
+
+
+def _chosen(sites, named, model, method):
     """Return the sites to convert, by path."""
     if named is None:
+        for site in sites.values():
+            if not site.reason:
+                site.refuse(method)
         chosen = {path: site for path, site in sites.items() if not site.reason}
         if not chosen:
-            reasons = "; ".join(f"{path}: {site.reason}" for path, site in list(sites.items())[:5])
-            raise ValueError(
-                f"model {model.name!r} has no convolution to factorize ({reasons or 'it has none at all'})"
-            )
+            reasons = [f"{path}: {site.reason}" for path, site in sites.items() if "no kernel" not in site.reason][:5]
+            said = "; ".join(reasons) or "no layer has a kernel"
+            raise ValueError(f"model {model.name!r} has no convolution to factorize ({said})")
         return chosen
     named = [named] if isinstance(named, str) else list(named)
     if not named:
         raise ValueError("name at least one layer to convert")
     for path in named:
         if path not in sites:
-            raise ValueError(f"layer {path!r} is not a convolution of model {model.name!r}; it has {', '.join(sites)}")
+            raise ValueError(
+                f"there is no layer {path!r} with weights in model {model.name!r}; it has {', '.join(sites)}"
+            )
+        if not sites[path].obstacle:
+            sites[path].refuse(method)
         if sites[path].obstacle:
             raise ValueError(f"layer {path!r} can't be factorized: {sites[path].obstacle}")
     return {path: site for path, site in sites.items() if path in named}
@@ -282,7 +339,8 @@ def _plan_by_ratio(chosen, method, ratio, multiple):
     return plan
 
 
-def _plan_by_macs(model, chosen, method, macs, images, multiple, options):
+# parameters: what `factorize` was given
+def _plan_by_macs(model, chosen, method, macs, images, multiple, verbose, options):
     """Return ranks at which the whole network stays within `macs`."""
     check_number("macs", macs, float, 1, math.inf)
     unknown = [path for path, site in chosen.items() if math.isnan(site.macs)]
@@ -301,7 +359,7 @@ def _plan_by_macs(model, chosen, method, macs, images, multiple, options):
     def total(fraction):
         return fixed + sum(at(site, fraction)[1] for site in chosen.values())
 
-    dense = cost.total_costs(model)["macs"]
+    dense = cost.total_costs(model)["macs"]  # warns if some are not known
     if macs >= dense:
         return {}
     fixed = dense - sum(site.macs for site in chosen.values())
@@ -320,7 +378,7 @@ def _plan_by_macs(model, chosen, method, macs, images, multiple, options):
     if images is not None:
         fractions = np.geomspace(max(low / 3, _SMALLEST), min(2.5 * low, 0.9), 6).tolist()  # around the uniform one
         nodes = [site.node for site in chosen.values()]
-        curves = calibration.layer_sensitivity(model, method, images, nodes, fractions, **options)
+        curves = calibration.layer_sensitivity(model, method, images, nodes, fractions, verbose=verbose, **options)
         costs = {path: functools.partial(at, site) for path, site in chosen.items()}
         plan = rank_selection.allocate(curves, costs, macs - fixed)
     return {path: ranks for path, ranks in plan.items() if ranks is not None}

@@ -145,6 +145,11 @@ def operation_names(model):
     return names
 
 
+def pack_inputs(model, values):
+    """Return a list of values, one for each input of a model, in the structure that its call takes."""
+    return keras.tree.pack_sequence_as(_graph(model).input, values)
+
+
 def is_quantized(layer):
     """Return whether the weights of a layer are quantized, as by `keras.Model.quantize`."""
     return bool(getattr(getattr(layer, "dtype_policy", None), "quantization_mode", None))

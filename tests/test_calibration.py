@@ -84,17 +84,128 @@ def spoil(layer):
 # --- images ------------------------------------------------------------------------------------------------------
 
 
+def pair_of_inputs(names=("a", "b")):
+    one, two = keras.Input((4, 4, 3), name=names[0]), keras.Input((5,), name=names[1])
+    return keras.Model({"a": one, "b": two}, layers.Concatenate()([layers.Flatten()(one), two]), name="pair")
+
+
 def test_images_that_the_model_does_not_take_are_rejected():
     model = keras.Sequential([keras.Input((10, 9, 6)), layers.Flatten()])
-    for bad in (np.zeros((3, 10, 9)), np.zeros((3, 10, 9, 5)), np.zeros((0, 10, 9, 6)), [np.nan]):
-        with pytest.raises(ValueError, match=r"finite numbers of the shape \(N, 10, 9, 6\), at least one; got \("):
+    for bad in (np.zeros((3, 10, 9)), np.zeros((3, 10, 9, 5)), np.zeros((0, 10, 9, 6)), [np.nan], "images", ["a"]):
+        with pytest.raises(ValueError, match=r"must have the shape \(N, 10, 9, 6\), at least one; got \("):
             calibration.check_images(model, bad)
     with pytest.raises(ValueError, match="finite numbers"):
         calibration.check_images(model, np.full((1, 10, 9, 6), np.inf))
-    one, two = keras.Input((4, 4, 3), name="a"), keras.Input((4, 4, 3), name="b")
-    pair = keras.Model([one, two], layers.Add()([one, two]), name="pair")
-    with pytest.raises(ValueError, match="one input; 'pair' has 2"):
-        calibration.check_images(pair, np.zeros((1, 4, 4, 3)))
+    with pytest.raises(ValueError, match="at least one batch; got none"):
+        calibration.check_images(model, iter(()))
+    with pytest.raises(ValueError, match="an iterable of batches; got a int"):
+        calibration.check_images(model, 3)
+    for bad in (np.zeros((1, 4, 4, 3)), {"a": np.zeros((1, 4, 4, 3))}, [np.zeros((1, 4, 4, 3))]):
+        with pytest.raises(ValueError, match=r"the shape \(N, 4, 4, 3\) and \(N, 5\), at least one; got "):
+            calibration.check_images(pair_of_inputs(), bad)
+    with pytest.raises(ValueError, match=r"as many images; got \[1, 2\]"):
+        calibration.check_images(pair_of_inputs(), [np.zeros((1, 4, 4, 3)), np.zeros((2, 5))])
+
+
+class Batches(keras.utils.PyDataset):
+    """Pairs of images and labels by number."""
+
+    def __init__(self, images):
+        super().__init__()
+        self.images = images
+
+    def __len__(self):
+        return len(self.images) // 4
+
+    def __getitem__(self, number):
+        return self.images[4 * number : 4 * number + 4], np.zeros(4)
+
+
+class Loader:
+    """What a PyTorch DataLoader looks like: lists of tensors that have a method `numpy`."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __iter__(self):
+        for start in range(0, len(self.images), 4):
+            yield [keras.ops.convert_to_tensor(self.images[start : start + 4]), np.zeros(4)]
+
+
+def stream(images, labels):
+    for start in range(0, len(images), 4):
+        yield (images[start : start + 4], np.zeros(4)) if labels else images[start : start + 4]
+
+
+def tf_dataset(images):
+    tf = pytest.importorskip("tensorflow")
+    return tf.data.Dataset.from_tensor_slices((images, np.zeros(len(images)))).batch(4)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        list,
+        lambda x: (x, np.zeros(len(x))),
+        lambda x: [x],
+        lambda x: stream(x, labels=False),
+        lambda x: stream(x, labels=True),
+        Batches,
+        Loader,
+        tf_dataset,
+    ],
+)
+def test_images_are_taken_in_all_forms(form):
+    images = pictures(8)
+    model = keras.Sequential([keras.Input((10, 9, 6)), layers.Flatten()])
+    (taken,) = calibration.check_images(model, form(images))
+    np.testing.assert_array_equal(taken, images)
+
+
+@pytest.mark.parametrize(
+    "form", [list, tuple, lambda x: (x, np.zeros(6)), lambda x: {"b": x[1], "a": x[0]}, lambda x: iter([(x, 1)])]
+)
+def test_inputs_of_several_are_taken_in_all_forms(form):
+    given = [np.ones((6, 4, 4, 3), "float32"), np.zeros((6, 5), "float32")]
+    taken = calibration.check_images(pair_of_inputs(), form(given))
+    assert len(taken) == 2 and all(map(np.array_equal, taken, given))
+
+
+def test_of_an_endless_stream_two_thousand_images_are_taken():
+    model = keras.Sequential([keras.Input((2,)), layers.Flatten()])
+    (taken,) = calibration.check_images(model, (np.ones((300, 2)) for _ in itertools.count()))
+    assert taken.shape == (2000, 2)
+
+
+def test_whole_numbers_are_taken_if_the_model_rescales_them():
+    images = np.ones((2, 4, 4, 3), "uint8")
+    plain = keras.Sequential([keras.Input((4, 4, 3)), layers.Flatten()], name="plain")
+    with pytest.raises(ValueError, match="whole numbers .uint8., and model 'plain' has no Rescaling"):
+        calibration.check_images(plain, images)
+    rescaled = keras.Sequential([keras.Input((4, 4, 3)), layers.Rescaling(1 / 255), layers.Flatten()])
+    whole = keras.Sequential([keras.Input((4, 4, 3), dtype="uint8"), layers.Flatten()])
+    assert calibration.check_images(rescaled, images)[0].dtype == "float32"
+    assert calibration.check_images(whole, images)[0].dtype == "uint8"
+
+
+@pytest.mark.parametrize("wrong", [lambda x: 255 * x, lambda x: 0 * x, lambda x: 0.1 * x, lambda x: x + 20])
+def test_images_unlike_those_of_the_training_are_told(wrong):
+    model = network()
+    with pytest.warns(UserWarning, match="at 'bn1' their standard deviation is .*, in training it was"):
+        calibration.check_images(model, wrong(pictures()))
+
+
+def test_images_like_those_of_the_training_are_taken_without_a_word(recwarn):
+    calibration.check_images(network(), pictures(32, seed=5))
+    assert not [str(warning.message) for warning in recwarn if "training" in str(warning.message)]
+
+
+def test_values_that_are_not_finite_are_an_error_that_names_the_layer():
+    model = network()
+    model.get_layer("bn1").gamma.assign(np.full(8, np.inf))
+    node = convolutions(model)[1]
+    with pytest.raises(ValueError, match="layer 'conv2' reads or computes values that are not finite"):
+        calibration.patch_moments(model, node, pictures())
 
 
 # --- batch-norm statistics ---------------------------------------------------------------------------------------

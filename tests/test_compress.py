@@ -229,10 +229,10 @@ def test_initializers_and_activations_that_a_file_could_not_hold():
     assert distance(model, new) < 1e-4
 
 
-def test_every_convolution_is_reported_with_its_costs(zoo):
+def test_every_layer_with_weights_is_reported_with_its_costs(zoo):
     new, report = compress.factorize(zoo, "cp", ratio=0.5)
     report, nodes = report.set_index("layer"), keras_graph.layer_nodes(zoo)
-    assert list(report.index) == [node.path for node in nodes if "conv" in type(node.layer).__name__.lower()]
+    assert list(report.index) == [node.path for node in nodes if node.layer.weights]
     converted = report[report["reason"] == ""]
     assert set(converted.index) == {"inner/conv", "shared", "last", "stack/conv"}
     assert (converted["params_after"] < converted["params_before"]).all() and (converted["method"] == "cp").all()
@@ -241,10 +241,8 @@ def test_every_convolution_is_reported_with_its_costs(zoo):
     assert reasons["first"].startswith("reads 3 channels") and reasons["point"].startswith("1×1")
     assert (reasons["grouped"], reasons["depthwise"]) == ("grouped", "depthwise")
     for column, model in (("before", zoo), ("after", new)):
-        costs = cost.layer_costs(model).iloc[:-1]
-        costs = costs[costs["kind"].isin(["Conv2D", "DepthwiseConv2D"])]
-        assert report[f"macs_{column}"].sum() == costs["macs"].sum() == macs(model)
-        assert report[f"params_{column}"].sum() == costs["params"].sum()
+        assert report[f"macs_{column}"].sum() == macs(model)
+        assert report[f"params_{column}"].sum() == cost.total_costs(model)["params"]
 
 
 def test_convolutions_that_cannot_be_factorized_are_left_with_the_reason():
@@ -265,6 +263,151 @@ def test_convolutions_that_cannot_be_factorized_are_left_with_the_reason():
     expected |= {"separable": "separable already", "tuned": "LoRA", "several": "images of several sizes", "plain": ""}
     assert reasons.keys() == expected.keys()
     assert all(expected[path] in reasons[path] for path in expected) and reasons["plain"] == ""
+
+
+class StandardizedConv(layers.Conv2D):
+    """A convolution that standardizes its weights."""
+
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, kernel - keras.ops.mean(kernel, axis=(0, 1, 2), keepdims=True))
+
+
+def test_every_kind_of_layer_with_weights_has_a_row_with_the_reason():
+    x = inputs = keras.Input((3, 8, 8, 6))
+    x = layers.TimeDistributed(layers.Conv2D(6, 3), name="frames")(x)
+    x = layers.ConvLSTM2D(6, 3, name="recurrent")(x)
+    x = layers.SpectralNormalization(layers.Conv2D(6, 3, padding="same"), name="spectral")(x)
+    x = StandardizedConv(6, 3, padding="same", name="own")(x)
+    x = layers.Conv2D(6, 3, activation="relu", name="plain")(x)
+    model = with_random_weights(keras.Model(inputs, layers.Dense(2, name="head")(layers.Flatten()(x))))
+    new, report = compress.factorize(model, "tucker", ratio=0.5)
+    reasons = report.set_index("layer")["reason"].to_dict()
+    assert reasons == {
+        "frames": "a TimeDistributed, not a layer by itself",
+        "recurrent": "a ConvLSTM2D, not a Conv2D",
+        "spectral": "a SpectralNormalization, not a layer by itself",
+        "own": "a StandardizedConv, not a layer of Keras",
+        "plain": "",
+        "head": "a Dense, not a Conv2D",
+    }
+    assert report["params_before"].sum() == model.count_params()
+
+
+def test_quantized_layers_and_layers_with_a_lora_are_left():
+    x = inputs = keras.Input((8, 8, 6))
+    x = layers.Conv2D(6, 3, activation="relu", name="tuned")(x)
+    x = layers.Conv2D(6, 3, activation="relu", name="plain")(x)
+    model = with_random_weights(keras.Model(inputs, layers.Dense(2, name="head")(layers.Flatten()(x))))
+    model.get_layer("tuned").enable_lora(2)
+    new, report = compress.factorize(model, "tucker", ranks={"plain": (6, 6)})
+    assert "LoRA" in report.set_index("layer")["reason"]["tuned"] and distance(model, new) < 1e-4
+    model.get_layer("head").quantize("int8")
+    new, report = compress.factorize(model, "tucker", ranks={"plain": (6, 6)})
+    assert distance(model, new) < 1e-4
+
+
+def test_linear_neighbours_are_no_factorization_by_themselves():
+    x = inputs = keras.Input((8, 8, 6))
+    head = layers.Conv2D(8, 3, padding="same", name="head")(x)  # as in EDSR: linear head, linear ends of blocks
+    x = layers.Conv2D(8, 3, padding="same", activation="relu", name="first")(head)
+    x = layers.Add()([layers.Conv2D(8, 3, padding="same", name="second")(x), head])
+    x = layers.Conv2DTranspose(8, 2, strides=2, name="up")(x)
+    model = with_random_weights(keras.Model(inputs, layers.Conv2D(3, 3, padding="same", name="tail")(x)))
+    _, report = compress.factorize(model, "cp", ratio=0.5)
+    reasons = report.set_index("layer")["reason"].to_dict()
+    assert reasons == {"head": "", "first": "", "second": "", "up": "transposed", "tail": ""}
+
+
+@pytest.mark.parametrize("kind", ["input", "inner model", "operation"])
+def test_names_of_new_layers_avoid_all_names_of_the_model(kind):
+    x = inputs = keras.Input((8, 8, 6), name="conv_in" if kind == "input" else "images")
+    if kind == "inner model":
+        x = keras.Sequential([keras.Input((8, 8, 6)), layers.ReLU()], name="conv_in")(x)
+    if kind == "operation":
+        x = layers.Identity(name="conv_in")(x)
+    model = with_random_weights(keras.Model(inputs, layers.Conv2D(6, 3, name="conv")(x)))
+    new, _ = compress.factorize(model, "cp", ranks={"conv": 36})
+    assert distance(model, new) < 1e-4 and "conv_in_" in [layer.name for layer in new.layers]
+
+
+def test_a_budget_is_kept_beside_layers_that_are_not_touched():
+    x = inputs = keras.Input((8, 8, 6))
+    x = layers.PReLU()(layers.Conv2D(8, 3, padding="same", name="conv")(x))
+    x = layers.GroupNormalization(2)(layers.Conv2DTranspose(8, 2, strides=2)(x))
+    x = layers.LayerNormalization()(layers.Reshape((-1, 8))(x))
+    x = layers.GRU(4)(layers.Attention()([x, x]))
+    model = with_random_weights(keras.Model(inputs, x))
+    new, _ = compress.factorize(model, "cp", macs=macs(model) - 10_000)
+    assert macs(new) <= macs(model) - 10_000
+
+
+def test_a_nested_network_is_converted_at_the_size_of_its_call():
+    stack = [layers.Conv2D(8, 3, activation="relu", name="conv"), layers.GlobalAveragePooling2D()]
+    inner = keras.Sequential([keras.Input((None, None, 6)), *stack], name="inner")
+    inputs = keras.Input((12, 10, 6))
+    model = with_random_weights(keras.Model(inputs, layers.Dense(2)(inner(inputs))))
+    new, report = compress.factorize(model, "tucker", macs=0.5 * macs(model))
+    assert report.set_index("layer")["macs_before"]["inner/conv"] == 10 * 8 * 9 * 6 * 8
+    assert macs(new) <= 0.5 * macs(model)
+
+
+@pytest.mark.parametrize("ratio", [np.float32(0.4), np.float64(0.4), 1])
+def test_numbers_of_numpy_are_numbers(zoo, ratio):
+    _, report = compress.factorize(zoo, "tucker", ratio=ratio)
+    converted = report[report["reason"] == ""]
+    assert (converted["params_after"] <= ratio * converted["params_before"] + 12).all() and len(converted)
+
+
+def test_a_subclassed_model_is_traced_and_converted():
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__(name="own")
+            self.conv, self.head = layers.Conv2D(8, 3, activation="relu", name="conv"), layers.Dense(2)
+
+        def call(self, x):
+            return self.head(keras.ops.mean(self.conv(x), axis=(1, 2)))
+
+    model = Own()
+    x = np.random.default_rng(0).standard_normal((2, 8, 8, 6)).astype("float32")
+    model(x)
+    with pytest.warns(UserWarning, match="'own' is subclassed: it was traced"):
+        new, report = compress.factorize(model, "tucker", ranks={"conv": (6, 8)})
+    assert distance(model, new, x) < 1e-4 and report["reason"].tolist() == ["", "a Dense, not a Conv2D"]
+
+
+def test_a_network_with_several_inputs_and_outputs_is_calibrated():
+    one, two = keras.Input((8, 8, 6), name="left"), keras.Input((8, 8, 6), name="right")
+    shared = layers.Conv2D(8, 3, activation="relu", name="shared")
+    x = layers.Concatenate()([shared(one), shared(two)])
+    x = layers.GlobalAveragePooling2D()(layers.Conv2D(8, 3, activation="relu", name="conv")(x))
+    outputs = {"class": layers.Dense(3, activation="softmax", name="class")(x), "size": layers.Dense(1, name="size")(x)}
+    model = with_random_weights(keras.Model({"left": one, "right": two}, outputs))
+    rng = np.random.default_rng(0)
+    given = {name: rng.standard_normal((40, 8, 8, 6)).astype("float32") for name in ("left", "right")}
+    errors = []
+    for pictures in (None, given):
+        new, _ = compress.factorize(model, "cp", ratio=0.4, images=pictures)
+        expected, found = model(given)["class"], new(given)["class"]
+        errors.append(float(keras.ops.mean((expected - found) ** 2)))
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_the_report_prints_totals_and_reasons(zoo):
+    _, report = compress.factorize(zoo, "cp", ratio=0.5)
+    text = str(report)
+    assert "4 converted" in text and "left: grouped (grouped)" in text and "norm" not in text and "..." not in text
+    assert max(map(len, text.splitlines())) < 130
+    assert str(report[["layer"]]) == str(report[["layer"]].copy())  # a part prints as pandas prints it
+
+
+def test_progress_is_shown_if_it_takes_longer_than_a_second(capsys):
+    from fcnn_utils import _progress
+
+    for seconds, verbose, shown in ((0.0, 1, False), (0.6, 1, True), (0.6, 0, False)):
+        for _ in _progress.progress(range(3), "work", verbose):
+            time.sleep(seconds)
+        text = capsys.readouterr().out
+        assert ("work" in text and "3/3" in text) == shown
 
 
 @pytest.mark.parametrize("method", ["cp", "tucker", "spatial"])
@@ -315,8 +458,19 @@ def test_a_budget_needs_images_of_a_fixed_size():
     new, report = compress.factorize(model, ratio=0.5)
     assert np.isnan(report["macs_after"][0]) and new(np.zeros((1, 9, 7, 8), "float32")).shape == (1, 7, 5, 8)
     strided = keras.Model(inputs, layers.Conv2D(8, 3, strides=2, padding="same", name="conv")(inputs))
-    with pytest.raises(ValueError, match="layer 'conv': .* image of a fixed size"):
+    with pytest.raises(ValueError, match="no convolution to factorize .conv: .* image of a fixed size"):
         compress.factorize(strided, "cp4", ratio=0.5)
+    with pytest.raises(ValueError, match="layer 'conv' can't be factorized: .* image of a fixed size"):
+        compress.factorize(strided, "cp4", ratio=0.5, layers="conv")
+
+
+def test_a_layer_that_a_method_cannot_take_is_left_and_the_others_are_converted():
+    inputs = keras.Input((None, None, 8))
+    x = layers.Conv2D(8, 3, strides=2, padding="same", activation="relu", name="strided")(inputs)
+    model = with_random_weights(keras.Model(inputs, layers.Conv2D(8, 3, name="plain")(x)))
+    _, report = compress.factorize(model, "cp4", ratio=0.5)
+    reasons = report.set_index("layer")["reason"]
+    assert "image of a fixed size" in reasons["strided"] and reasons["plain"] == ""
 
 
 def test_ranks_are_multiples_of_a_step(zoo):
@@ -335,20 +489,23 @@ def test_invalid_arguments_are_rejected_with_what_is_allowed(zoo):
         ({"ratio": 0}, "ratio must be a number between"),
         ({"ratio": 0.001}, "ratio 0.001 is below what cp takes at rank 1"),
         ({"method": "svd", "ratio": 0.5}, "method must be one of"),
-        ({"ratio": 0.5, "layers": ["shared", "nope"]}, "'nope' is not a convolution of model 'zoo'.*inner/conv"),
+        ({"ratio": 0.5, "layers": ["shared", "nope"]}, "no layer 'nope' with weights in model 'zoo'.*inner/conv"),
         ({"ratio": 0.5, "layers": []}, "name at least one layer"),
         ({"ratio": 0.5, "layers": "point"}, "layer 'point' can't be factorized: 1×1"),
         ({"ratio": 0.5, "layers": "grouped"}, "layer 'grouped' can't be factorized: grouped"),
         ({"ranks": {"shared": 1000}}, "rank of cp for a .* kernel must be a whole number between 1 and"),
         ({"ranks": {"shared": 3}, "layers": ["shared"]}, "leave out layers="),
-        ({"ratio": 0.5, "images": np.zeros((2, 3))}, r"images must be .* \(N, 11, 16, 3\), at least one; got \(2, 3\)"),
+        (
+            {"ratio": 0.5, "images": np.zeros((2, 3))},
+            r"images must have the shape \(N, 11, 16, 3\), at least one; got \(2, 3\)",
+        ),
         ({"ratio": 0.5, "multiple": 0}, "multiple must be a whole number between"),
         ({"ratio": 0.5, "uniform": "yes"}, "uniform must be one of True, False; got 'yes'"),
         ({"ratio": 0.5, "max_norm": 0.1}, "max_norm must be a number"),
         ({"ratio": 0.5, "seed": -1}, "seed must be a whole number"),
         ({"ratio": 0.5, "speed": 3}, "cp has no option 'speed'; it has .*n_starts"),
         ({"ratio": 0.5, "model": keras.Sequential([layers.Conv2D(4, 3)])}, "is not built"),
-        ({"ratio": 0.5, "model": small_model(layers.Flatten())}, "no convolution to factorize .*none at all"),
+        ({"ratio": 0.5, "model": small_model(layers.Flatten())}, "no convolution to factorize .no layer has a kernel"),
         ({"ratio": 0.5, "model": small_model(layers.Conv2D(4, 1, name="point"))}, "no convolution .*point: 1×1"),
     ):
         with pytest.raises(ValueError, match=message) as refusal:
@@ -377,7 +534,8 @@ def test_networks_of_keras_applications_are_the_same_at_full_rank(name, method):
     model, x = application(name)
     new, report = compress.factorize(model, method, ranks=full_ranks(model, method))
     assert (report["reason"] == "").sum() == NETWORKS[name]
-    assert set(report["reason"]) <= {"", "1×1: nothing to separate", "depthwise", "grouped"}
+    others = {"a Dense, not a Conv2D", "a BatchNormalization: it has no kernel"}
+    assert set(report["reason"]) <= {"", "1×1: nothing to separate", "depthwise", "grouped"} | others
     reads = [keras.Model(one.input, one.layers[-1].input) for one in (model, new)]  # random logits hardly differ
     assert distance(*reads, x) < 1e-3
 

@@ -98,7 +98,7 @@ def dense_of_heads(x):
         (layers.Conv1DTranspose(3, 2, strides=2), (6, 4), 6 * 2 * 4 * 3),  # each value read meets each weight
         (layers.Conv2DTranspose(3, 2, strides=2), (6, 7, 4), 42 * 4 * 4 * 3),
         (layers.Conv3DTranspose(3, 2), (4, 4, 4, 2), 64 * 8 * 2 * 3),
-        (layers.EinsumDense("abc,cd->abd", (6, 5)), (6, 4), 6 * 4 * 5),
+        (layers.EinsumDense("abc,ce->abe", (6, 5)), (6, 4), 6 * 4 * 5),
         (layers.SimpleRNN(3), (6, 4), 6 * (4 * 3 + 3 * 3)),
         (layers.LSTM(3), (6, 4), 6 * 4 * (4 * 3 + 3 * 3)),
         (layers.GRU(3, return_sequences=True), (6, 4), 6 * 3 * (4 * 3 + 3 * 3)),

@@ -1,0 +1,157 @@
+"""Take calibration images in the forms that users have, and compare them with what the network was trained on."""
+
+import warnings
+
+import keras
+import numpy as np
+from keras import layers
+
+from fcnn_utils import keras_graph
+
+LIMIT = 2000  # inputs that are taken from a stream of batches
+_CHECKED = 256  # inputs whose statistics are compared
+_FAR = 2.5  # factor between the standard deviations from which on images are taken for wrong
+
+
+def take(model, images):
+    """Return calibration inputs as a list of arrays, one for each input of the model.
+
+    Args:
+        model: functional or Sequential.
+        images: (N, H, W, C) for a model with one input; a list or a dict (by input name) of arrays for several.
+            Or an iterable of such batches: a tf.data.Dataset, a generator, a PyTorch DataLoader, a
+            keras.utils.PyDataset; 2,000 inputs are taken from it. Pairs (inputs, labels) are taken without the
+            labels.
+
+    Raises:
+        ValueError: the shapes or types do not fit the model's inputs, there are none, or they are not finite.
+    """
+    if isinstance(images, (tuple, list, dict)) or hasattr(images, "shape"):
+        arrays = _fitting(model, images)
+    else:
+        arrays = _from_batches(model, images)
+    for array, x in zip(arrays, model.inputs, strict=True):
+        if array.dtype.kind in "iub" and "float" in x.dtype and not _is_rescaled(model):
+            raise ValueError(
+                f"calibration images are whole numbers ({array.dtype}), and model {model.name!r} has no Rescaling or "
+                "Normalization layer: normalise them as in training, and give floats"
+            )
+    arrays = [array.astype(x.dtype) for array, x in zip(arrays, model.inputs, strict=True)]
+    if not all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f"):
+        raise ValueError("calibration images must be finite numbers; some are NaN or infinite")
+    if len({len(array) for array in arrays}) > 1:
+        raise ValueError(f"all inputs must have as many images; got {[len(array) for array in arrays]}")
+    return arrays
+
+
+def batches(model, inputs, size):
+    """Return the inputs in batches of `size`, each in the structure that the model takes."""
+    parts = range(0, len(inputs[0]), size)
+    return [keras_graph.pack_inputs(model, [x[start : start + size] for x in inputs]) for start in parts]
+
+
+def warn_if_unlike_training(model, inputs):
+    """Compare the inputs with the statistics that the first batch normalisation has from the training.
+
+    Warns with both standard deviations if they are a factor of 2.5 apart, or if the mean is as far away.
+
+    Raises:
+        ValueError: the normalisation reads values that are not finite.
+    """
+    nodes = keras_graph.layer_nodes(model)
+    norm = next((node for node in nodes if node.is_channel_norm and not any(node.training)), None)
+    if norm is None:
+        return
+    reader = keras_graph.input_model(model, norm.path)
+    parts = [reader(part, training=False) for part in batches(reader, [x[:_CHECKED] for x in inputs], 64)]
+    values = np.concatenate([keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")) for x in parts])
+    values = values.reshape(-1, values.shape[-1]).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"layer {norm.path!r} reads values that are not finite on the calibration images")
+    mean, variance = (
+        np.asarray(keras.ops.convert_to_numpy(x), np.float64)
+        for x in (norm.layer.moving_mean, norm.layer.moving_variance)
+    )
+    trained, found = np.sqrt(variance.mean()), np.sqrt(values.var(axis=0).mean())
+    distance = np.sqrt(np.mean((values.mean(axis=0) - mean) ** 2 / (variance + norm.layer.epsilon)))
+    if not trained / _FAR < found < trained * _FAR or distance > _FAR:
+        warnings.warn(
+            f"the calibration images do not look like the training images: at {norm.path!r} their standard deviation "
+            f"is {found:.3g}, in training it was {trained:.3g}, and the means differ by {distance:.1f} standard "
+            "deviations. Normalise the images as in training",
+            stacklevel=3,
+        )
+
+
+# --- the forms -------------------------------------------------------------------------------------------------------
+
+
+def _from_batches(model, stream):
+    """Concatenate the first batches of an iterable, or of an indexable such as a PyDataset."""
+    is_indexed = hasattr(stream, "__getitem__") and hasattr(stream, "__len__") and not hasattr(stream, "__iter__")
+    found, count = [], 0
+    try:
+        items = (stream[number] for number in range(len(stream))) if is_indexed else iter(stream)
+    except TypeError:
+        raise ValueError(
+            "calibration images must be an array, a list or dict of arrays, or an iterable of batches; got a "
+            f"{type(stream).__name__}"
+        ) from None
+    for batch in items:
+        found.append(_fitting(model, batch))
+        count += len(found[-1][0])
+        if count >= LIMIT:
+            break
+    if not found:
+        raise ValueError("calibration images must be at least one batch; got none")
+    return [np.concatenate(parts)[:LIMIT] for parts in zip(*found, strict=True)]
+
+
+def _fitting(model, value):
+    """Return a list of arrays that fit the model's inputs, from arrays or from a pair of them and labels."""
+    candidates = [value]
+    if isinstance(value, (tuple, list)) and value:
+        candidates.append(value[0])  # (inputs, labels)
+    for candidate in candidates:
+        arrays = _by_input(model, candidate)
+        if arrays is not None and all(map(_fits, arrays, model.inputs)):
+            return arrays
+    wanted = " and ".join(f"(N, {', '.join(map(str, x.shape[1:]))})" for x in model.inputs)
+    found = [_as_array(x).shape for x in keras.tree.flatten(value)]
+    raise ValueError(
+        f"calibration images must have the shape {wanted}, at least one; got {' and '.join(map(str, found[:4]))}"
+    )
+
+
+def _by_input(model, value):
+    """Return one array for each input of the model; None if there are more or fewer, or other names."""
+    if isinstance(value, dict):
+        names = [x.name for x in model.inputs]
+        if set(names) != set(value):
+            return None
+        return [_as_array(value[name]) for name in names]
+    is_several = isinstance(value, (tuple, list)) and (len(model.inputs) > 1 or len(value) == 1)
+    arrays = [_as_array(x) for x in (value if is_several else [value])]
+    return arrays if len(arrays) == len(model.inputs) else None
+
+
+def _as_array(value):
+    is_ragged = isinstance(value, list) and len({np.shape(x) for x in value}) != 1
+    if isinstance(value, (dict, tuple)) or is_ragged:
+        return np.empty(0)  # fits no input
+    return np.asarray(value.numpy() if hasattr(value, "numpy") else value)
+
+
+def _fits(array, x):
+    wanted = x.shape[1:]
+    return (
+        array.ndim == 1 + len(wanted)
+        and len(array) > 0
+        and array.dtype.kind in "fiub"
+        and all(size in (None, given) for size, given in zip(wanted, array.shape[1:], strict=True))
+    )
+
+
+def _is_rescaled(model):
+    nodes = keras_graph.layer_nodes(model)
+    return any(isinstance(node.layer, (layers.Rescaling, layers.Normalization)) for node in nodes)

@@ -1,24 +1,22 @@
 """Show the progress of work that takes longer than a second."""
 
+import sys
 import time
-
-import keras
 
 
 def progress(items, what, verbose, count=None):
-    """Yield the items. After a second of work, print `what` and a progress bar of Keras.
+    """Yield the items. After a second of work, print how many are done: one line in a terminal, else a line each.
 
     Args:
         items: iterable.
-        what: text above the bar.
+        what: text before the numbers.
         verbose: whether to print.
         count: number of items, if they have no length.
     """
-    count, bar, start = len(items) if count is None else count, None, time.monotonic()
+    count, start, in_terminal = len(items) if count is None else count, time.monotonic(), sys.stdout.isatty()
     for number, item in enumerate(items, 1):
         yield item
-        if verbose and bar is None and time.monotonic() - start > 1:
-            print(what, flush=True)
-            bar = keras.utils.Progbar(count, unit_name="layer")
-        if bar is not None:
-            bar.update(number)
+        seconds = time.monotonic() - start
+        if verbose and seconds > 1:
+            line = f"{what}: {number}/{count}, {seconds:.0f} s"
+            print(line, end="\r" if in_terminal and number < count else "\n", flush=True)

@@ -55,7 +55,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
         nodes: `keras_graph.LayerNode` of each Conv2D layer.
         fractions: shares of a kernel's parameters to try, rising. Those below rank 1 are left out; if none is left,
             rank 1 is tried.
-        verbose: 1 to show a progress bar.
+        verbose: 1 to print progress.
         options: of the decomposition. CP and Tucker make 10 sweeps here unless told otherwise.
 
     Returns:
@@ -72,7 +72,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
     trial_nodes = {node.path: node for node in keras_graph.layer_nodes(trial)}
     before = _outputs(trial, images)
     curves = {}
-    for node in progress(nodes, "sensitivity of the layers", verbose):
+    for node in progress(nodes, "layers whose sensitivity is measured", verbose):
         own, curve = trial_nodes[node.path], []
         kernel, *bias = own.layer.get_weights()
         norms = _following_norms(own, trial_nodes)
@@ -157,7 +157,7 @@ def refit_layers(new, model, images, *, verbose=0):
         new: a factorized copy of `model`, from `compress.factorize`, whose layers keep their names.
         model: built functional or Sequential model.
         images: see `check_images`.
-        verbose: 1 to show a progress bar.
+        verbose: 1 to print progress.
 
     Raises:
         ValueError: the model does not take the images, or a layer reads values that are not finite.
@@ -167,7 +167,7 @@ def refit_layers(new, model, images, *, verbose=0):
     nodes = {node.path: node for node in keras_graph.layer_nodes(model)}
     new_nodes = {node.path: node for node in keras_graph.layer_nodes(single)}
     chains = [path for path, node in nodes.items() if _is_refitted(node, new_nodes.get(path))]
-    for path in progress(chains, "factors refitted to images", verbose):
+    for path in progress(chains, "layers refitted to the images", verbose):
         _refit(single, new_nodes[path], model, nodes[path], images, _following_norms(new_nodes[path], new_nodes))
     _copy_weights(single, new)
 

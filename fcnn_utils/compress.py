@@ -66,7 +66,7 @@ def factorize(
         uniform: with `macs` and `images`, use one ratio for all layers.
         multiple: with `ratio` or `macs`, ranks are multiples of this (or the maximum rank). 16 suits processors.
         seed: seed of the random numbers in a CP's starts.
-        verbose: 1 to show a progress bar if it takes longer than a second, 0 to print nothing.
+        verbose: 1 to print progress if it takes longer than a second, 0 to print nothing.
         options: of the decomposition. A CP's norms are bounded by `max_norm=1.0` by default.
 
     Returns:
@@ -124,7 +124,7 @@ def _convert(model, sites, chosen, method, plan, options, dense_reason, verbose)
             raise ValueError(f"layer {path!r}: {error}") from None
 
     with ThreadPoolExecutor(deploy.available_cores()) as pool:
-        what = f"{method.name} of {len(plan)} layers"
+        what = f"layers decomposed by {method.name}"
         results = dict(zip(plan, progress(pool.map(decompose, plan), what, verbose, len(plan)), strict=True))
     taken, chains, rows = keras_graph.operation_names(model), {}, []
     for path, site in sites.items():

@@ -155,7 +155,7 @@ def test_ten_lines_for_a_model_run_as_they_stand(tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
     keras.utils.set_random_seed(0)
-    model = networks.build("simple", (8, 8, 3), 10, width=0.25)
+    model = networks.build("simple", (8, 8, 3), 10, width=0.1)
     model.save("model.keras")
     names = {"images": np.random.default_rng(0).standard_normal((40, 8, 8, 3)).astype("float32")}
     exec(code, names)

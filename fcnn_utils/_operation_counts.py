@@ -27,6 +27,10 @@ _NOT_ELEMENTWISE = """
 """
 
 
+class SizeNotFixed(ValueError):
+    """An axis besides the batch is not fixed."""
+
+
 def count(operation, args, kwargs, outputs):
     """Return (MACs, other operations) of one call; MACs are NaN if they are not known.
 
@@ -36,7 +40,7 @@ def count(operation, args, kwargs, outputs):
         outputs: list of Keras tensors.
 
     Raises:
-        ValueError: an axis besides the batch is not fixed.
+        SizeNotFixed: an axis besides the batch is not fixed.
     """
     reads = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
     inputs, output = [shape_of(x)[1:] for x in reads], shape_of(outputs[0])[1:]
@@ -53,15 +57,15 @@ def count(operation, args, kwargs, outputs):
     graph = _trace.trace_layer(operation, args, kwargs)
     try:
         return _UNKNOWN if graph is None else _total(keras_graph.operation_calls(graph))
-    except ValueError:  # a size inside is not known
+    except SizeNotFixed:  # inside
         return _UNKNOWN
 
 
 def shape_of(x):
-    """Return the shape of a Keras tensor or an array, with one image as the batch; ValueError if it is not fixed."""
+    """Return the shape of a Keras tensor or an array, with one image as the batch; raise SizeNotFixed."""
     shape = tuple(x.shape)
     if None in shape[1:]:
-        raise ValueError(f"the shape {shape[1:]} is not fixed: give the model images of a fixed size")
+        raise SizeNotFixed(f"the shape {shape[1:]} is not fixed: give the model images of a fixed size")
     return (1, *shape[1:]) if shape and shape[0] is None else shape
 
 

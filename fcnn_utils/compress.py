@@ -292,7 +292,7 @@ def _sites(model):
     try:
         for call, count, _ in cost.call_costs(model):
             macs[id(call.operation)] = macs.get(id(call.operation), 0) + count
-    except ValueError:  # the size of the images is not fixed
+    except cost.SizeNotFixed:
         macs = dict.fromkeys(nodes, math.nan)
     return {node.path: _Site(node, macs[key], nodes) for key, node in nodes.items() if node.layer.weights}
 

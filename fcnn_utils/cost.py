@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from fcnn_utils import _operation_counts, keras_graph
-from fcnn_utils._operation_counts import convolution_macs  # noqa: F401  (part of the interface)
+from fcnn_utils._operation_counts import SizeNotFixed, convolution_macs  # noqa: F401  (part of the interface)
 
 _SUMMED = ["params", "trainable", "macs", "other_ops", "activation_bytes"]
 COLUMNS = ["layer", "kind", "output_shape", *_SUMMED]
@@ -88,8 +88,8 @@ def call_costs(model):
     for call in keras_graph.operation_calls(model):
         try:
             macs, other_ops = _operation_counts.count(call.operation, call.args, call.kwargs, call.outputs)
-        except ValueError as error:
-            raise ValueError(f"layer {call.operation.name!r}: {error}") from None
+        except SizeNotFixed as error:
+            raise SizeNotFixed(f"layer {call.operation.name!r}: {error}") from None
         costs.append((call, macs, other_ops))
     return costs
 

@@ -32,8 +32,7 @@ class CP(Factorization):
         n_iter: maximum number of sweeps for a start (100).
         tol: a start ends when ten sweeps lower the relative error by no more than this (1e-5).
         max_norm: largest allowed `total_norm`, at least 1; None for no bound (None). If the best start exceeds
-            it, `error_preserving_correction` lowers the norms at 1% more error. If that is not enough, the
-            bound is enforced and the error may rise further.
+            it, as many sweeps follow under the bound. The error may rise.
 
     At the largest rank the exact decomposition is written down without iteration.
     """
@@ -70,15 +69,12 @@ class CP(Factorization):
         if rank == cls.max_ranks(kernel.shape)[0]:
             return cls.from_factors(kernel, als.exact_factors(tensor))
         starts = [als.initial_factors(tensor, rank, seed, number) for number in range(n_starts)]
-        fits = [als.extrapolated_sweeps(tensor, factors, n_iter, tol) for factors in starts]
+        fits = [als.sweeps(tensor, factors, als.no_ridge, n_iter, tol, momentum=0.5) for factors in starts]
         best = cls.from_factors(kernel, min(fits, key=lambda fit: fit[1])[0])
         if max_norm is None or not best.kernel_norm or best.total_norm <= max_norm:
             return best
-        best = error_preserving_correction(kernel, best, n_iter=n_iter, until=max_norm)
-        if best.total_norm > max_norm:
-            bound = functools.partial(als.bounding_ridge, squared_norm=(max_norm * best.kernel_norm) ** 2)
-            best = cls.from_factors(kernel, als.sweeps(tensor, best.factors, bound, n_iter, tol)[0])
-        return best
+        bound = functools.partial(als.bounding_ridge, squared_norm=(max_norm * best.kernel_norm) ** 2)
+        return cls.from_factors(kernel, als.sweeps(tensor, best.factors, bound, n_iter, tol, momentum=0.5)[0])
 
     @classmethod
     def from_factors(cls, kernel, factors):

@@ -83,7 +83,8 @@ def locked(path, what):
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _open_locked(path, what):

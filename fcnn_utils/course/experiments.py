@@ -280,7 +280,7 @@ def _finish(model, record, save_model, save_predictions):
     if save_predictions:
         predictions.finish(record)
     path = records.write(record)
-    for left_over in ("checkpoint.npz", "partial.json"):
+    for left_over in ("checkpoint.npz", "partial.json", "partial.predictions.npz"):
         checkpoints.file_of(record, left_over).unlink(missing_ok=True)
     paths.say(f"{result_line(record)}; record in {paths.shown(path)}")
 

@@ -43,7 +43,7 @@ def keep(record, number, probabilities):
     cycles = {split: encode(values)[None] for split, values in probabilities.items()}
     if number:
         before = _read(path)
-        if any(before.get(split, values).shape[1:] != values.shape[1:] for split, values in cycles.items()):
+        if any(split not in before or before[split].shape[1:] != values.shape[1:] for split, values in cycles.items()):
             raise ValueError(f"{paths.shown(path)} is of other images or classes; delete it and train again")
         cycles = {split: np.concatenate([before[split][:number], values]) for split, values in cycles.items()}
     content = io.BytesIO()
@@ -66,10 +66,12 @@ def check_kept(record, number):
 
 
 def finish(record):
-    """Rename the predictions of a complete run to their final name; they replace those of an earlier run."""
-    path = checkpoints.file_of(record, "partial.predictions.npz")
-    if path.exists():
-        path.replace(checkpoints.file_of(record, "predictions.npz"))
+    """Copy the predictions of a run to their final name, before its record is complete; they replace earlier ones.
+
+    The run deletes `seedN.partial.predictions.npz` after its record is written: until then it may be stopped.
+    """
+    content = checkpoints.file_of(record, "partial.predictions.npz").read_bytes()
+    _files.write_atomic(checkpoints.file_of(record, "predictions.npz"), content)
 
 
 def load(dataset, model, recipe, seed=0):

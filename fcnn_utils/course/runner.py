@@ -177,7 +177,7 @@ def _choose(only, start):
         if (not only or number in only) and (start is None or number >= start)
     }
     if not chosen:
-        raise ValueError(f"no notebook is left: {', '.join(only)} come before {start}; drop one of the two choices")
+        raise ValueError(f"--only {' '.join(only)} and --from {start} leave no notebook to run; give one of them")
     return chosen
 
 
@@ -209,18 +209,19 @@ def _medical(names, dataset):
 def _run_one(path, given, folder, reads, published):
     stamp_path, key = folder / ".stamps" / f"{path.stem}.json", _key(path, given)
     target = path if published else folder / path.name
-    if target.exists() and _stamp(stamp_path) == {"key": key, "records": _records_hash(reads)}:
-        paths.say(f"  {path.stem:<28} unchanged, skipped")
-        return
-    started = time.monotonic()
-    paths.say(f"  {path.stem:<28} running")
-    _files.check_writable(target.parent)
-    executed = execute(path, given, folder)
-    if published:
-        executed = _published(executed)
-    _files.write_atomic(target, nbformat.writes(executed) + "\n")
-    _files.write_atomic(stamp_path, json.dumps({"key": key, "records": _records_hash(reads)}))
-    paths.say(f"  {path.stem:<28} done in {_minutes(time.monotonic() - started)}")
+    with _files.locked(folder / ".running" / f"{path.stem}.lock", f"the notebook {path.stem}"):
+        if target.exists() and _stamp(stamp_path) == {"key": key, "records": _records_hash(reads)}:
+            paths.say(f"  {path.stem:<28} unchanged, skipped")
+            return
+        started = time.monotonic()
+        paths.say(f"  {path.stem:<28} running")
+        _files.check_writable(target.parent)
+        executed = execute(path, given, folder)
+        if published:
+            executed = _published(executed)
+        _files.write_atomic(target, nbformat.writes(executed) + "\n")
+        _files.write_atomic(stamp_path, json.dumps({"key": key, "records": _records_hash(reads)}))
+        paths.say(f"  {path.stem:<28} done in {_minutes(time.monotonic() - started)}")
 
 
 def _report(path, error):

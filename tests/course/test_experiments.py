@@ -317,6 +317,7 @@ def test_predictions_are_kept_after_every_cycle_even_if_the_run_is_interrupted(d
     shutil.rmtree(output)
     train_until(predictions, "keep", 2, dataset, recipe, save_predictions=True)
     train_until(checkpoints, "save", 1, dataset, recipe, save_predictions=True)  # the last cycle's are written
+    train_until(records, "write", 2, dataset, recipe, save_predictions=True)  # they have their final name
     experiments.train(network(), dataset, recipe, save_predictions=True)
     again = predictions.load("standin-100", "tiny", recipe.name)
     for split in kept:

@@ -49,7 +49,7 @@ def calls(monkeypatch):
         ("run --profile reads", "profile must be one of smoke, quick, full; got 'reads'"),
         ("run --only 99", "notebook must be one of 01, 02; got '99'"),
         ("run --only 01 3", "notebook must be one of 01, 02; got '03'"),
-        ("run --only 1 --from 2", "no notebook is left: 01 come before 02; drop one of the two choices"),
+        ("run --only 1 --from 2", "--only 01 and --from 02 leave no notebook to run; give one of them"),
         ("run --from 07", "notebook must be one of 01, 02; got '07'"),
         ("run --dataset mnist", "dataset must be one of auto, cifar100, standin; got 'mnist'"),
         ("run --set NOPE=1", "got 'NOPE'"),

@@ -91,6 +91,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_file_is_named(content):
+    predictions.keep(RECORD, 0, {"test": drawn(0, 10)})
     path = finish()
     path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
     with pytest.raises(ValueError, match="seed3.predictions.npz is damaged .*; delete it and train again") as error:
@@ -118,8 +119,9 @@ def test_run_goes_on_only_with_the_predictions_of_the_cycles_before():
     predictions.check_kept(RECORD, 1)
     with pytest.raises(ValueError, match="lacks predictions"):
         predictions.check_kept(RECORD, 2)
-    with pytest.raises(ValueError, match="is of other images or classes"):
-        predictions.keep(RECORD, 1, {"test": drawn(0, 11)})
+    for other in ({"test": drawn(0, 11)}, {"test": drawn(0, 10), "validation": drawn(0, 10)}):
+        with pytest.raises(ValueError, match="is of other images or classes"):
+            predictions.keep(RECORD, 1, other)
 
 
 # --- codes -------------------------------------------------------------------------------------------------------

@@ -211,6 +211,20 @@ def test_run_without_a_course_is_one_sentence(monkeypatch, capsys):
     assert "there is no course here" in capsys.readouterr().err
 
 
+def test_second_run_of_a_notebook_is_refused_and_of_another_one_is_not(course, executed, monkeypatch, capsys):
+    execute, codes = runner.execute, []
+
+    def start_others(path, given, folder):
+        monkeypatch.setattr(runner, "execute", execute)
+        codes.extend(main(["run", "--profile", "smoke", "--only", number]) for number in ("01", "02"))
+        return execute(path, given, folder)
+
+    monkeypatch.setattr(runner, "execute", start_others)
+    assert main(["run", "--profile", "smoke", "--only", "01"]) == 0 and codes == [2, 0]
+    assert f"the notebook 01_first is under way in process {os.getpid()}" in capsys.readouterr().err
+    assert [name for name, *_ in executed] == ["02_second", "01_first"]
+
+
 def test_folder_that_cannot_be_written_is_found_before_the_notebook_runs(course, executed, tmp_path, capsys):
     (tmp_path / "build").write_text("a file where a folder should be")
     assert main(["run", "--profile", "smoke"]) == 2

@@ -15,6 +15,7 @@ import numpy as np
 from fcnn_utils._files import read_arrays
 from fcnn_utils.course.data.download import Unavailable, fetch
 
+_STAND_IN = "choose the stand-in (--dataset greystandin)"
 _URL = "https://zenodo.org/records/10519652/files/{}.npz?download=1"
 
 
@@ -101,7 +102,7 @@ def read(name, path):
     try:
         md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     except OSError as error:
-        raise Unavailable(f"{path} cannot be read: {error.strerror}") from None
+        raise Unavailable(f"{path} cannot be read: {error.strerror}; {_STAND_IN}") from None
     try:
         arrays = read_arrays(path)
         pairs = [(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "val", "test")]
@@ -111,7 +112,7 @@ def read(name, path):
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise Unavailable(
             f"{path} is damaged or not {name}: {reason} (its MD5 is {md5}, the official file's is {known.md5}); "
-            "delete it to download it again"
+            f"delete it to download it again, or {_STAND_IN}"
         ) from None
     return splits, md5 == known.md5
 
@@ -139,4 +140,4 @@ def _home():
 
 
 def _advice(name):
-    return f"copy {name}.npz to $FCNN_DATA_DIR or ~/.medmnist, or choose the stand-in (--dataset greystandin)"
+    return f"copy {name}.npz to $FCNN_DATA_DIR or ~/.medmnist, or {_STAND_IN}"

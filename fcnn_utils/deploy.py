@@ -171,7 +171,7 @@ def temporary_folder():
 
 def _export(model, engine, file):
     """Write a checked model to `file`, in a folder of its own, and compare it with Keras."""
-    model = _single_precision(model)
+    model = _without_normalization(_single_precision(model))
     try:
         _write_and_compare(model, engine, file)
     except _ExportError as error:
@@ -187,6 +187,18 @@ def _single_precision(model):
     if all(node.layer.compute_dtype == "float32" for node in keras_graph.layer_nodes(model)):
         return model
     return keras_graph.rebuild(model, {}, dtype="float32")
+
+
+def _without_normalization(model):
+    """Return the model with each Normalization as a Rescaling: ONNX takes the tensors that it keeps for inputs."""
+    chains = {}
+    for layer in (node.layer for node in keras_graph.layer_nodes(model)):
+        if type(layer) is layers.Normalization:
+            mean, variance = (keras.ops.convert_to_numpy(x) for x in (layer.mean, layer.variance))
+            size = np.maximum(np.sqrt(variance), keras.config.epsilon())
+            scale, offset = (size, mean) if layer.invert else (1 / size, -mean / size)
+            chains[id(layer)] = [layers.Rescaling(scale.tolist(), offset.tolist(), name=layer.name)]
+    return keras_graph.rebuild(model, chains) if chains else model
 
 
 def _write_and_compare(model, engine, file):

@@ -72,15 +72,18 @@ def complete(engine, path, labels):
     text = repr(dataclasses.astuple(labels))
     if engine == "openvino":
         _complete_openvino(path, labels.inputs, None if is_plain else text)
-    elif is_plain:
-        return
     elif engine == "onnxruntime":
         import onnx
 
         model = onnx.load(path)
-        onnx.helper.set_model_props(model, {_LABELS: text})
-        onnx.save(model, path)
-    else:  # a .tflite file carries other files in a ZIP archive behind the model
+        known = {*labels.inputs, *(entry.name for entry in model.graph.initializer)}
+        lost = [entry.name for entry in model.graph.input if entry.name not in known]
+        if lost:
+            raise ValueError(f"tf2onnx makes an input of the constant {lost[0]}")
+        if not is_plain:
+            onnx.helper.set_model_props(model, {_LABELS: text})
+            onnx.save(model, path)
+    elif not is_plain:  # a .tflite file carries other files in a ZIP archive behind the model
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(_LABELS, text)
 

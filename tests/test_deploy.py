@@ -275,6 +275,16 @@ def test_export_refuses_a_model_it_cannot_reproduce(engine, bad, message, tmp_pa
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_without_its_constants_is_refused(tmp_path):
+    """tf2onnx sometimes makes inputs of the constants of a Normalization."""
+    onnx = pytest.importorskip("onnx")
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None]) for name in ("x", "mean", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Sub", ["x", "mean"], ["y"])], "net", values[:2], values[2:])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="an input of the constant mean"):
+        deploy._engines.complete("onnxruntime", tmp_path / "model.onnx", deploy._engines.Labels(["x"], ["x"], 0))
+
+
 def test_the_layer_that_cannot_be_exported_is_found_in_a_nested_model_and_within_a_time(monkeypatch, tmp_path):
     needs_the_gaps_of("onnxruntime")
     inner = stack(layers.Dense(3), layers.Dense(3, activation="gelu", name="bad"), name="inner")

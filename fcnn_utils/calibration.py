@@ -80,14 +80,16 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
         mean, covariance = patch_moments(trial, own, images)
         if not bias and not norms:  # no bias can correct the mean: measure it as a part of the error
             mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
-        for fraction in _feasible_fractions(fractions, method, kernel.shape):
-            ranks = rank_selection.ranks_for_fraction(method, kernel.shape, fraction)
-            result = method.decompose(kernel, ranks, **options)
+        feasible = _feasible_fractions(fractions, method, kernel.shape)
+        all_ranks = [rank_selection.ranks_for_fraction(method, kernel.shape, fraction) for fraction in feasible]
+        sizes = dict(zip(feasible, all_ranks, strict=True))
+        kernels = {fraction: (kernel, ranks) for fraction, ranks in sizes.items()}
+        for fraction, result in list(factorizations.decompose_many(method, kernels, **options)):
             rebuilt, shift = refit_kernel(kernel, result, (mean, covariance))
             own.layer.set_weights([rebuilt, *(value + shift for value in bias)])
             for norm, values in zip(norms, norm_weights, strict=True):
                 norm.moving_mean.assign(values[-2] - shift)
-            curve.append((fraction, ranks, _loss(before, _outputs(trial, images))))
+            curve.append((fraction, sizes[fraction], _loss(before, _outputs(trial, images))))
         own.layer.set_weights([kernel, *bias])
         for norm, values in zip(norms, norm_weights, strict=True):
             norm.set_weights(values)
@@ -111,16 +113,13 @@ def patch_moments(model, node, images):
     Raises:
         ValueError: the layer reads values that are not finite.
     """
-    total, squares, count = 0, 0, 0
-    reader = keras_graph.input_model(model, node.path)
+    moments, reader = _Moments(node.path), keras_graph.input_model(model, node.path)
     for batch in _batches(model, _calibration_inputs.take(model, images), 16):
-        for rows in (_patches(node.layer, x).astype(np.float64) for x in _read(reader, node.layer, batch)):
-            total, squares, count = total + rows.sum(axis=0), squares + rows.T @ rows, count + len(rows)
-        if count > 20 * len(total):
+        for x in _read(reader, node.layer, batch):
+            moments.add(_patches(node.layer, x))
+        if moments.count > 20 * len(moments.total):
             break
-    _check_finite(node.path, squares)
-    mean = total / count
-    return mean, squares / count - np.outer(mean, mean)
+    return moments.mean_and_covariance()
 
 
 def refit_kernel(kernel, decomposition, moments):
@@ -227,12 +226,31 @@ def _copy_weights(one, other):
             target.layer.set_weights(source.layer.get_weights())
 
 
-def _check_finite(path, sums):
-    if not np.isfinite(sums).all():
-        raise ValueError(
-            f"layer {path!r} reads or computes values that are not finite on the calibration images: check their "
-            "normalisation and the weights of the layers before it"
-        )
+class _Moments:
+    """Mean and covariance of rows, summed up in float64; the products of rows are in float32, twice as fast.
+
+    The rows are shifted by the mean of the first ones, so that large means cost no digits.
+    """
+
+    def __init__(self, path):
+        self.path, self.shift, self.total, self.squares, self.count = path, 0, 0, 0, 0
+
+    def add(self, rows):
+        if not self.count:
+            self.shift = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
+        rows = rows - self.shift
+        self.total = self.total + rows.sum(axis=0, dtype=np.float64)
+        self.squares = self.squares + (rows.T @ rows).astype(np.float64)
+        self.count += len(rows)
+
+    def mean_and_covariance(self):
+        if not np.isfinite(self.squares).all():
+            raise ValueError(
+                f"layer {self.path!r} reads or computes values that are not finite on the calibration images: check "
+                "their normalisation and the weights of the layers before it"
+            )
+        mean = self.total / self.count
+        return mean + self.shift, self.squares / self.count - np.outer(mean, mean)
 
 
 def _is_refitted(node, chain_end):
@@ -267,19 +285,16 @@ def _refit(new, chain_end, model, node, images, norms):
     """
     last, dense = chain_end.layer, node.layer
     new_reader, reader = (keras_graph.input_model(*one) for one in ((new, chain_end.path), (model, node.path)))
-    sums = 0
+    moments = _Moments(node.path)
     for batch in _batches(model, images, _BATCH):
         outputs = [_linear(dense, x) for x in _read(reader, dense, batch)]
         inputs = [_patches(last, x) for x in _read(new_reader, last, batch)]
         for z, y in zip(inputs, outputs, strict=True):
-            rows = np.concatenate([np.ones((len(z), 1)), z, y], axis=1, dtype=np.float64)
-            sums = sums + rows.T @ rows  # all sums, squares and products at once
-    _check_finite(node.path, sums)
+            moments.add(np.concatenate([z, y], axis=1))
     size = int(np.prod(last.kernel.shape[:3]))
-    products = sums / sums[0, 0]
-    mean, squares = products[0, 1:], products[1:, 1:]
-    if last.use_bias or norms:  # the mean is corrected separately
-        squares = squares - np.outer(mean, mean)
+    mean, squares = moments.mean_and_covariance()
+    if not (last.use_bias or norms):  # nothing corrects the mean separately
+        squares = squares + np.outer(mean, mean)
     start = last.get_weights()[0].reshape(size, -1).astype(np.float64)
     gram, right = squares[:size, :size], squares[:size, size:]
     weights = start + _least_squares(gram, right - gram @ start)

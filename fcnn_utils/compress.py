@@ -11,12 +11,11 @@ The added layers are stock layers: they are saved and loaded without custom obje
 import dataclasses
 import functools
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from keras import layers as keras_layers
 
-from fcnn_utils import blocks, calibration, cost, deploy, factorizations, keras_graph, rank_selection
+from fcnn_utils import blocks, calibration, cost, factorizations, keras_graph, rank_selection
 from fcnn_utils._checks import check_choice, check_number
 from fcnn_utils._progress import progress
 from fcnn_utils._report import Report
@@ -98,34 +97,26 @@ def factorize(
 
     sites = _sites(model)
     chosen = _chosen(sites, layers if ranks is None else ranks, model, method)
-    with factorizations.one_blas_thread():  # several layers at a time are faster than several threads for one
-        if ranks is not None:
-            plan = {path: method.check_ranks(chosen[path].kernel_shape, given) for path, given in ranks.items()}
-        elif ratio is not None:
-            plan = _plan_by_ratio(chosen, method, float(check_number("ratio", ratio, float, _SMALLEST, 1)), multiple)
-        else:
-            budget = None if uniform else images
-            plan = _plan_by_macs(model, chosen, method, macs, budget, multiple, verbose, options)
-        dense_reason = f"the ratio is below {method.name} at rank {multiple}" if ratio else "left dense by the budget"
-        new, report = _convert(model, sites, chosen, method, plan, options, dense_reason, verbose)
-        if images is not None:
-            calibration.refit_layers(new, model, images, verbose=verbose)
+    if ranks is not None:
+        plan = {path: method.check_ranks(chosen[path].kernel_shape, given) for path, given in ranks.items()}
+    elif ratio is not None:
+        plan = _plan_by_ratio(chosen, method, float(check_number("ratio", ratio, float, _SMALLEST, 1)), multiple)
+    else:
+        budget = None if uniform else images
+        plan = _plan_by_macs(model, chosen, method, macs, budget, multiple, verbose, options)
+    dense_reason = f"the ratio is below {method.name} at rank {multiple}" if ratio else "left dense by the budget"
+    new, report = _convert(model, sites, chosen, method, plan, options, dense_reason, verbose)
+    if images is not None:
+        calibration.refit_layers(new, model, images, verbose=verbose)
     return new, report
 
 
 # parameters: what `factorize` has decided
 def _convert(model, sites, chosen, method, plan, options, dense_reason, verbose):
     """Build the new model and the report; `dense_reason` is that of a chosen layer which is not in the plan."""
-
-    def decompose(path):
-        try:
-            return method.decompose(sites[path].layer.get_weights()[0], plan[path], **options)
-        except ValueError as error:
-            raise ValueError(f"layer {path!r}: {error}") from None
-
-    with ThreadPoolExecutor(deploy.available_cores()) as pool:
-        what = f"layers decomposed by {method.name}"
-        results = dict(zip(plan, progress(pool.map(decompose, plan), what, verbose, len(plan)), strict=True))
+    kernels = {path: (sites[path].layer.get_weights()[0], ranks) for path, ranks in plan.items()}
+    results = factorizations.decompose_many(method, kernels, **options)
+    results = dict(progress(results, f"layers decomposed by {method.name}", verbose, len(plan)))
     taken, chains, rows = keras_graph.operation_names(model), {}, []
     for path, site in sites.items():
         row = {"layer": path, "params_before": site.parameters, "params_after": site.parameters}

@@ -19,6 +19,7 @@ from fcnn_utils.factorizations.base import (
     check_kernel,
     check_kernel_shape,
     decompose,
+    decompose_many,
     get,
     one_blas_thread,
 )

@@ -28,7 +28,9 @@ import dataclasses
 import functools
 import inspect
 import math
+import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from threadpoolctl import OpenBLASController, ThreadpoolController
@@ -349,6 +351,29 @@ def decompose(kernel, method, ranks, **options):
     method = get(method)
     method.check_options(options)
     return method.decompose(kernel, ranks, **options)
+
+
+def decompose_many(method, kernels, **options):
+    """Decompose several kernels at a time, one on each processor.
+
+    Args:
+        method: a class.
+        kernels: dict name -> (kernel, ranks).
+        options: of the method.
+
+    Yields:
+        (name, `Factorization`), in the order of `kernels`.
+
+    Raises:
+        ValueError: an argument is not allowed; the message names the kernel.
+    """
+    with one_blas_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = {name: pool.submit(method.decompose, *given, **options) for name, given in kernels.items()}
+        for name, future in running.items():
+            try:
+                yield name, future.result()
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}") from None
 
 
 def check_kernel(kernel):

@@ -226,7 +226,7 @@ def test_second_run_of_a_notebook_is_refused_and_of_another_one_is_not(course, e
 
 
 def test_folder_that_cannot_be_written_is_found_before_the_notebook_runs(course, executed, tmp_path, capsys):
-    (tmp_path / "build").write_text("a file where a folder should be")
+    _files.write_atomic(tmp_path / "build" / "smoke", "a file where a folder should be")
     assert main(["run", "--profile", "smoke"]) == 2
     assert "cannot write" in capsys.readouterr().err and not executed
 

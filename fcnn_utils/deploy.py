@@ -292,9 +292,9 @@ def _find_culprit(model, engine):
     calls = keras_graph.operation_calls(model)
     for call in calls:
         kind = type(call.operation), getattr(call.operation, "activation", None)
-        ranked.append((seen[kind], call))
+        ranked.append((seen[kind], -len(getattr(call.operation, "weights", ())), call))
         seen[kind] += 1
-    for _, call in sorted(ranked, key=lambda pair: pair[0]):  # each kind of layer first
+    for *_, call in sorted(ranked, key=lambda rank: rank[:2]):  # each kind of layer first, and those of many parts
         why = time.monotonic() < end and _failure(_alone(call), engine)
         if why:
             return f" because of its {type(call.operation).__name__} {call.path!r}", why

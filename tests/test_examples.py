@@ -216,6 +216,21 @@ def test_a_factorized_encoder_serves_in_a_video_classifier():
     assert after["params"] == small.count_params()
 
 
+@pytest.mark.parametrize("name", ["multimodal", "transformer", "edsr"])
+def test_factors_fitted_to_inputs_bring_the_outputs_nearer(name):
+    model = network(name)
+    drawn = deploy.random_inputs(model, 56)
+    inputs = keras.tree.map_structure(lambda x: x[:48], drawn)
+    others = keras.tree.map_structure(lambda x: x[48:], drawn)
+    fitted = factorized(name, "tucker", ratio=0.5, images=inputs)[0]
+
+    def errors(other):
+        pairs = zip(outputs(model, others), outputs(other, others), strict=True)
+        return [np.mean((y - z) ** 2) / np.var(y) for y, z in pairs]
+
+    assert max(errors(fitted)) < 0.5 * max(errors(halved(name, "tucker")[0]))
+
+
 @pytest.mark.parametrize("name", ["deeplab", "srgan", "video"])
 def test_the_networks_cost_what_tensorflow_counts(name):
     for model in (network(name), halved(name, "cp")[0]):

@@ -71,7 +71,7 @@ def _obstacle(norm, before, target):
     if any(norm.training):  # then it normalises by the batch, not by its moving statistics
         return "it is called with training=True"
     if target is None or type(target.layer) not in _FOLDABLE:
-        kind = "an input or an operation" if target is None else f"a {type(target.layer).__name__}"
+        kind = "an input or an operation" if target is None else type(target.layer).__name__
         return f"it reads {kind}, not a convolution or dense layer of Keras"
     layer = target.layer
     refusals = {

@@ -174,7 +174,6 @@ class _Site:
             "its kernel has a constraint": layer.kernel_constraint is not None,
             "its weights are quantized or have a LoRA": keras_graph.is_quantized(layer)
             or getattr(layer, "lora_enabled", False),
-            "it is called on images of several sizes": len({str(call[0]) for call in self.node.calls}) > 1,
         }
         return next((reason for reason, holds in refusals.items() if holds), "")
 
@@ -232,7 +231,9 @@ class _Site:
 
     @property
     def input_shape(self):
-        return self.node.calls[0][0][0][1:]
+        """Shape of what the layer reads, with None for sizes in which its calls differ."""
+        shapes = [inputs[0][1:] for inputs, _ in self.node.calls]
+        return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
 
     def macs_at(self, method, ranks):
         """MACs of the chain at these ranks, of all calls; NaN if they are not known."""
@@ -240,7 +241,7 @@ class _Site:
             return math.nan
         geometry = {name: getattr(self.layer, name) for name in ("strides", "padding", "dilation_rate")}
         chain = method.chain(self.kernel_shape, ranks)
-        return len(self.node.calls) * blocks.chain_macs(chain, self.input_shape[:2], **geometry)
+        return sum(blocks.chain_macs(chain, inputs[0][1:3], **geometry) for inputs, _ in self.node.calls)
 
     def chain(self, result, bias, taken):
         """Return the new layers with their weights; the last has the layer's name, the others names not `taken`."""

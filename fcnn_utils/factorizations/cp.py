@@ -56,6 +56,7 @@ class CP(Factorization):
         modes = cls._mode_sizes(kernel_shape)
         return (math.prod(modes) // max(modes),)
 
+    # parameters: the options of ALS, each with a default
     @classmethod
     @one_blas_thread()
     def decompose(cls, kernel, ranks, *, n_starts=1, seed=0, n_iter=300, tol=1e-5, max_norm=None, momentum=0.0):

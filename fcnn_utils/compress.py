@@ -66,7 +66,7 @@ def factorize(
         multiple: with `ratio` or `macs`, ranks are multiples of this (or the maximum rank). 16 suits processors.
         seed: seed of the random numbers in a CP's starts.
         verbose: 1 to print progress if it takes longer than a second, 0 to print nothing.
-        options: of the decomposition. By default a CP has `max_norm=1.0`, which bounds its norms, and `momentum=0.5`.
+        options: of the decomposition. A CP's norms are bounded by `max_norm=1.0` by default.
 
     Returns:
         (new model, report). The report is a DataFrame with a row for each layer with weights: layer, method, ranks,
@@ -92,7 +92,7 @@ def factorize(
     if images is not None:
         images = calibration.check_images(model, images)
     if issubclass(method, factorizations.CP):
-        options = {"max_norm": 1.0, "seed": seed, "momentum": 0.5} | options
+        options = {"max_norm": 1.0, "seed": seed} | options
     method.check_options(options)
 
     sites = _sites(model)

@@ -106,7 +106,7 @@ def test_the_network_is_the_same_at_full_rank_and_that_of_the_rebuilt_kernels_if
     new, report = compress.factorize(zoo, method, ratio=0.6, **options)
     expected = keras_graph.rebuild(zoo, {})
     nodes = {node.path: node.layer for node in keras_graph.layer_nodes(expected)}
-    options |= {"max_norm": 1.0, "momentum": 0.5} if options else {}
+    options |= {"max_norm": 1.0} if options else {}
     for path, ranks in report[report["reason"] == ""].set_index("layer")["ranks"].items():
         kernel, *bias = nodes[path].get_weights()
         nodes[path].set_weights([factorizations.decompose(kernel, method, ranks, **options).to_kernel(), *bias])

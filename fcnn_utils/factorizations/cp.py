@@ -33,8 +33,8 @@ class CP(Factorization):
         tol: a start ends when ten sweeps lower the relative error by no more than this (1e-5).
         max_norm: largest allowed `total_norm`, at least 1; None for no bound (None). If the best start exceeds
             it, as many sweeps follow under the bound. The error may rise.
-        momentum: 0 for plain ALS, below 1 for extrapolation (0). `compress.factorize` uses 0.5, which fits trained
-            kernels in 100 sweeps as well as 300 and more plain ones.
+        momentum: 0 for plain ALS, below 1 for extrapolation (0). With 0.5, 100 sweeps fit trained kernels as well as
+            300 and more plain ones.
 
     At the largest rank the exact decomposition is written down without iteration.
     """

@@ -29,7 +29,7 @@ class CP(Factorization):
 
         n_starts: number of starts (1). The first uses singular vectors of the unfoldings, the others are random.
         seed: seed of the random numbers (0).
-        n_iter: maximum number of sweeps for a start (300).
+        n_iter: maximum number of sweeps for a start (100).
         tol: a start ends when ten sweeps lower the relative error by no more than this (1e-5).
         max_norm: largest allowed `total_norm`, at least 1; None for no bound (None). If the best start exceeds
             it, as many sweeps follow under the bound. The error may rise.
@@ -59,7 +59,7 @@ class CP(Factorization):
     # parameters: the options of ALS, each with a default
     @classmethod
     @one_blas_thread()
-    def decompose(cls, kernel, ranks, *, n_starts=1, seed=0, n_iter=300, tol=1e-5, max_norm=None, momentum=0.0):
+    def decompose(cls, kernel, ranks, *, n_starts=1, seed=0, n_iter=100, tol=1e-5, max_norm=None, momentum=0.0):
         check_number("n_starts", n_starts, int, 1, 1000)
         check_number("seed", seed, int, 0, 2**31 - 1)
         check_number("n_iter", n_iter, int, 1, 1_000_000)

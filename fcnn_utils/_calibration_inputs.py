@@ -14,18 +14,7 @@ _FAR = 2.5  # factor between the standard deviations from which on images are ta
 
 
 def take(model, images):
-    """Return calibration inputs as a list of arrays, one for each input of the model.
-
-    Args:
-        model: functional or Sequential.
-        images: (N, H, W, C) for a model with one input; a list or a dict (by input name) of arrays for several.
-            Or an iterable of such batches: a tf.data.Dataset, a generator, a PyTorch DataLoader, a
-            keras.utils.PyDataset; 2,000 inputs are taken from it. Pairs (inputs, labels) are taken without the
-            labels.
-
-    Raises:
-        ValueError: the shapes or types do not fit the model's inputs, there are none, or they are not finite.
-    """
+    """Return images as a list of arrays, one for each input: `calibration.check_images` without its warning."""
     if isinstance(images, (tuple, list, dict)) or hasattr(images, "shape"):
         arrays = _fitting(model, images)
     else:

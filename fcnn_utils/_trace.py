@@ -44,6 +44,17 @@ def trace_layer(layer, args, kwargs):
     """
     inner = [part for part in layer._flatten_layers() if part is not layer]
     calls = [len(part._inbound_nodes) for part in inner]
+    try:
+        return model_of_call(layer.call, args, kwargs)
+    except Exception:  # a user's class may raise anything, and then it is not known what it computes
+        return None
+    finally:
+        for part, count in zip(inner, calls, strict=True):
+            del part._inbound_nodes[count:]
+
+
+def model_of_call(function, args, kwargs):
+    """Return the functional model of a call, whose inputs are the Keras tensors among its arguments."""
     read = []
 
     def fresh(value):
@@ -52,15 +63,8 @@ def trace_layer(layer, args, kwargs):
         read.append(keras.Input(batch_shape=value.shape, dtype=value.dtype))
         return read[-1]
 
-    try:
-        args, kwargs = keras.tree.map_structure(fresh, (args, kwargs))
-        outputs = layer.call(*args, **kwargs)
-        return keras.Model(read, outputs)
-    except Exception:  # a user's class may raise anything, and then it is not known what it computes
-        return None
-    finally:
-        for part, count in zip(inner, calls, strict=True):
-            del part._inbound_nodes[count:]
+    args, kwargs = keras.tree.map_structure(fresh, (args, kwargs))
+    return keras.Model(read, function(*args, **kwargs))
 
 
 def _first_line(error):

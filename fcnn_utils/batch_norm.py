@@ -66,8 +66,12 @@ def _obstacle(norm, before, target):
     `before` is the node of what it reads, `target` that of the layer whose weights would take it: the same, unless a
     folded normalisation lies between.
     """
+    if type(norm.layer) is not layers.BatchNormalization:
+        return f"it is a {type(norm.layer).__name__}, a subclass, which may compute something else"
+    if len(norm.calls) > 1:
+        return "it is called several times"
     if not norm.is_channel_norm:
-        return "it is a subclass, is called several times, or does not normalise the last axis"
+        return "it does not normalise the last axis"
     if any(norm.training):  # then it normalises by the batch, not by its moving statistics
         return "it is called with training=True"
     if target is None or type(target.layer) not in _FOLDABLE:

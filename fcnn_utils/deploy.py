@@ -10,6 +10,7 @@ which depend on the Keras backend.
 import collections
 import contextlib
 import errno
+import functools
 import importlib.util
 import os
 import re
@@ -23,7 +24,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from fcnn_utils import _engines, keras_graph
+from fcnn_utils import _engines, _trace, keras_graph
 from fcnn_utils._checks import check_choice, check_number
 from fcnn_utils._engines import ENGINES, TITLES
 from fcnn_utils._files import cannot_write
@@ -171,7 +172,7 @@ def temporary_folder():
 
 def _export(model, engine, file):
     """Write a checked model to `file`, in a folder of its own, and compare it with Keras."""
-    model = _without_normalization(_single_precision(model))
+    model = _single_precision(model)
     try:
         _write_and_compare(model, engine, file)
     except _ExportError as error:
@@ -232,6 +233,7 @@ def _write_and_compare(model, engine, file):
 
 def _write(model, labels, engine, file):
     """Export a model by Keras, with its inputs and outputs in lists."""
+    model = _without_normalization(model) if engine == "onnxruntime" else model
     named = list(zip(model.inputs, labels.inputs, strict=True))
     # From a dict Keras would give OpenVINO the names of the inputs in another order.
     inputs = [keras.Input(batch_shape=x.shape, dtype=x.dtype, name=name) for x, name in named]
@@ -295,7 +297,8 @@ def _find_culprit(model, engine):
         ranked.append((seen[kind], -len(getattr(call.operation, "weights", ())), call))
         seen[kind] += 1
     for *_, call in sorted(ranked, key=lambda rank: rank[:2]):  # each kind of layer first, and those of many parts
-        why = time.monotonic() < end and _failure(_alone(call), engine)
+        build = functools.partial(_trace.model_of_call, call.operation, call.args, call.kwargs)
+        why = time.monotonic() < end and _failure(build, engine)
         if why:
             return f" because of its {type(call.operation).__name__} {call.path!r}", why
     # An engine may fail on a layer only after those before it. Bisect, by the layers that are not in nested models.
@@ -303,28 +306,11 @@ def _find_culprit(model, engine):
     high = len(calls)
     while low < high and time.monotonic() < end:
         middle = (low + high) // 2
-        failure = _failure(lambda: keras.Model(model.inputs, calls[middle].outputs), engine)  # noqa: B023
+        failure = _failure(functools.partial(keras.Model, model.inputs, calls[middle].outputs), engine)
         why, low, high = (failure, low, middle) if failure else (why, middle + 1, high)
     if not why or low < high:
         return None
     return f" with its {type(calls[low].operation).__name__} {calls[low].path!r} after the layers before it", why
-
-
-def _alone(call):
-    """Return the function that makes a model of one call of an operation."""
-    read = []
-
-    def fresh(value):
-        if not isinstance(value, keras.KerasTensor):
-            return value
-        read.append(keras.Input(batch_shape=value.shape, dtype=value.dtype))
-        return read[-1]
-
-    def build():
-        args, kwargs = keras.tree.map_structure(fresh, (call.args, call.kwargs))
-        return keras.Model(read, call.operation(*args, **kwargs))
-
-    return build
 
 
 def _failure(build, engine):

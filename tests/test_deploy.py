@@ -433,3 +433,12 @@ def test_an_engine_that_cannot_be_imported_is_named(engine, monkeypatch, tmp_pat
         ValueError, match=f"{deploy.TITLES[engine]} is installed but cannot be imported .*: reinstall it"
     ):
         deploy.load(tmp_path / "model", engine)
+
+
+@pytest.mark.skipif("onnxruntime" not in deploy.available(), reason="ONNX Runtime or its exporter is not installed")
+def test_a_wrong_replacement_of_a_normalization_is_noticed(tmp_path, monkeypatch):
+    stack = [layers.Normalization(mean=[0.5, 3.0, -2.0], variance=[1.0, 2.0, 3.0]), layers.Conv2D(2, 1)]
+    model = keras.Sequential([keras.Input((4, 4, 3)), *stack])
+    monkeypatch.setattr(deploy.layers, "Rescaling", lambda scale, offset, name: layers.ReLU(name=name))
+    with pytest.raises(ValueError, match="differs from that of Keras"):
+        deploy.export(model, tmp_path / "model.onnx")

@@ -30,10 +30,11 @@ def save(model, record):
     _files.write_atomic(file_of(record, "checkpoint.npz"), content.getvalue())
 
 
-def resume(model, record):
+def resume(model, record, restart=False):
     """Load the checkpoint of the same run into a compiled model.
 
-    A file that is damaged or belongs to other settings is not loaded; a printed line says so.
+    A file that is damaged or belongs to other settings is not loaded; a printed line says so. With `restart`, neither
+    is one with all epochs: it was left by a run that was killed at its very end.
 
     Returns:
         list of the epochs done so far, as in the record; [] if nothing was loaded.
@@ -51,6 +52,8 @@ def resume(model, record):
     wanted = [(tuple(variable.shape), keras.backend.standardize_dtype(variable.dtype)) for variable in _state(model)]
     if kinds != wanted or not _is_same(earlier, record):
         paths.say(f"{paths.shown(path)} belongs to other settings: starting anew")
+        return []
+    if restart and len(earlier["epochs"]) == record["recipe"]["epochs"]:
         return []
     for variable, array in zip(_state(model), arrays, strict=True):
         variable.assign(array)

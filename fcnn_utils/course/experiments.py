@@ -89,7 +89,7 @@ def train(
         training.compile_model(model, recipe, steps)  # a checkpoint includes the optimizer
         record = _new_record(model, name, dataset, recipe, images)
         try:
-            record["epochs"] = checkpoints.resume(model, record)
+            record["epochs"] = checkpoints.resume(model, record, restart=retrain)
             if save_predictions:
                 predictions.check_kept(record, len(record["epochs"]) // recipe.epochs_a_cycle)
             _run(model, dataset, recipe, record, teacher, save_predictions)

@@ -141,6 +141,13 @@ def test_retraining_replaces_the_record(dataset, whole, done):
     assert json.loads(done.read_text()) == {"schema": 1} | again and files(done.parent) == ["seed0.json"]
 
 
+def test_retraining_does_not_take_the_checkpoint_of_a_run_that_was_killed_at_its_end(dataset, whole, done, fit_epoch):
+    model, record, _ = whole
+    checkpoints.save(model, record)
+    again = experiments.train(network(), dataset, RECIPE, retrain=True)
+    assert fit_epoch.call_count == len(again["epochs"]) == RECIPE.epochs
+
+
 def test_record_of_other_settings_or_data_is_rejected_and_a_missing_setting_is_the_default(dataset, done, fit_epoch):
     record = json.loads(done.read_text())
     del record["recipe"]["distillation"], record["recipe"]["clip_norm"]  # written before these settings existed

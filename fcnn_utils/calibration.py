@@ -5,17 +5,20 @@ training, in any of the forms that `check_images` takes. Everything is computed 
 only emulate half precision.
 """
 
+import math
+
 import keras
 import numpy as np
 from keras import layers
 
-from fcnn_utils import _calibration_inputs, factorizations, keras_graph, rank_selection
+from fcnn_utils import _calibration_inputs, _graph_cut, factorizations, keras_graph, rank_selection
 from fcnn_utils._calibration_inputs import batches as _batches
 from fcnn_utils._progress import progress
 
 _BATCH = 128  # images at a time
 _TARGET_ROWS = 20_000  # about so many patches of a batch are read: neighbouring patches are redundant
 _SENSITIVITY_IMAGES = 256
+_KEPT_BYTES = 2**30  # of what a layer in the middle of the model reads
 
 
 def check_images(model, images):
@@ -84,12 +87,13 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
         all_ranks = [rank_selection.ranks_for_fraction(method, kernel.shape, fraction) for fraction in feasible]
         sizes = dict(zip(feasible, all_ranks, strict=True))
         kernels = {fraction: (kernel, ranks) for fraction, ranks in sizes.items()}
+        tail, read = _tail(trial, own.layer, images)
         for fraction, result in list(factorizations.decompose_many(method, kernels, **options)):
             rebuilt, shift = refit_kernel(kernel, result, (mean, covariance))
             own.layer.set_weights([rebuilt, *(value + shift for value in bias)])
             for norm, values in zip(norms, norm_weights, strict=True):
                 norm.moving_mean.assign(values[-2] - shift)
-            curve.append((fraction, sizes[fraction], _loss(before, _outputs(trial, images))))
+            curve.append((fraction, sizes[fraction], _loss(before, _outputs(tail, read))))
         own.layer.set_weights([kernel, *bias])
         for norm, values in zip(norms, norm_weights, strict=True):
             norm.set_weights(values)
@@ -337,6 +341,16 @@ def _rows(x):
     rows = keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")).reshape(-1, x.shape[-1])
     step = len(rows) // _TARGET_ROWS
     return rows[:: step + 1 - step % 2]  # an odd step, so that it does not keep to some columns of the image
+
+
+def _tail(model, layer, images):
+    """Return the part of the model from a place before the layer on, and what it reads on these images."""
+    head, tail = _graph_cut.split_before(model, layer)
+    shape = () if head is None else head.output_shape[1:]
+    if head is None or None in shape or 4 * len(images[0]) * math.prod(shape) > _KEPT_BYTES:
+        return model, images
+    parts = [keras.ops.convert_to_numpy(head(batch, training=False)) for batch in _batches(model, images, _BATCH)]
+    return tail, [np.concatenate(parts)]
 
 
 def _outputs(model, images):

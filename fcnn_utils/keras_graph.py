@@ -93,7 +93,7 @@ def check_graph(model):
 
 def is_graph(layer):
     """Return whether a layer is a functional or Sequential model, whose layers can be listed."""
-    return isinstance(layer, keras.Model) and hasattr(_graph(layer), "operations")
+    return isinstance(layer, keras.Model) and hasattr(graph_of(layer), "operations")
 
 
 def operation_calls(model, inputs=None):
@@ -140,14 +140,14 @@ def layer_nodes(model):
 def operation_names(model):
     """Return the names of all operations of a model: its inputs, layers, nested models and what these contain."""
     names = set()
-    for operation in _graph(model).operations:
+    for operation in graph_of(model).operations:
         names |= {operation.name} | (operation_names(operation) if is_graph(operation) else set())
     return names
 
 
 def pack_inputs(model, values):
     """Return a list of values, one for each input of a model, in the structure that its call takes."""
-    return keras.tree.pack_sequence_as(_graph(model).input, values)
+    return keras.tree.pack_sequence_as(graph_of(model).input, values)
 
 
 def is_quantized(layer):
@@ -235,19 +235,19 @@ def rebuild(model, chains, dtype=None):
 # --- reading the graph -------------------------------------------------------------------------------------------
 
 
-def _graph(model):
+def graph_of(model):
     """Return the Functional that holds the nodes; a Sequential keeps one inside."""
     return getattr(model, "_functional", None) or model
 
 
-def _keras_nodes(graph):
+def keras_nodes(graph):
     """Return Keras's own nodes, one for each call of an operation, from the inputs to the outputs."""
     return [node for depth in sorted(graph._nodes_by_depth, reverse=True) for node in graph._nodes_by_depth[depth]]
 
 
 def _calls_by_operation(graph):
     """Yield (operation, its Keras nodes) in the graph's order, without the input layers."""
-    nodes = _keras_nodes(graph)
+    nodes = keras_nodes(graph)
     for operation in graph.operations:
         if not isinstance(operation, layers.InputLayer):
             yield operation, [node for node in nodes if node.operation is operation]
@@ -255,7 +255,7 @@ def _calls_by_operation(graph):
 
 def _operation_calls(model, prefix, inputs, training):
     """Yield the calls in a graph that is called on `inputs` (None: its own) with the argument `training`."""
-    graph = _graph(model)
+    graph = graph_of(model)
     arguments = _arguments(graph, inputs)
     for operation, nodes in _calls_by_operation(graph):
         for node in nodes:
@@ -274,7 +274,7 @@ def _arguments(graph, inputs):
     same = inputs is None or [x.shape for x in inputs] == [x.shape for x in graph.inputs]
     values = {id(x): value for x, value in zip(graph.inputs, graph.inputs if same else inputs, strict=True)}
     found = {}
-    for node in _keras_nodes(graph):
+    for node in keras_nodes(graph):
         if node.is_input:
             continue
         args, kwargs = node.arguments.fill_in(values)
@@ -286,8 +286,8 @@ def _arguments(graph, inputs):
 
 def _consumers(model):
     """Return dict id(tensor) -> operations that read it, None for an output, in a model and those nested in it."""
-    graph, found = _graph(model), {}
-    for node in _keras_nodes(graph):
+    graph, found = graph_of(model), {}
+    for node in keras_nodes(graph):
         for tensor in node.input_tensors:
             found.setdefault(id(tensor), []).append(node.operation)
     for tensor in {id(tensor) for tensor in graph.outputs}:
@@ -299,7 +299,7 @@ def _consumers(model):
 
 def _input_model(model, layer):
     """Build the model from the inputs of `model` to what `layer` reads; None if `model` does not contain it."""
-    graph = _graph(model)
+    graph = graph_of(model)
     calls = []  # (call of the layer, None) or (call of a nested model, the nested model up to the layer)
     for inner, nodes in _calls_by_operation(graph):
         part = _input_model(inner, layer) if is_graph(inner) else None

@@ -80,14 +80,14 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
         kernel, *bias = own.layer.get_weights()
         norms = _following_norms(own, trial_nodes)
         norm_weights = [norm.get_weights() for norm in norms]
-        mean, covariance = patch_moments(trial, own, images)
+        tail, read = _tail(trial, own.layer, images)
+        mean, covariance = patch_moments(tail, own, read)
         if not bias and not norms:  # no bias can correct the mean: measure it as a part of the error
             mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
         feasible = _feasible_fractions(fractions, method, kernel.shape)
         all_ranks = [rank_selection.ranks_for_fraction(method, kernel.shape, fraction) for fraction in feasible]
         sizes = dict(zip(feasible, all_ranks, strict=True))
         kernels = {fraction: (kernel, ranks) for fraction, ranks in sizes.items()}
-        tail, read = _tail(trial, own.layer, images)
         for fraction, result in list(factorizations.decompose_many(method, kernels, **options)):
             rebuilt, shift = refit_kernel(kernel, result, (mean, covariance))
             own.layer.set_weights([rebuilt, *(value + shift for value in bias)])

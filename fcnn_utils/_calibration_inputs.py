@@ -29,7 +29,7 @@ def take(model, images):
     if not all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f"):
         raise ValueError("calibration images must be finite numbers; some are NaN or infinite")
     if len({len(array) for array in arrays}) > 1:
-        raise ValueError(f"all inputs must have as many images; got {[len(array) for array in arrays]}")
+        raise ValueError(f"all inputs must have the same number of images; got {[len(array) for array in arrays]}")
     return arrays
 
 
@@ -42,7 +42,8 @@ def batches(model, inputs, size):
 def warn_if_unlike_training(model, inputs):
     """Compare the inputs with the statistics that the first batch normalisation has from the training.
 
-    Warns with both standard deviations if they are a factor of 2.5 apart, or if the mean is as far away.
+    Warn if the standard deviations differ by a factor of more than 2.5, or the means by more than 2.5 standard
+    deviations.
 
     Raises:
         ValueError: the normalisation reads values that are not finite.
@@ -56,7 +57,9 @@ def warn_if_unlike_training(model, inputs):
     values = np.concatenate([keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")) for x in parts])
     values = values.reshape(-1, values.shape[-1]).astype(np.float64)
     if not np.isfinite(values).all():
-        raise ValueError(f"layer {norm.path!r} reads values that are not finite on the calibration images")
+        raise ValueError(
+            f"layer {norm.path!r} reads values that are not finite on the calibration images: check their normalisation"
+        )
     mean, variance = (
         np.asarray(keras.ops.convert_to_numpy(x), np.float64)
         for x in (norm.layer.moving_mean, norm.layer.moving_variance)
@@ -65,7 +68,7 @@ def warn_if_unlike_training(model, inputs):
     distance = np.sqrt(np.mean((values.mean(axis=0) - mean) ** 2 / (variance + norm.layer.epsilon)))
     if not trained / _FAR < found < trained * _FAR or distance > _FAR:
         warnings.warn(
-            f"the calibration images do not look like the training images: at {norm.path!r} their standard deviation "
+            f"the calibration images do not look like the training images: at {norm.path!r} the standard deviation "
             f"is {found:.3g}, in training it was {trained:.3g}, and the means differ by {distance:.1f} standard "
             "deviations. Normalise the images as in training",
             stacklevel=3,
@@ -105,10 +108,16 @@ def _fitting(model, value):
         arrays = _by_input(model, candidate)
         if arrays is not None and all(map(_fits, arrays, model.inputs)):
             return arrays
+    if isinstance(value, dict) and set(value) != {x.name for x in model.inputs}:
+        raise ValueError(
+            f"the keys must be the names of the inputs, {', '.join(x.name for x in model.inputs)}; got "
+            f"{', '.join(map(str, value))}"
+        )
     wanted = " and ".join(f"(N, {', '.join(map(str, x.shape[1:]))})" for x in model.inputs)
-    found = [_as_array(x).shape for x in keras.tree.flatten(value)]
+    found = [f"{_as_array(x).shape} {_as_array(x).dtype}" for x in keras.tree.flatten(value)[:4]]
     raise ValueError(
-        f"calibration images must have the shape {wanted}, at least one; got {' and '.join(map(str, found[:4]))}"
+        f"calibration images must have the shape {wanted}, at least one, of floats or integers; got "
+        f"{' and '.join(found)}"
     )
 
 

@@ -56,8 +56,8 @@ def start(engine, path, threads, precision):
         ) from error
     except Exception as error:  # each engine has exceptions of its own
         raise ValueError(
-            f"{path} cannot be loaded in {TITLES[engine]} ({reason(error)}): the file is damaged or has another "
-            "format, so export the model again"
+            f"{path} cannot be loaded in {TITLES[engine]} ({reason(error)}): the file may be damaged or have another "
+            "format: export the model again"
         ) from error
 
 
@@ -67,7 +67,13 @@ def run_file(engine, path, threads, precision):
 
 
 def complete(engine, path, labels):
-    """Write labels into a file that Keras has exported, if its inputs or outputs are several; and mend the file."""
+    """Write labels into a file that Keras has exported, if its inputs or outputs are several.
+
+    An OpenVINO file loses outputs that nobody asked for.
+
+    Raises:
+        ValueError: an ONNX file has more inputs than the model.
+    """
     is_plain = len(labels.inputs) == 1 and labels.outputs == 0
     text = repr(dataclasses.astuple(labels))
     if engine == "openvino":
@@ -79,7 +85,7 @@ def complete(engine, path, labels):
         known = {*labels.inputs, *(entry.name for entry in model.graph.initializer)}
         lost = [entry.name for entry in model.graph.input if entry.name not in known]
         if lost:
-            raise ValueError(f"tf2onnx makes an input of the constant {lost[0]}")
+            raise ValueError(f"the exporter makes an input of the constant {lost[0]}")
         if not is_plain:
             onnx.helper.set_model_props(model, {_LABELS: text})
             onnx.save(model, path)
@@ -194,7 +200,7 @@ def _runner(dtypes, count, labels, call):
     Args:
         dtypes: dict name -> dtype of the file's inputs; an input that the outputs don't depend on may be missing.
         count: number of the file's outputs.
-        labels: text that `write_labels` has written; None: the inputs and outputs are in the file's order.
+        labels: text that `complete` has written; None: the inputs and outputs are in the file's order.
         call: function from a dict name -> array to the list of output arrays.
     """
     if labels is None:

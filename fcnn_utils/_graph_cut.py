@@ -8,7 +8,7 @@ from fcnn_utils import keras_graph
 def split_before(model, layer):
     """Return (head, tail): `tail(head(x))` is `model(x)`, and `layer` is in the tail only; (None, model) if impossible.
 
-    The cut is at the last place before the layer where a single tensor holds all that follows: in a residual
+    The cut is at the last place before the layer from which on all depends on a single tensor: in a residual
     network, before a block. Both parts share their layers with `model`.
 
     Args:
@@ -24,7 +24,7 @@ def split_before(model, layer):
     for number, node in enumerate(nodes[:first]):
         alive = {key: x for key, x in alive.items() if last_use[key] > number}
         alive |= {id(x): x for x in node.outputs if last_use.get(id(x), -1) > number}
-        # All inputs have been read by now, if they are alive, or are still to come.
+        # One tensor is alive and no input comes later: all that follows depends on it alone.
         if len(alive) == 1 and not any(later.is_input for later in nodes[number + 1 :]):
             cut = next(iter(alive.values()))
     if cut is None or any(cut is x for x in graph.inputs):

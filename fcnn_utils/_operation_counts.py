@@ -20,7 +20,7 @@ _MOVES = """
     OneHot OnesLike Pad PadImages Ravel Repeat Reshape Roll Rot90 SaturateCast Size Slice SpaceToDepth Split Squeeze
     Stack StopGradient Swapaxes Take TakeAlongAxis Tile Transpose Tril Triu Unfold Unstack View Vstack ZerosLike
 """
-# Functions in the modules of elementwise functions and reductions that are neither.
+# Functions of the modules `numpy` and `nn` that are neither elementwise nor reductions.
 _NOT_ELEMENTWISE = """
     Argpartition Argsort AveragePool Corrcoef Correlate CTCDecode CTCLoss Cross Histogram Kron MaxPool Median Nanmedian
     Percentile Quantile SearchSorted Slogdet Sort Unique Vander
@@ -53,7 +53,7 @@ def count(operation, args, kwargs, outputs):
         return rule(operation, inputs, output)
     is_stock = type(operation) is getattr(layers, type(operation).__name__, None)
     if is_stock and not operation.weights and not isinstance(operation, (*_TRACED, layers.Lambda)):
-        return 0, 0  # it only moves values, as Flatten, or does nothing at inference, as Dropout
+        return 0, 0  # most only move values, as Flatten, or do nothing at inference, as Dropout
     graph = _trace.trace_layer(operation, args, kwargs)
     try:
         return _UNKNOWN if graph is None else _total(keras_graph.operation_calls(graph))
@@ -65,7 +65,7 @@ def shape_of(x):
     """Return the shape of a Keras tensor or an array, with one image as the batch; raise SizeNotFixed."""
     shape = tuple(x.shape)
     if None in shape[1:]:
-        raise SizeNotFixed(f"the shape {shape[1:]} is not fixed: give the model images of a fixed size")
+        raise SizeNotFixed(f"the shape {shape[1:]} is not fixed: build the model with a fixed input size")
     return (1, *shape[1:]) if shape and shape[0] is None else shape
 
 
@@ -199,7 +199,7 @@ def _count_function(operation, args, reads, outputs):
 
 
 def _einsum_macs(operation, shapes, output):
-    """Every combination of the letters is a product; of more than two factors, one less than there are factors."""
+    """Each combination of index values is one product of n operands, which takes n − 1 MACs, at least 1."""
     terms = operation.subscripts.replace(" ", "").split("->")[0].split(",")
     sizes, batch = {}, 1
     for term, shape in zip(terms, shapes, strict=True):

@@ -5,7 +5,7 @@ import time
 
 
 def progress(items, what, verbose, count=None):
-    """Yield the items. After a second of work, print how many are done: one line in a terminal, else a line each.
+    """Yield the items. After a second of work, print how many are done. In a terminal one line is overwritten.
 
     Args:
         items: iterable.

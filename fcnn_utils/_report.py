@@ -7,7 +7,7 @@ COLUMNS += ["params_before", "params_after", "macs_before", "macs_after", "reaso
 
 
 class Report(pd.DataFrame):
-    """A DataFrame with a row for each layer with weights (see `compress.factorize`). Parts of it are plain."""
+    """A DataFrame with a row for each layer with weights (see `compress.factorize`); a selection is an ordinary one."""
 
     @classmethod
     def of(cls, rows):
@@ -18,7 +18,7 @@ class Report(pd.DataFrame):
         return pd.DataFrame
 
     def __str__(self):
-        """Return the converted layers, the totals of the network, and the layers that were left with the reason."""
+        """Return the converted layers, the totals of all layers with weights, and the layers left with the reason."""
         if list(self.columns) != COLUMNS:
             return super().__str__()
         converted, left = self[self["reason"] == ""], self[self["reason"] != ""]
@@ -28,9 +28,9 @@ class Report(pd.DataFrame):
             ranks = "×".join(map(str, row.ranks))
             costs = _change(row.params_before, row.params_after), _change(row.macs_before, row.macs_after)
             lines.append(_line(row.layer, f"{row.method} {ranks}", f"{row.relative_error:.3f}", *costs))
-        total = self[["params_before", "params_after", "macs_before", "macs_after"]].sum()
+        total = self[["params_before", "params_after", "macs_before", "macs_after"]].sum(skipna=False)
         costs = _change(*total.iloc[:2]), _change(*total.iloc[2:])
-        lines.append(_line(f"{len(converted)} converted", "", "whole model:", *costs))
+        lines.append(_line(f"{len(converted)} converted", "", "all layers:", *costs))
         by_reason = left.groupby("reason", sort=False)["layer"].agg(list)
         lines += [f"left: {_few(names)} ({reason})" for reason, names in by_reason.items()]
         return "\n".join(lines)

@@ -21,9 +21,10 @@ def fold_batch_norm(model, dtype=None, *, report=False):
 
         y = γ (W x + b − μ) / √(σ² + ε) + β  =  (γ / √(σ² + ε)) W x + γ (b − μ) / √(σ² + ε) + β
 
-    This needs a channels-last layer of Keras without activation, LoRA and quantization whose output only the
-    normalisation reads, one call of each, and no call with `training=True`. Several normalisations in a row fold
-    one after another. Others stay. The outputs are equal up to rounding. Do not train the new model.
+    The layer must be a channels-last convolution or Dense of Keras, without activation, LoRA and quantization.
+    Only the normalisation may read its output. Each is called once, and the normalisation, which is over the
+    last axis, not with `training=True`. Several normalisations in a row fold one after another. Others stay.
+    The outputs are equal up to rounding. Do not train the new model.
 
     Args:
         model: built, functional or Sequential (see `keras_graph.check_graph`).

@@ -1,8 +1,8 @@
 """Data-driven calibration on unlabelled images: predict losses, refit factors, re-estimate batch-norm statistics.
 
 Nothing here computes a gradient. `images` are a few hundred inputs of the model, (N, H, W, C), normalised as in
-training, in any of the forms that `check_images` takes. Everything is computed in float32, because many processors
-only emulate half precision.
+training, in any of the forms that `check_images` takes. Models in half precision are copied to float32 for this,
+because many processors only emulate half precision.
 """
 
 import math
@@ -48,8 +48,8 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
 
     Each kernel in turn is replaced by its decomposition, with the last factor refitted to the layer's output on these
     images (`refit_kernel`); all other layers stay as they are. The loss is the mean Kullback-Leibler divergence from
-    the probabilities of the unchanged model. For a model whose outputs are not probabilities it is the squared change
-    of the output relative to its variance.
+    the probabilities of the unchanged model, if the outputs of an image sum to 1 (one softmax). For other models it is
+    the squared change of the output relative to its variance.
 
     Args:
         model: built functional or Sequential model. It is not changed.
@@ -71,7 +71,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
     images = [x[:_SENSITIVITY_IMAGES] for x in images]
     if issubclass(method, (factorizations.CP, factorizations.Tucker2)):
         options = {"n_iter": 10} | options
-    trial = keras_graph.rebuild(model, {}, dtype=_float32(model))
+    trial = keras_graph.rebuild(keras_graph.in_float32(model), {})
     trial_nodes = {node.path: node for node in keras_graph.layer_nodes(trial)}
     before = _outputs(trial, images)
     curves = {}
@@ -166,7 +166,7 @@ def refit_layers(new, model, images, *, verbose=0):
         ValueError: the model does not take the images, or a layer reads values that are not finite.
     """
     images = _calibration_inputs.take(model, images)
-    single, model = _in_float32(new), _in_float32(model)
+    single, model = keras_graph.in_float32(new), keras_graph.in_float32(model)
     nodes = {node.path: node for node in keras_graph.layer_nodes(model)}
     new_nodes = {node.path: node for node in keras_graph.layer_nodes(single)}
     chains = [path for path, node in nodes.items() if _is_refitted(node, new_nodes.get(path))]
@@ -188,7 +188,7 @@ def reestimate(model, images):
         ValueError: the model does not take the images.
     """
     images = _calibration_inputs.take(model, images)
-    changed, model = model, _in_float32(model)
+    changed, model = model, keras_graph.in_float32(model)
     nodes = keras_graph.layer_nodes(model)
     norms = [node.layer for node in nodes if isinstance(node.layer, layers.BatchNormalization)]
     if not norms:
@@ -209,17 +209,6 @@ def reestimate(model, images):
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _float32(model):
-    """Return the dtype policy in which a copy of the model computes in float32; None if the model does."""
-    dtypes = {node.layer.compute_dtype for node in keras_graph.layer_nodes(model)}
-    return "float32" if dtypes & {"float16", "bfloat16"} else None
-
-
-def _in_float32(model):
-    """Return the model if it computes in float32, else a copy that does."""
-    return keras_graph.rebuild(model, {}, dtype="float32") if _float32(model) else model
 
 
 def _copy_weights(one, other):
@@ -340,11 +329,14 @@ def _patches(layer, x):
 def _rows(x):
     rows = keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")).reshape(-1, x.shape[-1])
     step = len(rows) // _TARGET_ROWS
-    return rows[:: step + 1 - step % 2]  # an odd step, so that it does not keep to some columns of the image
+    step += 1 - step % 2
+    while math.gcd(step, x.shape[-2]) > 1:  # else it would keep to some columns of the image
+        step += 2
+    return rows[::step]
 
 
 def _tail(model, layer, images):
-    """Return the part of the model from a place before the layer on, and what it reads on these images."""
+    """Return the part of the model that starts shortly before the layer, and what it reads on these images."""
     head, tail = _graph_cut.split_before(model, layer)
     shape = () if head is None else head.output_shape[1:]
     if head is None or None in shape or 4 * len(images[0]) * math.prod(shape) > _KEPT_BYTES:

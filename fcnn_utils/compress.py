@@ -104,7 +104,9 @@ def factorize(
     else:
         budget = None if uniform else images
         plan = _plan_by_macs(model, chosen, method, macs, budget, multiple, verbose, options)
-    dense_reason = f"the ratio is below {method.name} at rank {multiple}" if ratio else "left dense by the budget"
+    dense_reason = (
+        f"at rank {multiple} {method.name} keeps more than the ratio" if ratio else "left dense by the budget"
+    )
     new, report = _convert(model, sites, chosen, method, plan, options, dense_reason, verbose)
     if images is not None:
         calibration.refit_layers(new, model, images, verbose=verbose)
@@ -211,8 +213,8 @@ class _Site:
     def _other_part(self):
         """Return a layer that forms a factorization together with this one; None if there is none.
 
-        These are the parts with a spatial extent of a Tucker-2 chain, 1×1 to fewer channels, k×k, 1×1 to more, and of a
-        chain along one axis after the other, k×1, 1×k. Nothing lies between the layers, not even an activation.
+        Two patterns are known: the k×k layer of a Tucker-2 chain (a 1×1 that does not widen, k×k, a 1×1 that does not
+        narrow), and either layer of a pair k×1, 1×k. Nothing lies between the layers, not even an activation.
         """
         before, after = (_only_convolution(found) for found in (self.node.producers, self.node.consumers))
         if before is not None:
@@ -325,8 +327,10 @@ def _plan_by_ratio(chosen, method, ratio, multiple):
         if _least_fraction(site, method, multiple) <= ratio:
             plan[path] = rank_selection.ranks_for_fraction(method, site.kernel_shape, ratio, multiple=multiple)
     if not plan:
+        least = min(_least_fraction(site, method, multiple) for site in chosen.values())
         raise ValueError(
-            f"ratio {ratio} is below what {method.name} takes at rank {multiple} in every layer: {', '.join(chosen)}"
+            f"ratio must be at least {math.ceil(1e4 * least) / 1e4:g}, the share of {method.name} at rank {multiple}; "
+            f"got {ratio:g}: raise it, or lower multiple="
         )
     return plan
 
@@ -337,7 +341,7 @@ def _plan_by_macs(model, chosen, method, macs, images, multiple, verbose, option
     check_number("macs", macs, float, 1, math.inf)
     unknown = [path for path, site in chosen.items() if math.isnan(site.macs)]
     if unknown:
-        raise ValueError(f"macs= needs images of a fixed size, and layer {unknown[0]!r} has none: use ratio= or ranks=")
+        raise ValueError("macs= needs a model with a fixed input size: use ratio= or ranks=")
 
     def at(site, fraction):
         """Return (ranks, MACs) at a fraction or the smallest ranks; (None, dense MACs) if the chain is not cheaper."""
@@ -357,8 +361,8 @@ def _plan_by_macs(model, chosen, method, macs, images, multiple, verbose, option
     fixed = dense - sum(site.macs for site in chosen.values())
     if macs < total(_SMALLEST):
         raise ValueError(
-            f"macs must be at least {total(_SMALLEST):,}, with {method.name} at rank {multiple} in all layers; "
-            f"got {macs:,}"
+            f"macs must be at least {math.ceil(total(_SMALLEST)):,}, with {method.name} at rank {multiple} in the "
+            f"{len(chosen)} layers that are converted; got {macs:,.0f}: raise it, lower multiple=, or name more layers"
         )
     low, high = _SMALLEST, 1.0
     if total(high) <= macs:

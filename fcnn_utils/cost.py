@@ -2,12 +2,14 @@
 
 1 MAC is one multiply-add; FLOPs = 2 × MACs. A kernel position that overlaps the border counts in full,
 as in TensorFlow's profiler. Operations that are not MACs are counted separately, in `other_ops`: one for
-each bias addition, each activated value and each addition of a merge layer, two for each normalised or
-rescaled value (scale and shift), one for each input value that a pooling window reads, and one for each
-value of a function of `keras.ops` between layers. Layers and functions that only move values count 0.
+each bias addition, each activated value and each value that a merge layer adds or compares, two for each
+normalised or rescaled value (scale and shift), one for each input value that a pooling window reads, and one
+for each value of a function of `keras.ops` between layers. Other layers without weights count 0: most only
+move values.
 
-Attention, recurrent layers and matrix products count, too. A user's own layer counts as the layers and
-functions that its `call` is made of. If that cannot be seen, its MACs are NaN, and a warning names it.
+Attention, recurrent layers and matrix products count, too; of recurrent and multi-head attention layers only
+the MACs. A user's own layer counts as the layers and functions that its `call` is made of. If that cannot be
+seen, its MACs are NaN, and a warning names it.
 """
 
 import math

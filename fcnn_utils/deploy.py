@@ -33,7 +33,7 @@ _SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".xml", "litert": ".tflite"}
 _ENGINE_OF = {suffix: engine for engine, suffix in _SUFFIXES.items()}
 _FORMATS = {"onnxruntime": "onnx", "openvino": "openvino", "litert": "litert"}  # the names in keras.Model.export
 _RUNTIMES = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino",), "litert": ("ai_edge_litert",)}
-_EXPORTERS = {  # Keras backend -> engines that Keras exports to from it -> packages that this takes besides the engine
+_EXPORTERS = {  # Keras backend -> engines that Keras exports to from it -> packages that the export needs
     "tensorflow": {"onnxruntime": ("onnx", "tf2onnx"), "openvino": (), "litert": ()},
     "jax": {"onnxruntime": ("onnx", "jax2onnx")},
     "torch": {"onnxruntime": ("onnx", "onnxscript"), "openvino": ()},
@@ -71,7 +71,7 @@ def export(model, path):
         The path.
 
     Raises:
-        ValueError: the suffix is another, the model is not as above, a package is not installed, Keras cannot
+        ValueError: the suffix is none of these, the model is not as above, a package is not installed, Keras cannot
             write the format from this backend, the engine does not compute what Keras computes, or the file
             cannot be written. What was at `path` before stays.
     """
@@ -96,7 +96,7 @@ def load(model, engine=None, *, precision="float32", threads=None):
 
     Returns:
         A function from images (N, H, W, C) to the model's output (N, ...), both NumPy arrays. If the model has
-        several inputs or outputs: from a list or dict of arrays to one, as `predict_on_batch` of the model.
+        several inputs or outputs: it takes a list or dict of arrays and returns the structure of the model's outputs.
         The inputs are cast to the dtypes that the model reads.
 
     Raises:
@@ -125,7 +125,8 @@ def load(model, engine=None, *, precision="float32", threads=None):
 def random_inputs(model, batch=2):
     """Draw inputs of the shapes and dtypes that a model reads, always the same.
 
-    Floats are normally distributed. Integers are pixels, 0 to 255, or indices if a layer reads indices.
+    Floats are normally distributed. Integers are 0 to 255, as far as the dtype reaches. If a layer reads indices, such
+    as an Embedding, all inputs are valid indices.
 
     Args:
         model: built, functional or Sequential.
@@ -172,7 +173,7 @@ def temporary_folder():
 
 def _export(model, engine, file):
     """Write a checked model to `file`, in a folder of its own, and compare it with Keras."""
-    model = _single_precision(model)
+    model = keras_graph.in_float32(model)
     try:
         _write_and_compare(model, engine, file)
     except _ExportError as error:
@@ -183,15 +184,8 @@ def _export(model, engine, file):
         ) from error
 
 
-def _single_precision(model):
-    """Return the model if it computes in float32 throughout, else a copy that does."""
-    if all(node.layer.compute_dtype == "float32" for node in keras_graph.layer_nodes(model)):
-        return model
-    return keras_graph.rebuild(model, {}, dtype="float32")
-
-
 def _without_normalization(model):
-    """Return the model with each Normalization as a Rescaling: ONNX takes the tensors that it keeps for inputs."""
+    """Return the model with each Normalization as a Rescaling: tf2onnx takes its mean and variance for inputs."""
     chains = {}
     for layer in (node.layer for node in keras_graph.layer_nodes(model)):
         if type(layer) is layers.Normalization:
@@ -327,7 +321,7 @@ def _failure(build, engine):
 
 
 def _replace(folder, path):
-    """Move all files of `folder` beside `path`, or none of them."""
+    """Copy all files of `folder` beside `path`, then rename them one by one."""
     staged = {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -232,6 +232,12 @@ def rebuild(model, chains, dtype=None):
     return _rebuild(check_graph(model), {key: list(chain) for key, chain in chains.items()}, dtype)
 
 
+def in_float32(model):
+    """Return the model, or a copy of it in float32 if a layer computes with other floats. Integers stay."""
+    dtypes = {node.layer.compute_dtype for node in layer_nodes(model)}
+    return rebuild(model, {}, dtype="float32") if dtypes & {"float16", "bfloat16", "float64"} else model
+
+
 # --- reading the graph -------------------------------------------------------------------------------------------
 
 
@@ -332,14 +338,14 @@ def _input_model(model, layer):
 
 def _rebuild(model, copies, dtype):
     """Rebuild `model`; `copies`, id(layer) -> its copy or a chain, grows by the layers copied here."""
-    policy = {} if dtype is None else {"dtype": dtype}
 
     def copy(operation):
         if id(operation) not in copies:
             if is_graph(operation):
                 copies[id(operation)] = _rebuild(operation, copies, dtype)
             else:
-                copies[id(operation)] = copy_layer(operation, **policy if isinstance(operation, keras.Layer) else {})
+                is_float = "float" in getattr(operation, "compute_dtype", "")  # not a lookup of integers
+                copies[id(operation)] = copy_layer(operation, **{"dtype": dtype} if dtype and is_float else {})
         return copies[id(operation)]
 
     def call(copied, *args, **kwargs):

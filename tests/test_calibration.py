@@ -92,7 +92,9 @@ def pair_of_inputs(names=("a", "b")):
 def test_images_that_the_model_does_not_take_are_rejected():
     model = keras.Sequential([keras.Input((10, 9, 6)), layers.Flatten()])
     for bad in (np.zeros((3, 10, 9)), np.zeros((3, 10, 9, 5)), np.zeros((0, 10, 9, 6)), [np.nan], "images", ["a"]):
-        with pytest.raises(ValueError, match=r"must have the shape \(N, 10, 9, 6\), at least one; got \("):
+        with pytest.raises(
+            ValueError, match=r"must have the shape \(N, 10, 9, 6\), at least one, of floats or integers; got \("
+        ):
             calibration.check_images(model, bad)
     with pytest.raises(ValueError, match="finite numbers"):
         calibration.check_images(model, np.full((1, 10, 9, 6), np.inf))
@@ -100,10 +102,12 @@ def test_images_that_the_model_does_not_take_are_rejected():
         calibration.check_images(model, iter(()))
     with pytest.raises(ValueError, match="an iterable of batches; got a int"):
         calibration.check_images(model, 3)
-    for bad in (np.zeros((1, 4, 4, 3)), {"a": np.zeros((1, 4, 4, 3))}, [np.zeros((1, 4, 4, 3))]):
-        with pytest.raises(ValueError, match=r"the shape \(N, 4, 4, 3\) and \(N, 5\), at least one; got "):
+    for bad in (np.zeros((1, 4, 4, 3)), [np.zeros((1, 4, 4, 3))]):
+        with pytest.raises(ValueError, match=r"the shape \(N, 4, 4, 3\) and \(N, 5\), at least one, of floats"):
             calibration.check_images(pair_of_inputs(), bad)
-    with pytest.raises(ValueError, match=r"as many images; got \[1, 2\]"):
+    with pytest.raises(ValueError, match="keys must be the names of the inputs, a, b; got a"):
+        calibration.check_images(pair_of_inputs(), {"a": np.zeros((1, 4, 4, 3))})
+    with pytest.raises(ValueError, match=r"the same number of images; got \[1, 2\]"):
         calibration.check_images(pair_of_inputs(), [np.zeros((1, 4, 4, 3)), np.zeros((2, 5))])
 
 
@@ -191,7 +195,7 @@ def test_whole_numbers_are_taken_if_the_model_rescales_them():
 @pytest.mark.parametrize("wrong", [lambda x: 255 * x, lambda x: 0 * x, lambda x: 0.1 * x, lambda x: x + 20])
 def test_images_unlike_those_of_the_training_are_told(wrong):
     model = network()
-    with pytest.warns(UserWarning, match="at 'bn1' their standard deviation is .*, in training it was"):
+    with pytest.warns(UserWarning, match="at 'bn1' the standard deviation is .*, in training it was"):
         calibration.check_images(model, wrong(pictures()))
 
 

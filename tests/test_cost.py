@@ -206,7 +206,7 @@ def test_what_is_not_a_built_model_is_rejected(bad):
 
 
 def test_a_model_on_images_of_any_size_is_rejected():
-    with pytest.raises(ValueError, match="images of a fixed size"):
+    with pytest.raises(ValueError, match="build the model with a fixed input size"):
         cost.layer_costs(network(layers.Conv2D(3, 3), shape=(None, None, 3)))
 
 

@@ -8,7 +8,7 @@ are flat, this takes a tenth of the time of an SVD. The Gram matrix squares the 
 
 import numpy as np
 
-_SMALL_TAIL = 1e-8  # share of ‖M‖². Rounding adds about 1e-15 to it, so above this the error is exact to 1e-7 and more
+_SMALL_TAIL = 1e-8  # share of ‖M‖². Rounding adds about 1e-15 to it, so above this the error is accurate to 1e-7
 
 
 def truncated_svd(matrix, rank):
@@ -19,8 +19,9 @@ def truncated_svd(matrix, rank):
         rank: at most min(n, m).
 
     Returns:
-        (u, sigma, vt), arrays of the shapes (…, n, rank), (…, rank), (…, rank, m). The columns of u are orthonormal
-        if n ≤ m, else the rows of vt. Those of the other are so up to rounding, relative to the largest sigma.
+        (u, sigma, vt), arrays of the shapes (…, n, rank), (…, rank), (…, rank, m). The vectors of the
+        shorter side (u if n ≤ m) are orthonormal. Those of the other side lose orthogonality for small singular values,
+        and are zero for a singular value of zero.
     """
     if matrix.shape[-2] > matrix.shape[-1]:
         v, sigma, ut = truncated_svd(np.swapaxes(matrix, -1, -2), rank)

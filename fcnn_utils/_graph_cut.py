@@ -8,8 +8,8 @@ from fcnn_utils import keras_graph
 def split_before(model, layer):
     """Return (head, tail): `tail(head(x))` is `model(x)`, and `layer` is in the tail only; (None, model) if impossible.
 
-    The cut is at the last place before the layer from which on all depends on a single tensor: in a residual
-    network, before a block. Both parts share their layers with `model`.
+    The cut is at the last place before the layer from which on all depends on a single tensor (in a residual
+    network, before a block) and no operation is called on both sides. Both parts share their layers with `model`.
 
     Args:
         model: functional or Sequential.
@@ -20,12 +20,14 @@ def split_before(model, layer):
     first = next(number for number, node in enumerate(nodes) if _contains(node.operation, layer))
     last_use = {id(x): number for number, node in enumerate(nodes) for x in node.input_tensors}
     last_use |= {id(x): len(nodes) for x in graph.outputs}
-    alive, cut = {}, None
+    last_call = {id(node.operation): number for number, node in enumerate(nodes)}
+    alive, cut, called_until = {}, None, 0
     for number, node in enumerate(nodes[:first]):
         alive = {key: x for key, x in alive.items() if last_use[key] > number}
         alive |= {id(x): x for x in node.outputs if last_use.get(id(x), -1) > number}
+        called_until = max(called_until, last_call[id(node.operation)])
         # One tensor is alive and no input comes later: all that follows depends on it alone.
-        if len(alive) == 1 and not any(later.is_input for later in nodes[number + 1 :]):
+        if len(alive) == 1 and called_until == number and not any(later.is_input for later in nodes[number + 1 :]):
             cut = next(iter(alive.values()))
     if cut is None or any(cut is x for x in graph.inputs):
         return None, model

@@ -59,7 +59,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
         fractions: shares of a kernel's parameters to try, rising. Those below rank 1 are left out; if none is left,
             rank 1 is tried.
         verbose: 1 to print progress.
-        options: of the decomposition. CP and Tucker make 10 sweeps here unless told otherwise.
+        options: of the decomposition. CP and Tucker make 5 sweeps here unless told otherwise.
 
     Returns:
         dict path -> list of (fraction, ranks, loss).
@@ -70,18 +70,19 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
     images, method = _calibration_inputs.take(model, images), factorizations.get(method)
     images = [x[:_SENSITIVITY_IMAGES] for x in images]
     if issubclass(method, (factorizations.CP, factorizations.Tucker2)):
-        options = {"n_iter": 10} | options
+        options = {"n_iter": 5} | options
     trial = keras_graph.rebuild(keras_graph.in_float32(model), {})
     trial_nodes = {node.path: node for node in keras_graph.layer_nodes(trial)}
-    before = _outputs(trial, images)
-    curves = {}
-    for node in progress(nodes, "layers whose sensitivity is measured", verbose):
-        own, curve = trial_nodes[node.path], []
+    before, rest = _outputs(trial, images), _Rest(trial, images)
+    wanted, curves = {node.path for node in nodes}, {}
+    in_order = [node for path, node in trial_nodes.items() if path in wanted]
+    for own in progress(in_order, "layers whose sensitivity is measured", verbose):
+        curve = []
         kernel, *bias = own.layer.get_weights()
         norms = _following_norms(own, trial_nodes)
         norm_weights = [norm.get_weights() for norm in norms]
-        tail, read = _tail(trial, own.layer, images)
-        mean, covariance = patch_moments(tail, own, read)
+        rest.start_before(own.layer)
+        mean, covariance = patch_moments(rest.model, own, rest.images)
         if not bias and not norms:  # no bias can correct the mean: measure it as a part of the error
             mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
         feasible = _feasible_fractions(fractions, method, kernel.shape)
@@ -93,11 +94,11 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
             own.layer.set_weights([rebuilt, *(value + shift for value in bias)])
             for norm, values in zip(norms, norm_weights, strict=True):
                 norm.moving_mean.assign(values[-2] - shift)
-            curve.append((fraction, sizes[fraction], _loss(before, _outputs(tail, read))))
+            curve.append((fraction, sizes[fraction], _loss(before, _outputs(rest.model, rest.images))))
         own.layer.set_weights([kernel, *bias])
         for norm, values in zip(norms, norm_weights, strict=True):
             norm.set_weights(values)
-        curves[node.path] = curve
+        curves[own.path] = curve
     return curves
 
 
@@ -117,9 +118,9 @@ def patch_moments(model, node, images):
     Raises:
         ValueError: the layer reads values that are not finite.
     """
-    moments, reader = _Moments(node.path), keras_graph.input_model(model, node.path)
-    for batch in _batches(model, _calibration_inputs.take(model, images), 16):
-        for x in _read(reader, node.layer, batch):
+    moments, whole = _Moments(node.path), _Rest(model, _calibration_inputs.take(model, images))
+    for read in whole.read(node, 32):
+        for x in read:
             moments.add(_patches(node.layer, x))
         if moments.count > 20 * len(moments.total):
             break
@@ -142,7 +143,8 @@ def refit_kernel(kernel, decomposition, moments):
     mean, covariance = moments
     dense = np.reshape(kernel, (-1, kernel.shape[-1])).astype(np.float64)
     basis, last = decomposition.basis(), decomposition.last_factor()
-    change = _least_squares(basis.T @ covariance @ basis, basis.T @ covariance @ (dense - basis @ last))
+    weighted = basis.T @ covariance
+    change = _least_squares(weighted @ basis, weighted @ (dense - basis @ last))
     rebuilt = basis @ (last + change)
     return rebuilt.reshape(kernel.shape), mean @ (dense - rebuilt)
 
@@ -170,8 +172,9 @@ def refit_layers(new, model, images, *, verbose=0):
     nodes = {node.path: node for node in keras_graph.layer_nodes(model)}
     new_nodes = {node.path: node for node in keras_graph.layer_nodes(single)}
     chains = [path for path, node in nodes.items() if _is_refitted(node, new_nodes.get(path))]
+    new_rest, rest = _Rest(single, images), _Rest(model, images)
     for path in progress(chains, "layers refitted to the images", verbose):
-        _refit(single, new_nodes[path], model, nodes[path], images, _following_norms(new_nodes[path], new_nodes))
+        _refit(new_rest, new_nodes[path], rest, nodes[path], _following_norms(new_nodes[path], new_nodes))
     _copy_weights(single, new)
 
 
@@ -217,6 +220,36 @@ def _copy_weights(one, other):
         nodes = keras_graph.layer_nodes(one), keras_graph.layer_nodes(other)
         for source, target in zip(*nodes, strict=True):
             target.layer.set_weights(source.layer.get_weights())
+
+
+class _Rest:
+    """The part of a model that is still to be run on images that have gone through the part before.
+
+    It is used for layers in the order of the model.
+
+    Attributes:
+        model: the part; it shares its layers with the whole model.
+        images: list of arrays, what it reads.
+    """
+
+    def __init__(self, model, images):
+        self.model, self.images = model, images
+
+    def start_before(self, layer):
+        """Run what comes before the layer and leave it out from now on, unless the result would be too large."""
+        head, tail = _graph_cut.split_before(self.model, layer)
+        shape = () if head is None else head.output_shape[1:]
+        if head is None or None in shape or 4 * len(self.images[0]) * math.prod(shape) > _KEPT_BYTES:
+            return
+        batches = _batches(self.model, self.images, _BATCH)
+        parts = [keras.ops.convert_to_numpy(head(batch, training=False)) for batch in batches]
+        self.model, self.images = tail, [np.concatenate(parts)]
+
+    def read(self, node, size):
+        """Yield, for each batch, what a layer reads at each of its calls, in float32."""
+        reader = keras_graph.input_model(self.model, node.path)
+        for batch in _batches(self.model, self.images, size):
+            yield [keras.ops.cast(x, "float32") for x in keras.tree.flatten(reader(batch, training=False))]
 
 
 class _Moments:
@@ -271,17 +304,19 @@ def _following_norms(node, nodes):
     return [] if None in found else found
 
 
-def _refit(new, chain_end, model, node, images, norms):
+def _refit(new_rest, chain_end, rest, node, norms):
     """Fit the last layer of a chain to the dense layer's output, before its activation, by least squares.
 
-    `norms` are the batch norms that take the shift of the mean (`_following_norms`).
+    `rest` and `new_rest` are the `_Rest` of the dense and the factorized model, `norms` the batch norms that take the
+    shift of the mean (`_following_norms`).
     """
     last, dense = chain_end.layer, node.layer
-    new_reader, reader = (keras_graph.input_model(*one) for one in ((new, chain_end.path), (model, node.path)))
+    new_rest.start_before(last)
+    rest.start_before(dense)
     moments = _Moments(node.path)
-    for batch in _batches(model, images, _BATCH):
-        outputs = [_linear(dense, x) for x in _read(reader, dense, batch)]
-        inputs = [_patches(last, x) for x in _read(new_reader, last, batch)]
+    for new_read, read in zip(new_rest.read(chain_end, _BATCH), rest.read(node, _BATCH), strict=True):
+        outputs = [_linear(dense, x) for x in read]
+        inputs = [_patches(last, x) for x in new_read]
         for z, y in zip(inputs, outputs, strict=True):
             moments.add(np.concatenate([z, y], axis=1))
     size = int(np.prod(last.kernel.shape[:3]))
@@ -305,44 +340,38 @@ def _least_squares(gram, right):
     return vectors @ ((vectors.T @ right) / (np.maximum(values, 0) + 1e-6 * values[-1])[:, None])
 
 
-def _read(reader, layer, batch):
-    """Return what a layer reads at each of its calls, in its compute dtype; `reader` is its `input_model`."""
-    return [keras.ops.cast(x, layer.compute_dtype) for x in keras.tree.flatten(reader(batch, training=False))]
-
-
 def _linear(layer, x):
     """Return what a Conv2D computes before its activation, as rows (positions, T)."""
     y = layer.convolution_op(x, keras.ops.cast(layer.kernel, x.dtype))
-    return _rows(keras.ops.add(y, keras.ops.cast(layer.bias, x.dtype)) if layer.use_bias else y)
+    y = keras.ops.add(y, keras.ops.cast(layer.bias, x.dtype)) if layer.use_bias else y
+    y = keras.ops.convert_to_numpy(y)
+    return y[_positions(y.shape[:3])]
 
 
 def _patches(layer, x):
     """Return the patches that a Conv2D reads, as rows (positions, kh · kw · S).
 
-    A convolution with the identity, in the layer's own geometry, extracts them.
+    `keras.ops.image.extract_patches` convolves with an identity, which takes as long as a layer of as many filters.
     """
-    kh, kw, channels, _ = layer.kernel.shape
-    identity = np.eye(kh * kw * channels, dtype="float32").reshape(kh, kw, channels, -1)
-    return _rows(layer.convolution_op(x, keras.ops.cast(identity, x.dtype)))
+    x, geometry = keras.ops.convert_to_numpy(x), (layer.kernel_size, layer.strides, layer.dilation_rate)
+    spans = [(size - 1) * dilation + 1 for size, _, dilation in zip(*geometry, strict=True)]
+    if layer.padding == "same":
+        steps = zip(x.shape[1:3], spans, layer.strides, strict=True)
+        missing = [max((-(-n // stride) - 1) * stride + span - n, 0) for n, span, stride in steps]
+        x = np.pad(x, ((0, 0), *((total // 2, total - total // 2) for total in missing), (0, 0)))
+    (sh, sw), (dh, dw) = geometry[1:]
+    windows = np.lib.stride_tricks.sliding_window_view(x, spans, (1, 2))[:, ::sh, ::sw, :, ::dh, ::dw]
+    rows = np.moveaxis(windows, 3, -1)[_positions(windows.shape[:3])]  # (rows, kh, kw, S)
+    return rows.reshape(len(rows), -1)
 
 
-def _rows(x):
-    rows = keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")).reshape(-1, x.shape[-1])
-    step = len(rows) // _TARGET_ROWS
+def _positions(shape):
+    """Return the indices (image, row, column) of at most about `_TARGET_ROWS` positions of feature maps."""
+    step = math.prod(shape) // _TARGET_ROWS
     step += 1 - step % 2
-    while math.gcd(step, x.shape[-2]) > 1:  # else it would keep to some columns of the image
+    while math.gcd(step, shape[-1]) > 1:  # else it would keep to some columns of the image
         step += 2
-    return rows[::step]
-
-
-def _tail(model, layer, images):
-    """Return the part of the model that starts shortly before the layer, and what it reads on these images."""
-    head, tail = _graph_cut.split_before(model, layer)
-    shape = () if head is None else head.output_shape[1:]
-    if head is None or None in shape or 4 * len(images[0]) * math.prod(shape) > _KEPT_BYTES:
-        return model, images
-    parts = [keras.ops.convert_to_numpy(head(batch, training=False)) for batch in _batches(model, images, _BATCH)]
-    return tail, [np.concatenate(parts)]
+    return np.unravel_index(np.arange(0, math.prod(shape), step), shape)
 
 
 def _outputs(model, images):

@@ -245,9 +245,22 @@ def test_reestimate_leaves_a_model_without_batch_norms_alone():
 def test_moments_are_those_of_the_patches_that_a_layer_reads():
     model, images = network(), pictures(200)
     mean, covariance = calibration.patch_moments(model, convolutions(model)[1], images)
-    used = 16 * -(-(20 * 72 + 1) // (16 * 90))  # it stops when it has seen 20 patches for each value of a patch
+    used = 32 * -(-(20 * 72 + 1) // (32 * 90))  # it stops when it has seen 20 patches for each value of a patch
     x = patches(reads(model, "conv2", images[:used]))
     assert np.allclose(mean, x.mean(axis=0), atol=1e-4) and np.allclose(covariance, np.cov(x.T, bias=True), atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", [1, 2, (3, 1), (2, 5)])
+@pytest.mark.parametrize("strides, dilation", [(1, 1), (1, 2), (1, (3, 1)), (2, 1), (3, 1), ((1, 2), 1)])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_moments_of_the_patches_predict_those_of_the_outputs_in_every_geometry(kernel, strides, dilation, padding):
+    image = keras.Input((11, 10, 3))
+    layer = layers.Conv2D(4, kernel, strides, padding, dilation_rate=dilation)
+    model, images = keras.Model(image, layer(image)), np.random.default_rng(0).standard_normal((8, 11, 10, 3))
+    mean, covariance = calibration.patch_moments(model, convolutions(model)[0], images)
+    weights, outputs = layer.get_weights()[0].reshape(-1, 4), numpy_outputs(model, images).reshape(-1, 4)
+    assert np.allclose(mean @ weights, outputs.mean(axis=0), atol=1e-5)
+    assert np.allclose(weights.T @ covariance @ weights, np.cov(outputs.T, bias=True), atol=1e-4)
 
 
 def test_a_refitted_kernel_is_the_least_squares_fit_of_the_outputs():

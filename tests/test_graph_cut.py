@@ -52,3 +52,13 @@ def test_no_cut_where_a_second_input_is_still_to_come_or_the_layer_was_called_be
     head, tail = _graph_cut.split_before(model, model.get_layer("right"))
     given = [np.ones((1, *x.shape[1:]), "float32") for x in model.inputs]
     np.testing.assert_allclose(tail(head(given)), model(given), rtol=1e-5)
+
+
+def test_no_layer_is_called_on_both_sides_of_a_cut():
+    inputs, one, two = keras.Input((6, 6, 4)), conv("one"), conv("two")
+    model = keras.Model(inputs, conv("last")(two(one(two(one(inputs))))))
+    assert _graph_cut.split_before(model, two)[0] is None
+    head, tail = _graph_cut.split_before(model, model.get_layer("last"))
+    assert [layer.name for layer in tail.layers[1:]] == ["last"]
+    x = np.ones((1, 6, 6, 4), "float32")
+    np.testing.assert_allclose(tail(head(x)), model(x), rtol=1e-5)

@@ -17,7 +17,8 @@ from fcnn_utils._progress import progress
 
 _BATCH = 128  # images at a time
 _TARGET_ROWS = 20_000  # about so many patches of a batch are read: neighbouring patches are redundant
-_SENSITIVITY_IMAGES = 256
+_SENSITIVITY_IMAGES = 256  # to refit a kernel with
+_LOSS_IMAGES = 128  # to predict a loss from; with 256, the accuracy of the factorized networks is the same
 _KEPT_BYTES = 2**30  # of what a layer in the middle of the model reads
 
 
@@ -54,7 +55,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
     Args:
         model: built functional or Sequential model. It is not changed.
         method: name or class of a factorization.
-        images: see `check_images`; the first 256 are used.
+        images: see `check_images`. The first 256 are used for the refits, the first 128 for the losses.
         nodes: `keras_graph.LayerNode` of each Conv2D layer.
         fractions: shares of a kernel's parameters to try, rising. Those below rank 1 are left out; if none is left,
             rank 1 is tried.
@@ -73,7 +74,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
         options = {"n_iter": 5} | options
     trial = keras_graph.rebuild(keras_graph.in_float32(model), {})
     trial_nodes = {node.path: node for node in keras_graph.layer_nodes(trial)}
-    before, rest = _outputs(trial, images), _Rest(trial, images)
+    before, rest = _outputs(trial, [x[:_LOSS_IMAGES] for x in images]), _Rest(trial, images)
     wanted, curves = {node.path for node in nodes}, {}
     in_order = [node for path, node in trial_nodes.items() if path in wanted]
     for own in progress(in_order, "layers whose sensitivity is measured", verbose):
@@ -82,6 +83,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
         norms = _following_norms(own, trial_nodes)
         norm_weights = [norm.get_weights() for norm in norms]
         rest.start_before(own.layer)
+        first = [x[:_LOSS_IMAGES] for x in rest.images]
         mean, covariance = patch_moments(rest.model, own, rest.images)
         if not bias and not norms:  # no bias can correct the mean: measure it as a part of the error
             mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
@@ -94,7 +96,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
             own.layer.set_weights([rebuilt, *(value + shift for value in bias)])
             for norm, values in zip(norms, norm_weights, strict=True):
                 norm.moving_mean.assign(values[-2] - shift)
-            curve.append((fraction, sizes[fraction], _loss(before, _outputs(rest.model, rest.images))))
+            curve.append((fraction, sizes[fraction], _loss(before, _outputs(rest.model, first))))
         own.layer.set_weights([kernel, *bias])
         for norm, values in zip(norms, norm_weights, strict=True):
             norm.set_weights(values)

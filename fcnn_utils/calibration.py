@@ -268,7 +268,8 @@ class _Moments:
             self.shift = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
         rows = rows - self.shift
         self.total = self.total + rows.sum(axis=0, dtype=np.float64)
-        self.squares = self.squares + (rows.T @ rows).astype(np.float64)
+        products = rows.T @ rows
+        self.squares = np.add(self.squares, products, out=self.squares if self.count else None, dtype=np.float64)
         self.count += len(rows)
 
     def mean_and_covariance(self):

@@ -56,7 +56,7 @@ def test_alternating_least_squares_equals_that_of_tensorly(shape, rank):
     tensor = random_kernel(shape)
     start = als.initial_factors(tensor, rank, seed=0, number=1)
     theirs = parafac(tensor, rank, n_iter_max=12, init=(np.ones(rank), [f.copy() for f in start]), tol=None)
-    ours, error = als.sweeps(tensor, start, als.no_ridge, 12, 0.0)
+    ours, error = als.sweeps(tensor, start, 12, 0.0)
     errors = [np.linalg.norm(tensor - tensorly.cp_to_tensor(cp)) for cp in (theirs, (None, ours))]
     theirs, ours = errors / np.linalg.norm(tensor)
     assert ours == pytest.approx(theirs, abs=1e-6) and error == pytest.approx(ours, abs=1e-9)
@@ -67,7 +67,7 @@ def test_a_sweep_never_raises_the_error(seed):
     tensor = random_kernel((9, 6, 8), seed)
     factors, errors = als.initial_factors(tensor, 12, seed, 1), []
     for _ in range(200):
-        factors, squared = als.sweep(tensor, factors, als.no_ridge)
+        factors, squared = als.sweep(tensor, factors)
         errors.append(squared)
     assert np.max(np.diff(errors)) <= 1e-12 * np.sum(tensor**2) and errors[-1] < 0.9 * errors[0]
 
@@ -79,7 +79,7 @@ def test_100_sweeps_with_a_momentum_reach_what_300_plain_ones_reach(trained, met
     modes = [rng.standard_normal((size, 1)) + 0.3 * rng.standard_normal((size, 10)) for size in (3, 3, 20, 20)]
     for kernel, rank in ((trained["conv3"][:, :, :48, :48], 29), (np.einsum("ir,jr,sr,tr->ijst", *modes), 10)):
         tensor = method._modes(kernel.astype(float))
-        _, plain = als.sweeps(tensor, als.initial_factors(tensor, rank, 0, 0), als.no_ridge, 300, 0.0)
+        _, plain = als.sweeps(tensor, als.initial_factors(tensor, rank, 0, 0), 300, 0.0)
         assert method.decompose(kernel, rank, n_iter=100, momentum=0.5).relative_error < plain
 
 
@@ -87,9 +87,9 @@ def test_100_sweeps_with_a_momentum_reach_what_300_plain_ones_reach(trained, met
 def test_extrapolation_never_raises_the_error(seed):
     tensor = random_kernel((9, 6, 8), seed)
     start = als.initial_factors(tensor, 12, seed, 1)
-    fits = [als.sweeps(tensor, start, als.no_ridge, count, 0.0, momentum=0.5) for count in range(1, 60, 3)]
+    fits = [als.sweeps(tensor, start, count, 0.0, momentum=0.5) for count in range(1, 60, 3)]
     errors = [error for _, error in fits]
-    assert (np.diff(errors) <= 0).all() and errors[-1] < als.sweeps(tensor, start, als.no_ridge, 58, 0.0)[1]
+    assert (np.diff(errors) <= 0).all() and errors[-1] < als.sweeps(tensor, start, 58, 0.0)[1]
     for factors, error in fits:
         rebuilt = np.einsum("ir,jr,kr->ijk", *factors)
         assert np.linalg.norm(tensor - rebuilt) / np.linalg.norm(tensor) == pytest.approx(error, rel=1e-6)
@@ -177,8 +177,11 @@ def test_correction_of_a_trained_kernel(trained, layer, rank, n_iter):
 
 def test_a_bound_on_the_norms_is_kept_and_changes_nothing_if_it_holds_already(trained):
     kernel = random_kernel()
-    assert np.array_equal(CP.decompose(kernel, 4).to_kernel(), CP.decompose(kernel, 4, max_norm=50.0).to_kernel())
-    plain = CP.decompose(trained["conv1"], 12, n_iter=1000, tol=0.0)
+    for momentum in (0.0, 0.5):
+        plain, loose = (CP.decompose(kernel, 4, momentum=momentum, max_norm=bound) for bound in (None, 50.0))
+        assert np.array_equal(plain.to_kernel(), loose.to_kernel())
+    assert np.array_equal(loose.to_kernel(), CP.decompose(kernel, 4, max_norm=50.0).to_kernel())  # the default
+    plain = CP.decompose(trained["conv1"], 12, n_iter=1000, tol=0.0, momentum=0.5)
     assert plain.total_norm > 3
     for max_norm in (3.0, 1.0):
         bounded = CP.decompose(trained["conv1"], 12, n_iter=1000, tol=0.0, max_norm=max_norm)

@@ -18,7 +18,7 @@ from scipy.optimize import brentq
 from fcnn_utils.factorizations.gram import left_vectors
 
 
-def sweeps(tensor, factors, ridge, n_iter, tol, momentum=0.0):
+def sweeps(tensor, factors, n_iter, tol, *, momentum=0.0, squared_norm=math.inf):
     """Sweep until ten sweeps lower the relative error by no more than `tol`.
 
     With a momentum, a sweep starts beyond the result of the last one, in the direction in which that one moved. If
@@ -29,10 +29,10 @@ def sweeps(tensor, factors, ridge, n_iter, tol, momentum=0.0):
     Args:
         tensor: array with two or more modes.
         factors: list of (I_n, R), one for each mode.
-        ridge: function (‖X‖², d (R,), squares (R,)) -> λ, such as `no_ridge`.
         n_iter: maximum number of sweeps.
         tol: smallest fall of the relative error in ten sweeps at which it goes on.
         momentum: how far beyond, at first, in steps of the last sweep.
+        squared_norm: largest sum of the components' squared norms; see `sweep`.
 
     Returns:
         (factors, relative error).
@@ -40,7 +40,7 @@ def sweeps(tensor, factors, ridge, n_iter, tol, momentum=0.0):
     norm, errors = np.linalg.norm(tensor), []
     start, best = factors, None
     while len(errors) < n_iter and not (len(errors) > 10 and errors[-11] - errors[-1] <= tol):
-        found, squared_error = sweep(tensor, start, ridge)
+        found, squared_error = sweep(tensor, start, squared_norm)
         error = math.sqrt(max(squared_error, 0)) / norm if norm else 0.0
         if best is None:
             start = best = found
@@ -53,8 +53,13 @@ def sweeps(tensor, factors, ridge, n_iter, tol, momentum=0.0):
     return best, errors[-1]
 
 
-def sweep(tensor, factors, ridge):
+def sweep(tensor, factors, squared_norm=math.inf, squared_error=None):
     """Update every mode once; afterwards all modes but the last have columns of unit norm (or zero).
+
+    The ridge λ is 0, unless one of these is given:
+
+        squared_norm: λ is as small as ‖A‖² ≤ squared_norm allows.
+        squared_error: λ is as large as ‖X₍ₙ₎ − A Zᵀ‖² ≤ squared_error allows; 0 if the error is larger without it.
 
     Returns:
         (factors, squared error).
@@ -72,8 +77,8 @@ def sweep(tensor, factors, ridge):
             product = np.einsum("lir,lr->ir", after.reshape(len(before), -1, len(gram)), before)
         else:
             product = after.reshape(len(before), -1).T @ before
-        factors[mode], squared_error = _update(gram, product, ridge, total)
-    return factors, squared_error
+        factors[mode], found = _update(gram, product, total, squared_norm, squared_error)
+    return factors, found
 
 
 def partial_products(tensor, factors):
@@ -91,35 +96,24 @@ def partial_products(tensor, factors):
     return products[::-1]
 
 
-def _update(gram, product, ridge, total):
+def _update(gram, product, total, squared_norm, squared_error):
     """Return the factor (I_n, R) from ZᵀZ and X₍ₙ₎ Z, and the squared error with it."""
-    if ridge is no_ridge:  # by a Cholesky factorization, in a third of the time, if it is well conditioned
+    if squared_error is None:  # without a ridge: by a Cholesky factorization, in a third of the time, where it will do
         cholesky, failed = lapack.dpotrf(gram)
         if not failed and lapack.dpocon(cholesky, np.linalg.norm(gram, 1))[0] > 1e-10:
             factor = lapack.dpotrs(cholesky, product.T)[0].T
-            return factor, total - np.sum(product * factor)
+            if np.vdot(factor, factor) <= squared_norm:
+                return factor, total - np.sum(product * factor)
     d, basis = np.linalg.eigh(gram)  # (R,), (R, R)
     product = product @ basis
     keep = d > d[-1] * len(d) * np.finfo(float).eps  # pseudo-inverse if columns are collinear
     d, product, basis = d[keep], product[:, keep], basis[:, keep]
     squares = np.sum(product**2, axis=0)
-    penalty = ridge(total, d, squares)
-    return product / (d + penalty) @ basis.T, _squared_error(penalty, total, d, squares)
-
-
-def no_ridge(total, d, squares):
-    """Plain least squares: λ = 0."""
-    return 0.0
-
-
-def preserving_ridge(total, d, squares, squared_error):
-    """Return the λ at which the squared error is as given, 0 if it is larger without a ridge."""
-    return _root(lambda ridge: _squared_error(ridge, total, d, squares) - squared_error, d)
-
-
-def bounding_ridge(total, d, squares, squared_norm):
-    """Return the λ at which ‖A‖² is as given, 0 if it is smaller already."""
-    return _root(lambda ridge: squared_norm - np.sum(squares / (d + ridge) ** 2), d)
+    if squared_error is not None:
+        ridge = _root(lambda ridge: _squared_error(ridge, total, d, squares) - squared_error, d)
+    else:
+        ridge = _root(lambda ridge: squared_norm - np.sum(squares / (d + ridge) ** 2), d)
+    return product / (d + ridge) @ basis.T, _squared_error(ridge, total, d, squares)
 
 
 def initial_factors(tensor, rank, seed, number):
@@ -158,7 +152,9 @@ def _squared_error(ridge, total, d, squares):
 
 
 def _root(rising, d):
-    """Return where a function that rises with the ridge crosses zero; 0 if it does not."""
+    """Return where a function that rises with the ridge crosses zero; 0 if it does not, or if ZᵀZ is zero."""
+    if not len(d):
+        return 0.0
     low, high = d[-1] * 1e-18, d[-1] * 1e18
     if rising(low) >= 0 or rising(high) <= 0:
         return 0.0

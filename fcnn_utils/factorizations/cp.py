@@ -8,7 +8,6 @@ of a plain result may grow without bound and cancel (degeneracy: de Silva & Lim 
 (Phan et al. 2020, arXiv 2008.05441). `max_norm` bounds them.
 """
 
-import functools
 import math
 
 import numpy as np
@@ -31,10 +30,9 @@ class CP(Factorization):
         seed: seed of the random numbers (0).
         n_iter: maximum number of sweeps for a start (100).
         tol: a start ends when ten sweeps lower the relative error by no more than this (1e-5).
-        max_norm: largest allowed `total_norm`, at least 1; None for no bound (None). If the best start exceeds
-            it, as many sweeps follow under the bound. The error may rise.
-        momentum: 0 for plain ALS, below 1 for extrapolation (0). With 0.5, 100 sweeps fit trained kernels as well as
-            300 and more plain ones.
+        max_norm: largest allowed `total_norm`, at least 1; None for no bound (None).
+        momentum: 0 for plain ALS, below 1 for extrapolation (0.5 with `max_norm`, else 0). With 0.5, 100 sweeps fit
+            trained kernels as well as 300 and more plain ones, but unbounded components grow faster, too.
 
     At the largest rank the exact decomposition is written down without iteration.
     """
@@ -59,11 +57,12 @@ class CP(Factorization):
     # parameters: the options of ALS, each with a default
     @classmethod
     @one_blas_thread()
-    def decompose(cls, kernel, ranks, *, n_starts=1, seed=0, n_iter=100, tol=1e-5, max_norm=None, momentum=0.0):
+    def decompose(cls, kernel, ranks, *, n_starts=1, seed=0, n_iter=100, tol=1e-5, max_norm=None, momentum=None):
         check_number("n_starts", n_starts, int, 1, 1000)
         check_number("seed", seed, int, 0, 2**31 - 1)
         check_number("n_iter", n_iter, int, 1, 1_000_000)
         check_number("tol", tol, float, 0, 1)
+        momentum = (0.0 if max_norm is None else 0.5) if momentum is None else momentum
         check_number("momentum", momentum, float, 0, 0.99)
         if max_norm is not None:
             check_number("max_norm", max_norm, float, 1, math.inf)
@@ -72,13 +71,10 @@ class CP(Factorization):
         tensor = cls._modes(kernel)
         if rank == cls.max_ranks(kernel.shape)[0]:
             return cls.from_factors(kernel, als.exact_factors(tensor))
+        limits = {"squared_norm": math.inf if max_norm is None else (max_norm * np.linalg.norm(kernel)) ** 2}
         starts = [als.initial_factors(tensor, rank, seed, number) for number in range(n_starts)]
-        fits = [als.sweeps(tensor, factors, als.no_ridge, n_iter, tol, momentum) for factors in starts]
-        best = cls.from_factors(kernel, min(fits, key=lambda fit: fit[1])[0])
-        if max_norm is None or not best.kernel_norm or best.total_norm <= max_norm:
-            return best
-        bound = functools.partial(als.bounding_ridge, squared_norm=(max_norm * best.kernel_norm) ** 2)
-        return cls.from_factors(kernel, als.sweeps(tensor, best.factors, bound, n_iter, tol, momentum)[0])
+        fits = [als.sweeps(tensor, factors, n_iter, tol, momentum=momentum, **limits) for factors in starts]
+        return cls.from_factors(kernel, min(fits, key=lambda fit: fit[1])[0])
 
     @classmethod
     def from_factors(cls, kernel, factors):
@@ -186,12 +182,11 @@ def error_preserving_correction(kernel, decomposition, *, error=None, n_iter=100
     if error < 1e-12:  # exact up to rounding: no error to trade for smaller norms
         return decomposition
     norm, before = decomposition.kernel_norm, decomposition.total_norm
-    ridge = functools.partial(als.preserving_ridge, squared_error=(error * norm) ** 2)
     tensor, factors = decomposition._modes(kernel), decomposition.factors
     for _ in range(n_iter):
         if before <= until:
             break
-        factors, _ = als.sweep(tensor, factors, ridge)
+        factors, _ = als.sweep(tensor, factors, squared_error=(error * norm) ** 2)
         after = float(np.linalg.norm(factors[-1])) / norm  # the other modes have columns of unit norm
         if before - after < tol * before:
             break

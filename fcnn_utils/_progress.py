@@ -1,6 +1,7 @@
 """Show the progress of work that takes longer than a second."""
 
 import sys
+import threading
 import time
 
 
@@ -14,9 +15,20 @@ def progress(items, what, verbose, count=None):
         count: number of items, if they have no length.
     """
     count, start, in_terminal = len(items) if count is None else count, time.monotonic(), sys.stdout.isatty()
-    for number, item in enumerate(items, 1):
-        yield item
-        seconds = time.monotonic() - start
-        if verbose and seconds > 1:
-            line = f"{what}: {number}/{count}, {seconds:.0f} s"
-            print(line, end="\r" if in_terminal and number < count else "\n", flush=True)
+
+    def show(number):
+        line = f"{what}: {number}/{count}, {time.monotonic() - start:.0f} s"
+        print(line, end="\r" if in_terminal and number < count else "\n", flush=True)
+
+    first = threading.Timer(1, show, (0,))  # if the first item takes long
+    first.daemon = True
+    if verbose:
+        first.start()
+    try:
+        for number, item in enumerate(items, 1):
+            yield item
+            first.cancel()
+            if verbose and time.monotonic() - start > 1:
+                show(number)
+    finally:
+        first.cancel()

@@ -107,7 +107,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
 def patch_moments(model, node, images):
     """Estimate mean and covariance of the patches that a Conv2D layer reads.
 
-    It stops once there are 20 times as many patches as a patch has values.
+    It stops once there are five times as many patches as a patch has values.
 
     Args:
         model: built model with the layer in it.
@@ -124,7 +124,7 @@ def patch_moments(model, node, images):
     for read in whole.read(node, 32):
         for x in read:
             moments.add(_patches(node.layer, x))
-        if moments.count > 20 * len(moments.total):
+        if moments.count > 5 * len(moments.total):
             break
     return moments.mean_and_covariance()
 

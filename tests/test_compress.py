@@ -424,6 +424,9 @@ def test_progress_is_shown_if_it_takes_longer_than_a_second(capsys):
             time.sleep(seconds)
         text = capsys.readouterr().out
         assert ("work" in text and "3/3" in text) == shown
+    for _ in _progress.progress([0], "slow", 1):
+        time.sleep(1.2)
+        assert "slow: 0/1, 1 s" in capsys.readouterr().out  # before the first item is done
 
 
 @pytest.mark.parametrize("method", ["cp", "tucker", "spatial"])

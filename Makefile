@@ -1,6 +1,6 @@
 # Short names for the usual commands. Each makes .venv first if it is missing or older than requirements.lock or
 # pyproject.toml. ARGS is passed on.
-#   make run  [ARGS="--only 07 08"]     execute the course in minutes; writes build/quick/
+#   make run  [ARGS="--only 11 14"]     execute the course in minutes; writes build/quick/
 #   make test [ARGS="tests/test_X.py"]  lint and the usual tests
 #   make test-full                      the usual tests and those that take long: solutions, large networks, the book
 #   make bench                          the tests that measure time or memory; run nothing beside them

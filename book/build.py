@@ -85,7 +85,7 @@ def title(notebook):
 
 def known_first(notebook):
     """Numbers of its prerequisites: the notebooks that it links to, and those between "[04](…)–[06](…)"."""
-    line = re.search(r"^\*\*Know first:\*\*(.*)$", prose(notebook), re.M)[1]
+    line = re.search(r"^\*\*(?:Know first|Prerequisites):\*\*(.*)$", prose(notebook), re.M)[1]
     numbers = {int(number) for number in re.findall(r"\]\((\d\d)_", line)}
     for first, last in re.findall(r"\[(\d\d)\]\([^)]*\)–\[(\d\d)\]", line):
         numbers |= set(range(int(first), int(last)))
@@ -114,14 +114,14 @@ def references(notebook):
 
 def draw_map(notebooks, target):
     """Draw the notebooks as boxes, with an arrow from each to those that build on it."""
-    columns = ((1, 2, 3, 9, None, None, 12), (None,) * 5 + (10,), (4, 5, 6, 7, 8, 11))
+    columns = ((1, 2, 3, 4, 5, 6, 7, 16, 21), (None,) * 7 + (19,), (8, 9, 10, 11, 14, None, 20))
     names = {int(name[:2]): title(notebook) for name, notebook in notebooks.items()}
     places = {number: (x, -y) for x, column in enumerate(columns) for y, number in enumerate(column) if number in names}
     before = {int(name[:2]): known_first(notebook) for name, notebook in notebooks.items()}
-    figure, ax = plt.subplots(figsize=(9, 6.5))
+    figure, ax = plt.subplots(figsize=(9, 8))
     boxes = {}
     for number, place in places.items():
-        color = "#dbe9f6" if number < 9 else "#fdebd3"
+        color = "#dbe9f6" if number < 16 else "#fdebd3"
         box = {"boxstyle": "round,pad=0.5", "facecolor": color, "edgecolor": "0.4"}
         words = names[number].replace(" a trained", "\na trained")
         boxes[number] = ax.text(*place, words, ha="center", va="center", bbox=box, fontsize=10)
@@ -130,10 +130,10 @@ def draw_map(notebooks, target):
             if any(first in before[between] for between in before[number]):
                 continue  # another path leads there
             patches = {"patchA": boxes[first].get_bbox_patch(), "patchB": boxes[number].get_bbox_patch()}
-            bend = {"connectionstyle": f"arc3,rad={-0.25 if place[0] > places[first][0] else 0}"}  # around 09
+            bend = {"connectionstyle": f"arc3,rad={-0.25 if place[0] > places[first][0] else 0}"}
             style = {"arrowstyle": "-|>", "color": "0.4", "shrinkA": 2, "shrinkB": 2, **bend, **patches}
             ax.annotate("", place, places[first], arrowprops=style)
-    ax.set(xlim=(-0.6, 2.6), ylim=(-6.5, 0.5))
+    ax.set(xlim=(-0.6, 2.6), ylim=(-8.5, 0.5))
     ax.axis("off")
     figure.savefig(target, bbox_inches="tight", metadata={"Date": None})
 

@@ -104,7 +104,7 @@ def _parser():
 def _add_run(run):
     run.set_defaults(command=_run)
     run.add_argument("--profile", default="quick", help="smoke (few images), quick (default) or full (as published)")
-    run.add_argument("--only", nargs="+", default=[], metavar="NN", help="run only these notebooks, for example 07 08")
+    run.add_argument("--only", nargs="+", default=[], metavar="NN", help="run only these notebooks, for example 11 14")
     run.add_argument("--from", dest="start", metavar="NN", help="run this notebook and all after it")
     run.add_argument("--dataset", help="cifar100, standin, or auto: cifar100 if it is available, otherwise standin")
     run.add_argument(

@@ -72,7 +72,9 @@ def test_exercises_have_three_grades_and_folded_solutions(notebook):
 
 
 def test_prerequisites_include_notebooks_in_a_range():
-    cell = nbformat.v4.new_markdown_cell("**Know first:** a ([01](01_a.ipynb)), b ([04](04_b.ipynb)–[07](07_c.ipynb)).")
+    cell = nbformat.v4.new_markdown_cell(
+        "**Prerequisites:** a ([01](01_a.ipynb)), b ([04](04_b.ipynb)–[07](07_c.ipynb))."
+    )
     assert build.known_first(nbformat.v4.new_notebook(cells=[cell])) == [1, 4, 5, 6, 7]
 
 
@@ -160,7 +162,7 @@ def test_all_figures_are_in_the_list_of_figures(pages, site):
 
 @pytest.mark.full
 def test_page_has_numbered_equations_and_the_offline_mathjax(site):
-    page = site / "notebooks" / "01_low_rank_and_cp.html"
+    page = site / "notebooks" / "01_low_rank_matrices.html"
     text = page.read_text()
     assert r"\tag{1.1}" in text and r"\begin{split}" not in text
     assert "../_static/mathjax/tex-chtml.js" in [load.split("?")[0] for load in Page(page).loads]

@@ -12,6 +12,17 @@ from keras import layers
 from fcnn_utils import batch_norm, deploy
 
 OTHERS = deploy.ENGINES[1:]
+# OpenVINO and LiteRT take seconds for an export: where the engine hardly matters, the usual tests have one of them.
+ONNX_AT_LEAST = ["onnxruntime", *(pytest.param(engine, marks=pytest.mark.full) for engine in OTHERS[1:])]
+
+
+def in_part(kinds):
+    """Return all pairs (engine, kind); the usual tests have all kinds for ONNX Runtime and one for the others."""
+    usual = [(OTHERS[0], kind) for kind in kinds] + list(zip(OTHERS[1:], kinds, strict=True))
+    pairs = [(engine, kind) for engine in OTHERS for kind in kinds]
+    return [pair if pair in usual else pytest.param(*pair, marks=pytest.mark.full) for pair in pairs]
+
+
 SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".xml", "litert": ".tflite"}
 
 
@@ -114,7 +125,7 @@ def test_engines_compute_what_keras_computes(engine):
         assert np.allclose(run(images(count)), expected, rtol=1e-4, atol=1e-6) and expected.std() > 1e-3
 
 
-@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("engine", ONNX_AT_LEAST)
 def test_a_folded_network_in_mixed_precision_is_exported_in_float32_to_a_file_of_any_name(engine, tmp_path):
     needs(engine)
     folded = batch_norm.fold_batch_norm(small("mixed_bfloat16"))
@@ -135,7 +146,7 @@ def test_openvino_computes_in_bfloat16_if_the_processor_can(tmp_path):
         assert np.abs(single - half).max() > 1e-6
 
 
-@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("engine", ONNX_AT_LEAST)
 def test_a_network_for_images_of_any_size_is_exported_for_any_size(engine):
     needs(engine)
     model = stack(layers.Conv2D(4, 3, padding="same", activation="relu"), layers.UpSampling2D(), shape=(None, None, 3))
@@ -162,8 +173,7 @@ def branched(kind):
     return keras.Model({"late": z, "early": a, "codes": codes}, {"q": second, "b": first, "c": third})
 
 
-@pytest.mark.parametrize("kind", ["list", "dict"])
-@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("engine, kind", in_part(["list", "dict"]))
 @pytest.mark.filterwarnings("ignore:When providing .inputs. as a dict")
 def test_several_inputs_and_outputs_are_those_of_keras(engine, kind, tmp_path):
     needs(engine)
@@ -202,8 +212,7 @@ def test_a_file_of_another_program_takes_its_inputs_in_its_own_order(engine, mon
     assert_same(run([x, y]), model.predict_on_batch([x, y]))
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int32"])
-@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("engine, dtype", in_part(["uint8", "int32"]))
 def test_inputs_are_cast_to_the_dtype_that_the_model_reads(engine, dtype):
     needs(engine)
     model = stack(layers.Rescaling(1 / 255), layers.Conv2D(4, 3), dtype=dtype)
@@ -231,7 +240,7 @@ class Mirror(layers.RandomFlip):
     """A user's augmentation."""
 
 
-@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("engine", ONNX_AT_LEAST)
 def test_what_acts_in_training_only_does_nothing_in_a_file(engine, tmp_path):
     needs(engine)
     inputs = keras.Input((8, 8, 3), dtype="uint8")
@@ -254,10 +263,11 @@ def test_what_acts_in_training_only_does_nothing_in_a_file(engine, tmp_path):
             {"interpolation": "bicubic"},
             r"because of its Resizing 'bad': Node number \d+ \(FlexResizeBicubic\)",
         ),
-        (
+        pytest.param(
             "openvino",
             {"activation": "log_softmax"},
             "because of its Conv2D 'bad': its output differs from that of Keras by",
+            marks=pytest.mark.full,  # the search for the layer takes 10 seconds
         ),
     ],
     ids=["gelu", "celu", "bicubic", "log_softmax"],

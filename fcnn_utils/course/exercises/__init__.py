@@ -1,0 +1,51 @@
+"""Check answers to the exercises of the notebooks: `check("01.2", answer)`.
+
+The checks of chapter NN are in the module `chapterNN`. Each takes an answer and returns an empty string if it is right,
+else a sentence that helps. An answer may be a number, an array, a dict, or a function that the check calls.
+"""
+
+import importlib
+import importlib.util
+
+_CHECKS = {}  # number such as "01.2" -> function
+
+
+def exercise(number):
+    """Register a function as the check of an exercise."""
+
+    def register(function):
+        _CHECKS[number] = function
+        return function
+
+    return register
+
+
+def numbers(chapter):
+    """Return the numbers of a chapter's exercises that have a check, such as ["01.1", "01.2"]."""
+    if not importlib.util.find_spec(f"{__name__}.chapter{chapter}"):
+        return []
+    importlib.import_module(f"{__name__}.chapter{chapter}")
+    return sorted(number for number in _CHECKS if number.startswith(f"{chapter}."))
+
+
+def check(number, answer):
+    """Print whether an answer is right. An answer that is not given yet (... or None) is neither right nor wrong.
+
+    Raises:
+        ValueError: no exercise of this number has a check.
+    """
+    print(f"{number}: {verdict(number, answer)}")
+
+
+def verdict(number, answer):
+    """Return "right", "no answer yet", or "not yet; ..." with a sentence that helps; see `check`."""
+    known = numbers(str(number).partition(".")[0])
+    if number not in known:
+        raise ValueError(f"no exercise {number!r} has a check; this chapter has {', '.join(known) or 'none'}")
+    if answer is ... or answer is None:
+        return "no answer yet"
+    try:
+        wrong = _CHECKS[number](answer)
+    except Exception as error:  # the answer may be anything, and a function of the reader's may fail
+        wrong = f"your answer stops with {type(error).__name__}: {error}"
+    return f"not yet; {wrong}" if wrong else "right"

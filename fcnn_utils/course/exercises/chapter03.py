@@ -75,7 +75,7 @@ def error_of_a_matrix(function):
             return "return one number, the error after the last sweep"
         if found < truth - 1e-6:
             return "your error is below that of the truncated SVD, which is impossible; is it relative to the norm?"
-        if found > truth + 1e-4:
+        if not found <= truth + 1e-4:
             return f"for a {shape[0]} × {shape[1]} matrix at rank {rank} the error can be smaller; try more sweeps"
     return ""
 

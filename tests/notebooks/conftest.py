@@ -6,7 +6,7 @@ import matplotlib
 import nbformat
 import pytest
 
-from fcnn_utils.course import runner
+from fcnn_utils.course import exercises, runner
 
 
 class Chapter:
@@ -32,11 +32,15 @@ class Chapter:
     def text(self):
         return "\n".join(cell.source for cell in self.cells if cell.cell_type == "markdown")
 
+    @property
+    def folded(self):
+        """The code in the folded parts of the text."""
+        folded = re.findall(r"<details>(.*?)</details>", self.text, re.DOTALL)
+        return [code for fold in folded for code in re.findall(r"```python\n(.*?)```", fold, re.DOTALL)]
+
     def solutions(self):
         """Return dict number of an exercise -> code of its solution, which ends with a call of `check`."""
-        folded = re.findall(r"<details>(.*?)</details>", self.text, re.DOTALL)
-        codes = [code for fold in folded for code in re.findall(r"```python\n(.*?)```", fold, re.DOTALL)]
-        return {re.search(r'check\("(\d\d\.\d)"', code)[1]: code for code in codes if 'check("' in code}
+        return {re.search(r'check\("(\d\d\.\d)"', code)[1]: code for code in self.folded if 'check("' in code}
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +51,25 @@ def chapter(request, tmp_path_factory):
         matplotlib.use("agg")
         yield Chapter(request.module.CHAPTER)
         matplotlib.pyplot.close("all")
+
+
+@pytest.fixture
+def check_exercises(chapter, capsys):
+    """A function that checks the exercises of the chapter, given dict number -> wrong answers."""
+
+    def check(wrong):
+        solutions = chapter.solutions()
+        assert sorted(wrong) == sorted(solutions) == exercises.numbers(chapter.number)
+        for number, code in solutions.items():
+            exec(code, dict(chapter.variables))
+            assert capsys.readouterr().out.splitlines()[-1] == f"{number}: right"
+        for number, answers in wrong.items():
+            assert len(answers) >= 2
+            for answer in answers:
+                verdict = exercises.verdict(number, answer)
+                assert verdict.startswith("not yet; ") and "stops with" not in verdict, (number, answer, verdict)
+        for code in chapter.folded:
+            if "check(" not in code:  # where to start with the open exercise
+                exec(code, dict(chapter.variables))
+
+    return check

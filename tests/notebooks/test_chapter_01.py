@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from fcnn_utils.course import exercises
-
 CHAPTER = "01"
 
 
@@ -93,23 +91,5 @@ def test_numbers_in_the_solutions(chapter):
     assert counts[0] < counts[1] < counts[2] and max(counts[3:]) <= 2
 
 
-def test_right_answers_are_accepted(chapter, capsys):
-    solutions = chapter.solutions()
-    assert sorted(solutions) == exercises.numbers(CHAPTER)
-    for number, code in solutions.items():
-        exec(code, dict(chapter.variables))
-        assert capsys.readouterr().out.splitlines()[-1] == f"{number}: right"
-
-
-@pytest.mark.parametrize("number", sorted(WRONG))
-def test_wrong_answers_are_rejected(number, capsys):
-    assert sorted(WRONG) == exercises.numbers(CHAPTER)
-    for answer in WRONG[number]:
-        assert exercises.verdict(number, answer).startswith("not yet")
-        assert "stops with" not in capsys.readouterr().out
-
-
-def test_where_to_start_runs(chapter):
-    """The code of the open exercise runs."""
-    (cell,) = (cell.source for cell in chapter.cells if "Where to start" in cell.source)
-    exec(cell.split("Where to start")[1].split("```python")[1].split("```")[0], dict(chapter.variables))
+def test_exercises(check_exercises):
+    check_exercises(WRONG)

@@ -1,7 +1,5 @@
 """The numbers and exercises of chapter 04."""
 
-import re
-
 import numpy as np
 
 CHAPTER = "04"
@@ -72,21 +70,5 @@ def test_example_by_hand_of_the_ridge():
     assert np.isclose(np.linalg.norm(z @ [1, 1] - [2, 0.11]) / np.linalg.norm([2, 0.11]), 0.05, atol=1e-3)
 
 
-def test_right_answers_are_accepted(chapter, capsys):
-    solutions = chapter.solutions()
-    assert set(solutions) == set(WRONG)
-    for number, code in solutions.items():
-        exec(code, chapter.variables)
-        assert capsys.readouterr().out.strip().splitlines()[-1] == f"{number}: right"
-
-
-def test_wrong_answers_are_rejected(chapter, capsys):
-    for number, answers in WRONG.items():
-        for answer in answers:
-            chapter["check"](number, answer)
-            assert f"{number}: not yet; " in capsys.readouterr().out
-
-
-def test_start_of_the_open_exercise_runs(chapter):
-    (code,) = [code for code in re.findall(r"```python\n(.*?)```", chapter.text, re.DOTALL) if "check(" not in code]
-    exec(code, chapter.variables)
+def test_exercises(check_exercises):
+    check_exercises(WRONG)

@@ -28,6 +28,7 @@ from fcnn_utils import _engines, _trace, keras_graph
 from fcnn_utils._checks import check_choice, check_number
 from fcnn_utils._engines import ENGINES, TITLES
 from fcnn_utils._files import cannot_write
+from fcnn_utils._processors import available_cores
 
 _SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".xml", "litert": ".tflite"}
 _ENGINE_OF = {suffix: engine for engine, suffix in _SUFFIXES.items()}
@@ -148,11 +149,6 @@ def random_inputs(model, batch=2):
         return rng.integers(0, min([{"bool": 2, "int8": 128}.get(dtype, 256), *limits]), shape).astype(dtype)
 
     return keras.tree.map_structure(draw, _input_structure(model))
-
-
-def available_cores():
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @contextlib.contextmanager

@@ -119,11 +119,16 @@ def loaded_after(program):
         ("import fcnn_utils", {"numpy", "keras"}),
         ("import fcnn_utils.factorizations", {"keras", "tensorflow"}),
         (
+            "from fcnn_utils.course import data, parameters, plots\nfrom fcnn_utils.course.exercises import check\n"
+            "plots.setup(0)\ndata.load('standin')\nparameters.check(SEED=0)",
+            {"keras", "tensorflow"},
+        ),
+        (
             "from fcnn_utils.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass",
             {"numpy", "pandas", "keras", "papermill", "tensorflow"},
         ),
     ],
-    ids=["package", "factorizations", "help"],
+    ids=["package", "factorizations", "theory chapters", "help"],
 )
 def test_imports_stay_light(program, absent):
     loaded = loaded_after(program)

@@ -1,7 +1,8 @@
 """Describe where a result comes from: device, backend, versions, commit of the course.
 
 Keras does not tell a device's name or abilities. Therefore `gpu`, `has_bfloat16` and `deterministic`
-import the active backend, inside the function, so that no other one is loaded.
+import the active backend, inside the function, so that no other one is loaded. Keras itself is imported inside
+functions, too: the first chapters need none.
 """
 
 import datetime
@@ -9,24 +10,31 @@ import functools
 import logging
 import os
 import platform
+import random
 import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
-import keras
+import numpy as np
 
+from fcnn_utils._processors import available_cores
 from fcnn_utils.course import paths
-from fcnn_utils.deploy import available_cores
 
 _ASKED = {"deterministic": False}  # whether this process called `deterministic`
 
 
 def setup(seed):
-    """Start a notebook: seed Python, NumPy and the backend; print one line about this machine."""
-    keras.utils.set_random_seed(seed)
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # hide warnings about retracing
-    paths.say(summary(describe()))
+    """Start a notebook: seed Python, NumPy and, if Keras is imported, the backend; print a line about this machine."""
+    if "keras" in sys.modules:
+        sys.modules["keras"].utils.set_random_seed(seed)
+        logging.getLogger("tensorflow").setLevel(logging.ERROR)  # hide warnings about retracing
+        paths.say(summary(describe()))
+    else:
+        random.seed(seed)
+        np.random.seed(seed)
+        paths.say(f"{processor()} · {_counted(available_cores())}")
 
 
 def deterministic():
@@ -41,7 +49,7 @@ def deterministic():
     Raises:
         ValueError: if TensorFlow has already computed something.
     """
-    backend = keras.config.backend()
+    backend = _backend()
     if backend == "tensorflow":
         import tensorflow as tf
 
@@ -70,7 +78,7 @@ def describe():
     return {
         "device": gpu() or processor(),
         "cores": available_cores(),
-        "backend": keras.config.backend(),
+        "backend": _backend(),
         "versions": {name: version for name, version in versions.items() if version},
         "python": platform.python_version(),
         **_ASKED,
@@ -82,8 +90,12 @@ def describe():
 def summary(here):
     """Format the dict of `describe`, or a record, as one line. The line of a record ends with its date."""
     date = f" · {here['date'][:10]}" if "epochs" in here else ""
-    cores = f"{here['cores']} core" + ("s" if here["cores"] != 1 else "")
-    return f"{here['device']} · {cores} · Keras {here['versions']['keras']} on {here['backend']}" + date
+    keras = f"Keras {here['versions']['keras']} on {here['backend']}"
+    return f"{here['device']} · {_counted(here['cores'])} · {keras}{date}"
+
+
+def _counted(cores):
+    return f"{cores} core" + ("s" if cores != 1 else "")
 
 
 @functools.cache
@@ -98,10 +110,16 @@ def processor():
     return f"CPU {platform.processor()}".strip()
 
 
+def _backend():
+    import keras
+
+    return keras.config.backend()
+
+
 @functools.cache
 def gpu():
     """Return the name of the backend's first GPU, "GPU …"; None if it computes on the CPU."""
-    backend = keras.config.backend()
+    backend = _backend()
     if backend == "tensorflow":
         import tensorflow as tf
 
@@ -125,7 +143,7 @@ def has_bfloat16():
     It is faster on an NVIDIA GPU from Ampere on, and on a CPU with AVX-512, AMX or Arm instructions for
     bfloat16 under TensorFlow. JAX emulates bfloat16 on a CPU, which is slower than float32.
     """
-    backend = keras.config.backend()
+    backend = _backend()
     if gpu() is None:
         return backend == "tensorflow" and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", _cpuinfo()))
     if backend == "torch":

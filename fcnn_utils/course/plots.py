@@ -17,11 +17,12 @@ from IPython.display import HTML
 from PIL import Image
 
 from fcnn_utils import _files
-from fcnn_utils.course import environment, networks, paths
+from fcnn_utils.course import environment, paths
+from fcnn_utils.course.titles import TITLES
 
 PALETTE = sns.color_palette("colorblind")
-COLORS = dict(zip(networks.TITLES, [*PALETTE[:5], PALETTE[9]], strict=True))
-MARKERS = dict(zip(networks.TITLES, "os^pDP", strict=True))
+COLORS = dict(zip(TITLES, [*PALETTE[:5], PALETTE[9]], strict=True))
+MARKERS = dict(zip(TITLES, "os^pDP", strict=True))
 # matplotlib's player loads its icons from the network; these characters replace them.
 _ICONS = {"minus": "−", "fast-backward": "«", "step-backward": "‹", "play": "▶", "pause": "❚❚"}
 _ICONS |= {"step-forward": "›", "fast-forward": "»", "plus": "+"}
@@ -144,7 +145,7 @@ def learning_curves(runs, column, scale=1.0, label="", ax=None):
     ax = ax or plt.subplots()[1]
     for name, (ours, theirs) in runs.items():
         style = {"color": COLORS[name], "marker": MARKERS[name]}
-        ax.plot(ours["epoch"], scale * ours[column], **style, label=networks.TITLES[name])
+        ax.plot(ours["epoch"], scale * ours[column], **style, label=TITLES[name])
         ax.plot(theirs["epoch"], scale * theirs[column], **style, linestyle="--", alpha=0.8, markerfacecolor="white")
     ax.plot([], [], color="0.45", linestyle="--", label="thesis")
     ax.set(xlabel="epoch", ylabel=label)
@@ -169,7 +170,7 @@ def trade_off(table, column, label, ax=None):
         ax.scatter(*position, color=color, marker=MARKERS[name], s=90, zorder=3)
         right = name in ("simple", "wider_separable")  # there is room on this side
         place = {"xytext": (8 if right else -8, 0), "ha": "left" if right else "right", "va": "center"}
-        ax.annotate(networks.TITLES[name], position, textcoords="offset points", fontsize=9, **place)
+        ax.annotate(TITLES[name], position, textcoords="offset points", fontsize=9, **place)
     ax.set(xlabel=label, ylabel="top-1 on test images (%)")
     ax.margins(0.4, 0.25)
     ax.set_xlim(left=0)
@@ -187,7 +188,7 @@ def dots(table, xlabel="", ax=None):
     position = np.arange(len(table))
     ax.hlines(position, table.min(axis=1), table.max(axis=1), color="0.8", linewidth=3, zorder=1)
     for name in table.columns:
-        style = {"color": COLORS[name], "marker": MARKERS[name], "label": networks.TITLES[name]}
+        style = {"color": COLORS[name], "marker": MARKERS[name], "label": TITLES[name]}
         ax.scatter(table[name], position, s=45, zorder=2, **style)
     ax.set_yticks(position, table.index)
     ax.invert_yaxis()

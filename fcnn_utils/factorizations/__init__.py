@@ -13,6 +13,7 @@ in float64 by NumPy, SciPy and TensorLy's NumPy backend; nothing here imports Ke
 file with its class and import it here.
 """
 
+from fcnn_utils._processors import one_blas_thread
 from fcnn_utils.factorizations.base import (
     FACTORIZATIONS,
     Factorization,
@@ -21,7 +22,6 @@ from fcnn_utils.factorizations.base import (
     decompose,
     decompose_many,
     get,
-    one_blas_thread,
 )
 from fcnn_utils.factorizations.chain import ChainLayer, place_strides
 from fcnn_utils.factorizations.cp import CP, CP4, error_preserving_correction

@@ -23,51 +23,18 @@ parameters and MACs, the Keras layers and their weights, and the factor that `ca
 This module does not use Keras.
 """
 
-import contextlib
 import dataclasses
-import functools
 import inspect
 import math
-import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from threadpoolctl import OpenBLASController, ThreadpoolController
 
 from fcnn_utils._checks import check_number
+from fcnn_utils._processors import available_cores, one_blas_thread
 from fcnn_utils.factorizations.chain import SPATIAL, ChainLayer, place_strides
 
 FACTORIZATIONS = {}  # name -> class; a subclass that sets a name registers itself
-
-_blas = functools.cache(lambda: ThreadpoolController().select(user_api="blas"))  # it searches all loaded libraries
-_blas_lock = threading.Lock()
-_blas_users, _blas_limit = 0, None  # how many blocks of `one_blas_thread` are open, and what the first of them set
-
-
-@contextlib.contextmanager
-def one_blas_thread():
-    """Let BLAS use one thread in this block, also as a decorator of a function.
-
-    BLAS threads wait for each other in every product of matrices. If another program has a processor, they wait long:
-    a decomposition by small products then takes ten times as long. The number of BLAS threads belongs to the process,
-    not to a Python thread. Therefore the first block that is entered sets it, and the last that is left, in whichever
-    thread, restores it. Blocks may be nested. Hold one around a pool of threads that decompose several kernels.
-    """
-    global _blas_users, _blas_limit
-    with _blas_lock:
-        if not _blas_users:
-            _blas_limit = _blas().limit(limits=1)
-            OpenBLASController.clear_controlling_thread()  # else no other thread could restore it
-        _blas_users += 1
-    try:
-        yield
-    finally:
-        with _blas_lock:
-            _blas_users -= 1
-            if not _blas_users:
-                _blas_limit.restore_original_limits()
-                OpenBLASController.clear_controlling_thread()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -367,7 +334,7 @@ def decompose_many(method, kernels, **options):
     Raises:
         ValueError: an argument is not allowed; the message names the kernel.
     """
-    with one_blas_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(available_cores()) as pool:
         running = {name: pool.submit(method.decompose, *given, **options) for name, given in kernels.items()}
         for name, future in running.items():
             try:

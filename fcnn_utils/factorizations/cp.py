@@ -13,8 +13,9 @@ import math
 import numpy as np
 
 from fcnn_utils._checks import check_number
+from fcnn_utils._processors import one_blas_thread
 from fcnn_utils.factorizations import als
-from fcnn_utils.factorizations.base import Factorization, check_kernel, one_blas_thread
+from fcnn_utils.factorizations.base import Factorization, check_kernel
 from fcnn_utils.factorizations.chain import AXIS_NAMES
 
 

@@ -96,3 +96,11 @@ def test_notebooks_run_compiled_without_records_and_with_all_solutions(course, g
     folder = runner.run("smoke", only=group)
     for number in group:
         check_executed(folder, number)
+
+
+@pytest.mark.full
+@in_groups(CHAPTERS)
+def test_chapters_run_with_another_seed(course, group):
+    folder = runner.run("quick", only=group, dataset="standin", settings={"SEED": 3})
+    for number in group:
+        check_executed(folder, number)

@@ -19,6 +19,7 @@ from keras import layers
 from fcnn_utils import blocks
 from fcnn_utils._checks import check_choice, check_number
 from fcnn_utils.course.networks import cited
+from fcnn_utils.course.titles import TITLES as TITLES
 
 # One row per convolution: (kind, filters, kernel size, stride). Filters None: one filter per class.
 THESIS_PLANS = {
@@ -84,15 +85,6 @@ EQUAL_WIDTHS = {
     "parameters": {"simple": 0.6, "wider_factorized": 0.54, "wider_separable": 0.735},
     "MACs": {"simple": 0.6, "wider_factorized": 0.54, "wider_separable": 1.0, "deeper_tucker": 0.79},
     "time": {"simple": 0.6, "wider_factorized": 0.54, "wider_separable": 0.735, "deeper_tucker": 0.79},
-}
-
-TITLES = {
-    "simple": "simple",
-    "wider_factorized": "wider, factorized",
-    "wider_separable": "wider, separable",
-    "deeper_dense": "deeper, dense",
-    "deeper_tucker": "deeper, Tucker-2",
-    "deeper_separable": "deeper, separable",
 }
 
 

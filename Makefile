@@ -12,7 +12,7 @@ VENV ?= .venv
 PYTEST = $(VENV)/bin/python -m pytest
 # As many workers as processors, but at most 4: each loads TensorFlow. The tests of one file share a worker, and so its
 # fixtures; each group of notebooks may have its own. The notebooks, which take longest, come first (tests/conftest.py).
-PARALLEL = --numprocesses=logical --maxprocesses=4 --dist=loadgroup --no-loadscope-reorder
+PARALLEL = --numprocesses=logical --maxprocesses=4 --dist=loadscope --no-loadscope-reorder
 
 run: $(VENV)/ready
 	$(VENV)/bin/python -m fcnn_utils run $(ARGS)

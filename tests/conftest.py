@@ -18,14 +18,22 @@ def output(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Start with the notebooks, which take longest, and keep the tests of a file together.
-
-    With `--dist=loadgroup` the tests of a group share a worker: those of one file, so that its fixtures are made once.
-    The groups of notebooks are independent and say so themselves.
-    """
+    """Start with the notebooks, which take longest."""
     items.sort(key=lambda item: item.path.name != "test_smoke.py")
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Let the tests of a file share a worker, so that its fixtures are made once. Notebooks may have one each.
+
+    The groups of xdist (`--dist=loadgroup`) do not work with pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith("test_smoke.py") else file
+
+    return ByFile(config, log)

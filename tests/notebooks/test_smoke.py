@@ -41,12 +41,7 @@ def solutions(notebook):
 
 
 def in_groups(groups):
-    """Run a test once for each group, with a worker of its own."""
-    cases = []
-    for group in groups:
-        name = "-".join(group)
-        cases.append(pytest.param(group, id=name, marks=pytest.mark.xdist_group(f"notebooks {name}")))
-    return pytest.mark.parametrize("group", cases)
+    return pytest.mark.parametrize("group", groups, ids=["-".join(group) for group in groups])
 
 
 @pytest.fixture

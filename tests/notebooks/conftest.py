@@ -65,6 +65,8 @@ def check_exercises(chapter, capsys):
             assert capsys.readouterr().out.splitlines()[-1] == f"{number}: right"
         for number, answers in wrong.items():
             assert len(answers) >= 2
+            if callable(answers[0]):
+                assert exercises.verdict(number, lambda *arguments: None) == "no answer yet"
             for answer in answers:
                 verdict = exercises.verdict(number, answer)
                 assert verdict.startswith("not yet; ") and "stops with" not in verdict, (number, answer, verdict)

@@ -21,7 +21,6 @@ WRONG = {
         lambda matrix, error: np.linalg.matrix_rank(matrix),
         lambda matrix, error: 1 + int(np.argmax(_energy(matrix) >= 1 - error)),  # without the square root
         lambda matrix, error: 2 + int(np.argmax(_energy(matrix) >= 1 - error**2)),
-        lambda matrix, error: None,
     ],
     "01.4": [
         lambda kernel: (kernel[:, 0], kernel[0]),

@@ -17,7 +17,6 @@ WRONG = {
         lambda matrix, mode, shape: np.moveaxis(
             matrix.reshape(shape[mode], *shape[:mode], *shape[mode + 1 :]), mode, 0
         ),
-        lambda matrix, mode, shape: None,
     ],
     "02.4": [
         lambda factors: np.vstack(factors),

@@ -11,18 +11,15 @@ WRONG = {
     "03.1": [[3, 9, 81], [3 / 4, 3 / 4, 3 / 4], [3 / 4, 9 / 8, 9 / 4], [4 / 3, 8 / 9, 32 / 81], 0.75],
     "03.2": [[8_294_400, 2_010_000], [24_883_200, 20_100], [24_883_200, 6_030_000], 24_883_200],
     "03.3": [
-        lambda tensor, factors, mode: None,
         lambda tensor, factors, mode: np.zeros((tensor.shape[mode], 3)),
         lambda tensor, factors, mode: factors[mode],
     ],
     "03.4": [
-        lambda matrix, rank: None,
         lambda matrix, rank: 0.0,
         lambda matrix, rank: 0.9,
         lambda matrix, rank: [1, 2],
     ],
     "03.5": [
-        lambda tensor, rank, starts, sweeps: None,
         lambda tensor, rank, starts, sweeps: [np.ones((size, rank)) for size in tensor.shape],
         lambda tensor, rank, starts, sweeps: [np.ones((size, rank)) for size in tensor.shape[:2]],
     ],

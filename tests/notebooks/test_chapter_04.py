@@ -7,15 +7,13 @@ CHAPTER = "04"
 WRONG = {
     "04.1": [[2, 2, 2, 2], [2, 3, 2, 2], [2, 3, 3, 1], [3, 3, 3, 3], [2, 3, 3]],
     "04.2": [[1000, 1000], [577, 1000], [1732, 1000], 1000],
-    "04.3": [lambda tensor: None, lambda tensor: 2, lambda tensor: np.linalg.matrix_rank(tensor).max()],
+    "04.3": [lambda tensor: 2, lambda tensor: np.linalg.matrix_rank(tensor).max()],
     "04.4": [
-        lambda x, z, allowed: None,
         lambda x, z, allowed: x @ np.linalg.pinv(z).T,
         lambda x, z, allowed: np.zeros((len(x), z.shape[1])),
         lambda x, z, allowed: x @ z,
     ],
     "04.5": [
-        lambda factors: None,
         lambda factors: factors,
         lambda factors: [factor / np.linalg.norm(factor, axis=0) for factor in factors],
     ],

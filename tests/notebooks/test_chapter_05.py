@@ -11,7 +11,6 @@ WRONG = {
         lambda size, k, stride, padding: (size - k) // stride + 1,
         lambda size, k, stride, padding: -(-size // stride),
         lambda size, k, stride, padding: size // stride if padding == "same" else (size - k) // stride + 1,
-        lambda size, k, stride, padding: None,
     ],
     "05.3": [
         lambda image, k: np.stack([image[y : y + k, :k].reshape(-1) for y in range(len(image) - k + 1)]),
@@ -19,7 +18,6 @@ WRONG = {
             -1, k * k * image.shape[2]
         ),
         lambda image, k: np.zeros(((image.shape[0] - k + 1) * (image.shape[1] - k + 1), k * k * image.shape[2])),
-        lambda image, k: None,
     ],
     "05.4": [[25 / 4, 64], [3.125, 64], [25 / 2, 128], [12.5, 32], 3.125],
     "05.5": [
@@ -27,7 +25,6 @@ WRONG = {
         lambda macs, moved, peak, bandwidth: (min(macs / peak, moved / bandwidth), "memory"),
         lambda macs, moved, peak, bandwidth: (max(macs / peak, moved / bandwidth), "memory"),
         lambda macs, moved, peak, bandwidth: max(macs / peak, moved / bandwidth),
-        lambda macs, moved, peak, bandwidth: None,
     ],
 }
 

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from fcnn_utils.course.exercises import exercise
+from fcnn_utils.course.exercises import compare_arrays, compare_numbers, exercise
 
 
 @exercise("02.1")
@@ -13,7 +13,7 @@ def slice_by_hand(answer):
     """The slice A diag(5, -1) B^T of the example."""
     a, b, weights = np.array([[1, 1], [2, -1]]), np.array([[1, 2], [1, 1]]), (5, -1)
     truth = [[sum(w * a[i, r] * b[j, r] for r, w in enumerate(weights)) for j in range(2)] for i in range(2)]
-    return _numbers(answer, truth, "the slice is 5 times the first product plus −1 times the second; rows belong to A")
+    return compare_numbers(answer, truth, "the slice is 5 times the first product minus the second; rows belong to A")
 
 
 @exercise("02.2")
@@ -25,7 +25,7 @@ def break_even(answer):
         while (rank + 1) * sum(shape) < math.prod(shape):
             rank += 1
         truth.append(rank)
-    return _numbers(answer, truth, "compare R times the sum of the sizes with their product; all modes count")
+    return compare_numbers(answer, truth, "compare R times the sum of the sizes with their product; all modes count")
 
 
 @exercise("02.3")
@@ -40,13 +40,9 @@ def fold(function):
             matrix = np.empty((shape[mode], len(columns)))
             for row, (number, column) in itertools.product(range(shape[mode]), enumerate(columns)):
                 matrix[row, number] = tensor[(*column[:mode], row, *column[mode:])]
-            result = function(matrix, mode, shape)
-            if result is None:
-                return "it returns nothing yet"
-            if np.shape(result) != shape:
-                return f"for mode {mode} and the shape {shape}, it returns the shape {np.shape(result)}"
-            if not np.allclose(result, tensor):
-                return f"for mode {mode} and the shape {shape}, entries are in the wrong places"
+            fault = compare_arrays(function(matrix, mode, shape), tensor, f"mode {mode} of a {shape} tensor")
+            if fault:
+                return fault
     return ""
 
 
@@ -58,13 +54,10 @@ def khatri_rao_all(function):
         factors = [rng.normal(size=(n, rank)) for n in sizes]
         rows = itertools.product(*factors)  # one row of each factor
         truth = np.array([np.prod(row, axis=0) for row in rows])
-        result = function([factor.copy() for factor in factors])
-        if result is None:
-            return "it returns nothing yet"
-        if np.shape(result) != truth.shape:
-            return f"for factors with {sizes} rows, the shape must be {truth.shape}; it is {np.shape(result)}"
-        if not np.allclose(result, truth):
-            return f"for factors with {sizes} rows, the numbers or their order are wrong"
+        found = function([factor.copy() for factor in factors])
+        fault = compare_arrays(found, truth, f"factors with {sizes} rows")
+        if fault:
+            return fault
     return ""
 
 
@@ -75,13 +68,4 @@ def kruskal_bounds(answer):
     for shape in ((3, 3, 96, 192), (9, 96, 192)):
         allowed = [R for R in range(1, 1000) if sum(min(n, R) for n in shape) >= 2 * R + len(shape) - 1]
         truth.append(max(allowed))
-    return _numbers(answer, truth, "add up min(n, R) over the modes and compare with 2R + N − 1 for N modes")
-
-
-def _numbers(answer, truth, hint):
-    """Return an empty string if `answer` holds the numbers `truth` in the same shape, else a sentence that helps."""
-    values, truth = np.asarray(answer, float), np.asarray(truth, float)
-    if values.shape != truth.shape:
-        return f"give numbers in the shape {truth.shape}; these have the shape {values.shape}"
-    wrong = int(np.sum(~np.isclose(values, truth)))
-    return f"{wrong} of the {truth.size} numbers {'is' if wrong == 1 else 'are'} wrong; {hint}" if wrong else ""
+    return compare_numbers(answer, truth, "add up min(n, R) over the modes and compare with 2R + N − 1 for N modes")

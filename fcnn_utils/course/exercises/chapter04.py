@@ -41,8 +41,6 @@ def rank_by_the_hyperdeterminant(function):
     for _ in range(40):
         tensor = rng.normal(size=(2, 2, 2))
         found = function(tensor.copy())
-        if found is None:
-            return "it returns nothing yet"
         eigenvalues = np.linalg.eigvals(tensor[:, :, 1] @ np.linalg.inv(tensor[:, :, 0]))
         if np.ndim(found) != 0 or found != (2 if np.isreal(eigenvalues).all() else 3):
             return f"it gives {found} for a tensor for which T_1 T_0⁻¹ has the eigenvalues {eigenvalues.round(2)}"
@@ -58,8 +56,6 @@ def smallest_factor_for_an_error(function):
         least = np.linalg.norm(x - x @ z @ np.linalg.pinv(z))
         allowed = 0.6 * least + 0.4 * np.linalg.norm(x)
         found = function(x.copy(), z.copy(), allowed)
-        if found is None:
-            return "it returns nothing yet"
         if np.shape(found) != (rows, rank):
             return f"for X of {rows} × {columns} and Z of {columns} × {rank}, A must be {rows} × {rank}"
         error = np.linalg.norm(x - found @ z.T)
@@ -85,8 +81,6 @@ def balanced_factors(function):
     for shape, rank in (((3, 4, 5), 2), ((6, 2, 3), 4)):
         factors = [10 ** rng.uniform(-2, 2) * rng.normal(size=(size, rank)) for size in shape]
         found = function([factor.copy() for factor in factors])
-        if found is None:
-            return "it returns nothing yet"
         if [np.shape(factor) for factor in found] != [factor.shape for factor in factors]:
             return "return three factors of the same shapes"
         if not np.allclose(np.einsum("ir,jr,kr->ijkr", *found), np.einsum("ir,jr,kr->ijkr", *factors)):

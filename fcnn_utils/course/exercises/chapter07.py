@@ -40,8 +40,6 @@ def pruning_error_of_file(function):
     for shape, share, bits in (((3, 3, 7, 5), 0.25, 16), ((1, 5, 4, 9), 0.5, 8), ((3, 3, 3, 11), 0.4, 0)):
         kernel = rng.normal(size=shape)
         found = function(kernel, share, bits)
-        if found is None:
-            return "it returns nothing yet"
         kept = int(share * kernel.size * 32 / (32 + bits))
         magnitudes = np.sort(np.abs(kernel).ravel())[: kernel.size - kept]
         right = np.linalg.norm(magnitudes) / np.linalg.norm(kernel)
@@ -55,8 +53,6 @@ def time_saved(function):
     """1 − (t − empty) / (dense − empty) for all models but these two."""
     for times in ({"dense": 5.0, "empty": 1.0, "a": 2.0, "b": 6.0}, {"x": 0.7, "empty": 0.6, "dense": 1.3}):
         found = function(dict(times))
-        if found is None:
-            return "it returns nothing yet"
         found = dict(found)
         if {"dense", "empty"} & set(found):
             return "leave out the dense layer and the empty model"
@@ -82,8 +78,6 @@ def best_method(function):
     for kernel in kernels:
         for share, order in ((0.25, methods), (0.25, methods[::-1]), (0.1, methods)):
             found = function(kernel, share, order)
-            if found is None:
-                return "it returns nothing yet"
             errors = {method: error_curve(kernel, method, [share])["relative_error"][0] for method in methods}
             if found not in errors:
                 return f"return one of the methods; it returns {found!r}"

@@ -263,6 +263,15 @@ def test_moments_of_the_patches_predict_those_of_the_outputs_in_every_geometry(k
     assert np.allclose(weights.T @ covariance @ weights, np.cov(outputs.T, bias=True), atol=1e-4)
 
 
+def test_moments_of_large_images_come_from_all_columns():
+    image = keras.Input((100, 100, 1))
+    layer = layers.Conv2D(2, 1)
+    model, images = keras.Model(image, layer(image)), np.zeros((10, 100, 100, 1))
+    images[:, :, ::5] = 1.0  # every fifth patch would see ones only
+    mean, covariance = calibration.patch_moments(model, convolutions(model)[0], images)
+    assert mean[0] == pytest.approx(0.2, abs=0.01) and covariance[0, 0] == pytest.approx(0.16, abs=0.01)
+
+
 def test_a_refitted_kernel_is_the_least_squares_fit_of_the_outputs():
     model, images = network(), pictures()
     kernel = model.get_layer("conv2").get_weights()[0].astype(float)

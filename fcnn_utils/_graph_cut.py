@@ -8,8 +8,9 @@ from fcnn_utils import keras_graph
 def split_before(model, layer):
     """Return (head, tail): `tail(head(x))` is `model(x)`, and `layer` is in the tail only; (None, model) if impossible.
 
-    The cut is at the last place before the layer from which on all depends on a single tensor (in a residual
-    network, before a block) and no operation is called on both sides. Both parts share their layers with `model`.
+    The cut is the last place before the layer that meets two conditions. All that follows depends on a single tensor;
+    in a residual network this holds before a block. No operation is called on both sides of the cut. Both parts share
+    their layers with `model`.
 
     Args:
         model: functional or Sequential.

@@ -1,4 +1,4 @@
-"""How many processors this process may use, and how many threads BLAS does."""
+"""Count the processors that this process may use, and limit the threads of BLAS."""
 
 import contextlib
 import functools
@@ -14,12 +14,13 @@ _blas_users, _blas_limit = 0, None  # how many blocks of `one_blas_thread` are o
 
 @contextlib.contextmanager
 def one_blas_thread():
-    """Let BLAS use one thread in this block, also as a decorator of a function.
+    """Let BLAS use one thread in a `with` block. It also works as a decorator.
 
-    BLAS threads wait for each other in every product of matrices. If another program has a processor, they wait long:
-    a decomposition by small products then takes ten times as long. The number of BLAS threads belongs to the process,
-    not to a Python thread. Therefore the first block that is entered sets it, and the last that is left, in whichever
-    thread, restores it. Blocks may be nested. Hold one around a pool of threads that decompose several kernels.
+    BLAS threads wait for each other in every product of matrices. If another program occupies a processor, they
+    wait long: a decomposition by small products then takes ten times as long. The number of BLAS threads belongs to
+    the process, not to a Python thread. Therefore the first block that is entered sets it, and the last that is
+    left, in whichever thread, restores it. Blocks may be nested. Hold one around a pool of threads that decompose
+    several kernels.
     """
     global _blas_users, _blas_limit
     with _blas_lock:

@@ -19,7 +19,7 @@ _BATCH = 128  # images at a time
 _TARGET_ROWS = 20_000  # about so many patches of a batch are read: neighbouring patches are redundant
 _SENSITIVITY_IMAGES = 256  # to refit a kernel with
 _LOSS_IMAGES = 128  # to predict a loss from; with 256, the accuracy of the factorized networks is the same
-_KEPT_BYTES = 2**30  # of what a layer in the middle of the model reads
+_KEPT_BYTES = 2**30  # limit for the stored inputs of a layer, so that the layers before it need not run again
 
 
 def check_images(model, images):
@@ -29,12 +29,12 @@ def check_images(model, images):
         model: built functional or Sequential model.
         images: (N, H, W, C) for a model with one input; a list or a dict (by input name) of arrays for several.
             Or an iterable of such batches: a tf.data.Dataset, a generator, a PyTorch DataLoader, a
-            keras.utils.PyDataset; 2,000 inputs are taken from it. Pairs (inputs, labels) are taken without the
+            keras.utils.PyDataset; at most 2,000 inputs are taken from it. Pairs (inputs, labels) are taken without the
             labels.
 
     Raises:
         ValueError: the shapes or types do not fit the model's inputs, there are none, or they are not finite.
-            Also if they are whole numbers, and the model neither takes these nor rescales its inputs.
+            Also if the images are integers, but the model has neither integer inputs nor a layer that rescales them.
 
     Warns:
         UserWarning: they are unlike the images of the training, by the statistics of the first batch norm.

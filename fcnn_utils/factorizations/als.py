@@ -30,8 +30,8 @@ def sweeps(tensor, factors, n_iter, tol, *, momentum=0.0, squared_norm=math.inf)
         tensor: array with two or more modes.
         factors: list of (I_n, R), one for each mode.
         n_iter: maximum number of sweeps.
-        tol: smallest fall of the relative error in ten sweeps at which it goes on.
-        momentum: how far beyond, at first, in steps of the last sweep.
+        tol: it stops when ten sweeps lower the relative error by no more than this.
+        momentum: initial size of the extrapolation, as a multiple of the step of the last sweep.
         squared_norm: largest sum of the components' squared norms; see `sweep`.
 
     Returns:
@@ -98,7 +98,7 @@ def partial_products(tensor, factors):
 
 def _update(gram, product, total, squared_norm, squared_error):
     """Return the factor (I_n, R) from ZᵀZ and X₍ₙ₎ Z, and the squared error with it."""
-    if squared_error is None:  # without a ridge: by a Cholesky factorization, in a third of the time, where it will do
+    if squared_error is None:  # without a ridge: Cholesky takes a third of the time; used if ZᵀZ is well conditioned
         cholesky, failed = lapack.dpotrf(gram)
         if not failed and lapack.dpocon(cholesky, np.linalg.norm(gram, 1))[0] > 1e-10:
             factor = lapack.dpotrs(cholesky, product.T)[0].T

@@ -33,7 +33,7 @@ class CP(Factorization):
         tol: a start ends when ten sweeps lower the relative error by no more than this (1e-5).
         max_norm: largest allowed `total_norm`, at least 1; None for no bound (None).
         momentum: 0 for plain ALS, below 1 for extrapolation (0.5 with `max_norm`, else 0). With 0.5, 100 sweeps fit
-            trained kernels as well as 300 and more plain ones, but unbounded components grow faster, too.
+            trained kernels as well as 300 to 700 without. But components without a bound also grow faster.
 
     At the largest rank the exact decomposition is written down without iteration.
     """

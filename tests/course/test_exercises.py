@@ -28,7 +28,7 @@ def test_answers_are_right_wrong_or_not_given(doubled, capsys):
 
 
 def test_exercises_that_do_not_exist_are_rejected(doubled):
-    with pytest.raises(ValueError, match="no exercise '99.2' has a check; this chapter has 99.1"):
+    with pytest.raises(ValueError, match="exercise '99.2' has no check; this chapter has 99.1"):
         check("99.2", 1)
     with pytest.raises(ValueError, match="this chapter has none"):
         check("98.1", 1)

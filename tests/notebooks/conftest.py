@@ -71,7 +71,7 @@ def check_exercises(chapter, capsys):
                 verdict = exercises.verdict(number, answer)
                 assert verdict.startswith("not yet; ") and "stops with" not in verdict, (number, answer, verdict)
         for code in chapter.folded:
-            if "check(" not in code:  # where to start with the open exercise
+            if "check(" not in code:  # code to start the open exercise with: it must run
                 exec(code, dict(chapter.variables))
 
     return check

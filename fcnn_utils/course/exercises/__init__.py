@@ -45,7 +45,7 @@ def verdict(number, answer):
     """Return "right", "no answer yet", or "not yet; ..." with a sentence that helps; see `check`."""
     known = numbers(str(number).partition(".")[0])
     if number not in known:
-        raise ValueError(f"no exercise {number!r} has a check; this chapter has {', '.join(known) or 'none'}")
+        raise ValueError(f"exercise {number!r} has no check; this chapter has {', '.join(known) or 'none'}")
     if answer is ... or answer is None:
         return "no answer yet"
     try:

@@ -361,8 +361,8 @@ def _plan_by_macs(model, chosen, method, macs, images, multiple, verbose, option
     fixed = dense - sum(site.macs for site in chosen.values())
     if macs < total(_SMALLEST):
         raise ValueError(
-            f"macs must be at least {math.ceil(total(_SMALLEST)):,}, with {method.name} at rank {multiple} in the "
-            f"{len(chosen)} layers that are converted; got {macs:,.0f}: raise it, lower multiple=, or name more layers"
+            f"macs must be at least {math.ceil(total(_SMALLEST)):,}, with {method.name} at rank {multiple} in every "
+            f"layer that is converted; got {macs:,.0f}: raise it, lower multiple=, or name more layers"
         )
     low, high = _SMALLEST, 1.0
     if total(high) <= macs:

@@ -57,7 +57,7 @@ def _run(options):
 
     settings = dict(_setting(text) for text in options.set)
     try:
-        runner.run(options.profile, options.only, options.start, options.dataset, settings, options.fresh)
+        runner.run(options.profile, options.only, options.start, options.dataset, settings, options.fresh, options.jobs)
     except runner.NotebookFailed as failure:
         print(failure, file=sys.stderr)
         return 2 if failure.bad_value else 1
@@ -110,6 +110,7 @@ def _add_run(run):
     run.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="set a parameter of the notebooks"
     )
+    run.add_argument("--jobs", type=int, default=2, help="notebooks to run side by side; those that time run alone")
     run.add_argument("--fresh", action="store_true", help="first delete the output of earlier runs of this profile")
 
 

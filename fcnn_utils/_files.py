@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import platform
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def check_writable(folder, size=1):
     Raises:
         ValueError: if it cannot.
     """
-    probe = Path(folder) / f".writable.{os.getpid()}"
+    probe = Path(folder) / f".writable.{os.getpid()}.{threading.get_ident()}"
     write_atomic(probe, bytes(size))
     probe.unlink()
 

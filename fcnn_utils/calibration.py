@@ -107,7 +107,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
 def patch_moments(model, node, images):
     """Estimate mean and covariance of the patches that a Conv2D layer reads.
 
-    It stops once there are five times as many patches as a patch has values.
+    It stops once there are three times as many patches as a patch has values.
 
     Args:
         model: built model with the layer in it.
@@ -121,10 +121,10 @@ def patch_moments(model, node, images):
         ValueError: the layer reads values that are not finite.
     """
     moments, whole = _Moments(node.path), _Rest(model, _calibration_inputs.take(model, images))
-    for read in whole.read(node, 32):
+    for read in whole.read(node, 64):
         for x in read:
             moments.add(_patches(node.layer, x))
-        if moments.count > 5 * len(moments.total):
+        if moments.count > 3 * len(moments.total):
             break
     return moments.mean_and_covariance()
 
@@ -379,7 +379,9 @@ def _positions(shape):
 
 def _outputs(model, images):
     """Return all outputs of the model as rows (N, D)."""
-    parts = [keras.tree.flatten(model.predict_on_batch(batch)) for batch in _batches(model, images, _BATCH)]
+    # called, not by `predict_on_batch`: most models are run once, and compiling them would take longer
+    parts = [keras.tree.flatten(model(batch, training=False)) for batch in _batches(model, images, _BATCH)]
+    parts = [[keras.ops.convert_to_numpy(y) for y in part] for part in parts]
     rows = [np.concatenate([np.reshape(y, (len(y), -1)) for y in part], axis=1) for part in parts]
     return np.concatenate(rows).astype(np.float64)
 

@@ -4,6 +4,7 @@ This module works on shapes, kernels and numbers; it does not use Keras. The los
 `calibration.layer_sensitivity`.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -48,10 +49,9 @@ def ranks_for_fraction(method, kernel_shape, fraction, *, cost="parameters", str
         return tuple(min(high, -(-rank // multiple) * multiple) for rank, high in zip(exact, largest, strict=True))
 
     def share(step):
-        ranks = ranks_at(step)
         if cost == "parameters":
-            return method.count_parameters(kernel_shape, ranks) / dense
-        return method.count_macs(kernel_shape, ranks, strides) / dense
+            return _parameters(method, tuple(kernel_shape), ranks_at(step)) / dense
+        return method.count_macs(kernel_shape, ranks_at(step), strides) / dense
 
     if share(1) > fraction:
         raise ValueError(
@@ -63,6 +63,11 @@ def ranks_for_fraction(method, kernel_shape, fraction, *, cost="parameters", str
         middle = (low + high) // 2
         low, high = (middle, high) if share(middle) <= fraction else (low, middle)
     return ranks_at(low)
+
+
+@functools.lru_cache(10_000)  # a budget asks for the same ranks again and again
+def _parameters(method, kernel_shape, ranks):
+    return method.count_parameters(kernel_shape, ranks)
 
 
 def break_even_ranks(method, kernel_shape, *, cost="parameters", strides=1):
@@ -84,11 +89,11 @@ def error_curve(kernel, method, fractions, **options):
     Raises:
         ValueError: as `ranks_for_fraction` and `factorizations.decompose`.
     """
-    rows = []
-    for fraction in fractions:
-        ranks = ranks_for_fraction(method, np.shape(kernel), fraction)
-        result = factorizations.decompose(kernel, method, ranks, **options)
-        rows.append((result.ranks, result.parameters, result.parameters / np.size(kernel), result.relative_error))
+    method = factorizations.get(method)
+    method.check_options(options)
+    sizes = {n: (kernel, ranks_for_fraction(method, np.shape(kernel), f)) for n, f in enumerate(fractions)}
+    results = [result for _, result in factorizations.decompose_many(method, sizes, **options)]
+    rows = [(d.ranks, d.parameters, d.parameters / np.size(kernel), d.relative_error) for d in results]
     return pd.DataFrame(rows, columns=["ranks", "parameters", "share", "relative_error"])
 
 

@@ -59,7 +59,8 @@ def with_palette(png, colors=256):
     picture = Image.open(io.BytesIO(png)).convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     smaller = io.BytesIO()
-    picture.quantize(colors, kmeans=1, dither=Image.Dither.NONE).save(smaller, "PNG", optimize=True)
+    photograph = picture.getcolors(10_000) is None  # for the few colours of a plot a quick choice is as good
+    picture.quantize(colors, kmeans=int(photograph), dither=Image.Dither.NONE).save(smaller, "PNG", optimize=True)
     return smaller.getvalue()
 
 

@@ -6,8 +6,11 @@ searched there first, then in `results/` of the course, which holds the publishe
 not import Keras.
 """
 
+import io
 import json
+import re
 import reprlib
+import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -52,6 +55,34 @@ def folders():
     """Return the list of folders that are searched for records, in this order."""
     places = [place / "results" for place in (paths.output(), paths.root()) if place]
     return list(dict.fromkeys(places))
+
+
+def trained_kernels(model, dataset, recipe, seed=0):
+    """Read the kernels of the convolutions of a network that a run kept, without importing Keras.
+
+    Args:
+        model, dataset, recipe, seed: of the run, as in `experiments.load_trained`.
+
+    Returns:
+        list of (height, width, in_channels, filters) float32 arrays, in the order of the layers.
+
+    Raises:
+        ValueError: if no network was kept, or its file is damaged.
+    """
+    import h5py  # slow to import
+
+    kept = [path_of(dataset, model, recipe, seed, folder).with_suffix(".keras") for folder in folders()]
+    path = next(filter(Path.exists, kept), None)
+    if path is None:
+        raise ValueError(f"no network is kept for {dataset}/{model}/{recipe}, seed {seed}")
+    try:
+        with zipfile.ZipFile(path) as archive, h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as weights:
+            layers = weights["layers"]
+            names = [name for name in layers if re.fullmatch(r"conv2d(_\d+)?", name)]
+            names.sort(key=lambda name: int(name.partition("_")[2] or 0))
+            return [layers[name]["vars"]["0"][:] for name in names]
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{paths.shown(path)} is not a network that Keras saved: {error}") from None
 
 
 # --- runs --------------------------------------------------------------------------------------------------------

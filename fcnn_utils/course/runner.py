@@ -15,13 +15,16 @@ import shutil
 import sys
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import nbformat
+import psutil
 
 import fcnn_utils
 from fcnn_utils import _files
 from fcnn_utils._checks import check_choice
+from fcnn_utils._processors import available_cores
 from fcnn_utils.course import data, parameters, paths, records
 
 _CELL_TIMEOUT = 6 * 3600  # seconds; a training on a slow machine is a long cell
@@ -41,7 +44,7 @@ def notebooks():
     return {path.name[:2]: path for path in sorted((_course() / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
 
 
-def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh=False):
+def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh=False, jobs=1):
     """Run notebooks of the course.
 
     Args:
@@ -51,6 +54,8 @@ def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh
         dataset: "auto", "cifar100" or "standin"; by default the profile's.
         settings: dict of parameters that override the profile's.
         fresh: delete what earlier runs of this profile left.
+        jobs: number of notebooks to run side by side. Those listed under `alone` in `notebooks/profiles.toml` run
+            after the others, one at a time.
 
     Returns:
         Path of the folder with the executed notebooks.
@@ -60,7 +65,9 @@ def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh
         NotebookFailed: if a notebook stopped at an error.
     """
     profiles, chosen, settings = _profiles(), _choose(only, start), dict(settings or {})
-    check_choice("profile", profile, [name for name in profiles if name != "reads"])
+    check_choice("profile", profile, [name for name in profiles if name not in ("reads", "order")])
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1; got {jobs}")
     accepted = {number: _parameters_of(path) for number, path in chosen.items()}
     known = set().union(*accepted.values())
     for name, value in settings.items():
@@ -83,10 +90,13 @@ def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh
     paths.say(f"profile {profile}: notebooks {', '.join(chosen)} on {what}, into {paths.shown(folder)}")
     started = time.monotonic()
     output, eager = _course() if profile == "full" else folder, profiles[profile].get("EAGER", False)
-    with _environment(output, eager):
-        for number, path in chosen.items():
-            given = {name: value for name, value in values.items() if name in accepted[number]}
-            _run_one(path, given, folder, profiles["reads"].get(path.stem, []), published=profile == "full")
+
+    def run_one(number):
+        path, given = chosen[number], {name: value for name, value in values.items() if name in accepted[number]}
+        _run_one(path, given, folder, profiles["reads"].get(path.stem, []), published=profile == "full")
+
+    with _environment(output, eager), _kernel_log(folder):
+        _run_all(chosen, run_one, jobs, profiles.get("order", {}).get("alone", []))
     paths.say(f"done in {_minutes(time.monotonic() - started)}: {paths.shown(folder)}")
     if on_standin:
         paths.say(_STAND_IN_NOTICE)
@@ -99,7 +109,7 @@ def execute(path, given, folder):
     Args:
         path: of the notebook.
         given: dict of its parameters.
-        folder: keeps the kernel's standard error (`kernel.log`) and, after an error, the partly executed notebook.
+        folder: keeps the partly executed notebook after an error.
 
     Returns:
         The executed notebook.
@@ -116,8 +126,7 @@ def execute(path, given, folder):
     options |= {"stdout_file": _EpochLines(), "cwd": str(path.parent)}
     try:
         running.parent.mkdir(parents=True, exist_ok=True)
-        with stderr_to(folder / "kernel.log"):
-            return papermill.execute_notebook(str(path), str(running), given, **options)
+        return papermill.execute_notebook(str(path), str(running), given, **options)
     except (PapermillExecutionError, RuntimeError, TimeoutError) as error:  # the last two: dead kernel, slow cell
         os.replace(running, kept)
         bad_value = getattr(error, "ename", None) == "ValueError"
@@ -203,6 +212,31 @@ def _medical(names, dataset):
     return {"MEDICAL_DATASET": "pneumoniamnist" if real else "greystandin"}
 
 
+def _run_all(numbers, run_one, jobs, alone):
+    """Call `run_one` for each notebook: first those that may run side by side, then the others in turn."""
+    together = [number for number in numbers if number not in alone] if jobs > 1 else []
+    if len(together) < 2:
+        together = []
+    else:
+        _run_together(together, run_one, jobs)
+    for number in numbers:
+        if number not in together:
+            run_one(number)
+
+
+def _run_together(numbers, run_one, jobs):
+    with _shared_machine(jobs), ThreadPoolExecutor(jobs) as pool:
+        try:
+            for done in as_completed([pool.submit(run_one, number) for number in numbers]):
+                done.result()
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if not isinstance(error, NotebookFailed):  # stopped by the user: do not wait for the running ones
+                for kernel in psutil.Process().children():
+                    kernel.terminate()
+            raise
+
+
 # --- one notebook ------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +250,7 @@ def _run_one(path, given, folder, reads, published):
         started = time.monotonic()
         paths.say(f"  {path.stem:<28} running")
         _files.check_writable(target.parent)
+        stamp_path.unlink(missing_ok=True)  # it belongs to what is written over now, perhaps only in part
         executed = execute(path, given, folder)
         if published:
             executed = _published(executed)
@@ -303,12 +338,29 @@ def _ipython_folder():
     return folder
 
 
-@contextlib.contextmanager
+def _kernel_log(folder):
+    """Send the noise of this process and its kernels to `kernel.log` in `folder`, which is made if necessary."""
+    _files.check_writable(folder)
+    return stderr_to(folder / "kernel.log")
+
+
 def _environment(output, eager):
     """Set the environment of the kernels, which write to the folder `output` and may train without compiling."""
     search_path = [str(Path(fcnn_utils.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     values = {"FCNN_OUTPUT": str(output), "IPYTHONDIR": str(_ipython_folder())}
-    values |= {"PYTHONPATH": os.pathsep.join(search_path), "FCNN_EAGER": "1" if eager else ""}
+    return _variables(values | {"PYTHONPATH": os.pathsep.join(search_path), "FCNN_EAGER": "1" if eager else ""})
+
+
+def _shared_machine(jobs):
+    """Let kernels that run side by side share the processors, and take GPU memory only as they need it."""
+    threads = str(max(1, available_cores() // jobs))
+    values = dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"], threads)
+    return _variables(values | {"TF_FORCE_GPU_ALLOW_GROWTH": "true", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+
+
+@contextlib.contextmanager
+def _variables(values):
+    """Set environment variables, and restore all of them at the end."""
     before = dict(os.environ)
     os.environ.update(values)
     try:

@@ -106,7 +106,10 @@ class CP(Factorization):
     def noise_sensitivity(self):
         """Expected ‖ΔK‖² / ‖K‖² per unit of noise variance on every value of the factors, to first order.
 
-        For modes n of size I_n (Phan et al. 2020, arXiv 2008.05441):  Σ_r Σ_n  I_n Π_{m≠n} ‖a_r^(m)‖² / ‖K‖²
+            Σ_r Σ_n  I_n Π_{m≠n} ‖a_r^(m)‖² / ‖K‖²    for modes n of size I_n
+
+        (Tichavský, Phan & Cichocki 2019, IEEE Signal Process. Lett. 26(11), without ‖K‖²; for kernels Phan et al. 2020,
+        arXiv 2008.05441).
         """
         if not self.kernel_norm:
             return 0.0
@@ -152,7 +155,8 @@ def error_preserving_correction(kernel, decomposition, *, error=None, n_iter=100
     Each step solves, for one mode,  min ‖A‖²  subject to  ‖X₍ₙ₎ − A Zᵀ‖ ≤ error ‖K‖,  where Z is the Khatri-Rao
     product of the other modes with columns of unit norm, so that ‖A‖² is the sum of squared component norms.
     This is a ridge regression whose ridge is chosen by the error (Phan, Tichavský & Cichocki 2019, arXiv
-    1709.08349; for kernels Phan et al. 2020, arXiv 2008.05441). The sum of squared norms never rises.
+    1709.08349; Phan et al. 2020, arXiv 2008.05441, correct kernels by their sensitivity instead). The sum of
+    squared norms never rises.
 
     Args:
         kernel: (*spatial, S, T), the kernel that was decomposed.

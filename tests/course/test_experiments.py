@@ -290,10 +290,18 @@ def test_kept_network_is_the_trained_one_and_the_nearest_is_loaded(dataset, cour
     assert_equal_weights(kept, model)
     found = loop.evaluate(kept, dataset.test, augmentation.channel_statistics(dataset))
     assert found["correct_by_class"] == record["test"]["correct_by_class"]
+    expected = [layer.get_weights()[0] for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+    for kernel, found in zip(records.trained_kernels("tiny", "standin-100", SHORT.name), expected, strict=True):
+        assert np.array_equal(kernel, found)
+    near.write_bytes(b"PK" + bytes(100))
+    with pytest.raises(ValueError, match="seed0.keras is not a network that Keras saved"):
+        records.trained_kernels("tiny", "standin-100", SHORT.name)
     near.unlink()
     assert_equal_weights(experiments.load_trained("tiny", "standin-100", SHORT.name), other)
     far.unlink()
     assert experiments.load_trained("tiny", "standin-100", SHORT.name) is None
+    with pytest.raises(ValueError, match="no network is kept for standin-100/tiny"):
+        records.trained_kernels("tiny", "standin-100", SHORT.name)
 
 
 def test_run_that_chooses_settings_is_not_tested_and_its_teacher_is_used(dataset):

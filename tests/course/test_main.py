@@ -126,16 +126,16 @@ def test_run_passes_all_options_on(monkeypatch):
     noted = []
     monkeypatch.setattr(runner, "run", lambda *arguments: noted.append(arguments))
     assert main(["run"]) == 0
-    words = "run --profile smoke --only 07 08 --dataset standin --set EPOCHS=2 --set RETRAIN=true --fresh --from 07"
-    assert main(words.split()) == 0
+    words = "--profile smoke --only 07 08 --dataset standin --set EPOCHS=2 --set RETRAIN=true --fresh --from 7 --jobs 1"
+    assert main(["run", *words.split()]) == 0
     assert noted == [
-        ("quick", [], None, None, {}, False),
-        ("smoke", ["07", "08"], "07", "standin", {"EPOCHS": 2, "RETRAIN": True}, True),
+        ("quick", [], None, None, {}, False, 2),
+        ("smoke", ["07", "08"], "7", "standin", {"EPOCHS": 2, "RETRAIN": True}, True, 1),
     ]
 
 
 def test_help_lists_all_choices(capsys):
-    profiles = set(tomllib.loads((paths.root() / "notebooks" / "profiles.toml").read_text())) - {"reads"}
+    profiles = set(tomllib.loads((paths.root() / "notebooks" / "profiles.toml").read_text())) - {"order", "reads"}
     choices = {
         "train": {*networks.NAMES, *RECIPES, *data.NAMES},
         "run": {*profiles, *parameters.PARAMETERS["DATASET"]},

@@ -74,7 +74,7 @@ def test_setup_sets_style_and_seed(capsys):
         drawn.append(np.random.rand())
     assert drawn[0] == drawn[1]
     assert plt.rcParams["savefig.dpi"] == 150 and not plt.rcParams["axes.spines.top"]
-    assert "Keras" in capsys.readouterr().out
+    assert "core" in capsys.readouterr().out
 
 
 # --- files -------------------------------------------------------------------------------------------------------

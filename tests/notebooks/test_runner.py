@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from unittest.mock import Mock
 
@@ -26,6 +27,8 @@ EAGER = true
 DATASET = "standin"
 EPOCHS = 1
 [full]
+[order]
+alone = ["02"]
 [reads]
 03_third = ["*/*/*/seed*.json"]
 """
@@ -85,6 +88,8 @@ def test_only_from_and_settings_choose_notebooks_and_parameters(course, executed
     write_notebook(course, "02_second", parameters="SEED = 0")
     runner.run("smoke", only=["01", "2"], settings={"EPOCHS": 7})
     runner.run("smoke", start="03", settings={"DATASET": "standin"})
+    with pytest.raises(ValueError, match="jobs must be at least 1; got 0"):
+        runner.run("smoke", jobs=0)
     assert [(name, given.get("EPOCHS")) for name, given, _ in executed] == [
         ("01_first", 7),
         ("02_second", None),
@@ -135,10 +140,10 @@ def test_run_continues_at_the_notebook_that_failed(course, executed, monkeypatch
         return execute(path, given, folder)
 
     monkeypatch.setattr(runner, "execute", fail_at_second)
-    assert main(["run", "--profile", "smoke"]) == 1
+    assert main(["run", "--profile", "smoke", "--jobs", "1"]) == 1
     assert "02_second stopped" in capsys.readouterr().err
     monkeypatch.setattr(runner, "execute", execute)
-    assert main(["run", "--profile", "smoke"]) == 0
+    assert main(["run", "--profile", "smoke", "--jobs", "1"]) == 0
     assert [name for name, *_ in executed] == NAMES
 
 
@@ -200,6 +205,20 @@ def test_source_hash_depends_on_code_alone(course):
     assert runner.source_hash(notebook) == before
     notebook.cells[2].source += "\n1"
     assert runner.source_hash(notebook) != before
+
+
+def test_notebooks_that_do_not_measure_time_run_side_by_side(course, executed, monkeypatch):
+    execute, both = runner.execute, threading.Barrier(2, timeout=20)
+
+    def wait_for_the_other(path, given, folder):
+        if path.stem != "02_second":
+            both.wait()
+        return execute(path, given, folder)
+
+    monkeypatch.setattr(runner, "execute", wait_for_the_other)
+    assert main(["run", "--profile", "smoke", "--jobs", "2"]) == 0
+    assert sorted(name for name, *_ in executed[:2]) == ["01_first", "03_third"]
+    assert [name for name, *_ in executed[2:]] == ["02_second"]
 
 
 # --- what fails --------------------------------------------------------------------------------------------------
@@ -280,31 +299,36 @@ def is_gone(pid, seconds=20):
 
 
 @pytest.mark.parametrize(
-    "signal_sent",
+    "signal_sent, jobs",
     [
-        signal.SIGTERM,
-        pytest.param(signal.SIGINT, marks=pytest.mark.full),
-        pytest.param(signal.SIGKILL, marks=pytest.mark.full),
+        (signal.SIGTERM, 1),
+        (signal.SIGTERM, 2),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.full),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.full),
+        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.full),
+        pytest.param(signal.SIGKILL, 2, marks=pytest.mark.full),
     ],
 )
-def test_stopped_run_ends_its_kernel_and_leaves_whole_files(course, tmp_path, signal_sent):
+def test_stopped_run_ends_its_kernel_and_leaves_whole_files(course, tmp_path, signal_sent, jobs):
+    (course / "profiles.toml").write_text(PROFILES.replace('alone = ["02"]', "alone = []"))
     write_notebook(course, "02_second", "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")
     program = (
         f"import pathlib, sys; from fcnn_utils import __main__; from fcnn_utils.course import paths;"
         f"paths.root = lambda: pathlib.Path({str(tmp_path)!r});"
-        f"sys.exit(__main__.main(['run', '--profile', 'smoke']))"
+        f"sys.exit(__main__.main(['run', '--profile', 'smoke', '--jobs', '{jobs}']))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    pid, deadline = course / "pid", time.monotonic() + 120
-    while not pid.exists() or not pid.read_text():
+    folder, pid, deadline = tmp_path / "build" / "smoke", course / "pid", time.monotonic() + 120
+    complete = ["01_first", "03_third"] if jobs == 2 else ["01_first"]
+    stamps = [folder / ".stamps" / f"{name}.json" for name in complete]
+    while not pid.exists() or not pid.read_text() or not all(stamp.exists() for stamp in stamps):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal_sent)
     code = process.wait(timeout=60)
-    folder = tmp_path / "build" / "smoke"
     assert is_gone(int(pid.read_text()))
     if signal_sent != signal.SIGKILL:
         assert code == 130 and not list(folder.rglob(".running/*"))
-    assert [path.stem for path in folder.glob("*.ipynb")] == ["01_first"]
-    assert printed(folder / "01_first.ipynb") == "01_first\n"
-    assert [path.stem for path in folder.glob(".stamps/*")] == ["01_first"]
+    assert sorted(folder.glob(".stamps/*")) == stamps
+    for name in complete:
+        assert printed(folder / f"{name}.ipynb") == f"{name}\n"

@@ -30,6 +30,10 @@ def setup(seed):
     if "keras" in sys.modules:
         sys.modules["keras"].utils.set_random_seed(seed)
         logging.getLogger("tensorflow").setLevel(logging.ERROR)  # hide warnings about retracing
+        if os.environ.get("FCNN_EAGER") and _backend() == "tensorflow":  # see `runner`
+            import tensorflow as tf
+
+            tf.config.run_functions_eagerly(True)
         paths.say(summary(describe()))
     else:
         random.seed(seed)

@@ -35,7 +35,7 @@ def factorized_conv(x, method, filters, kernel_size, ranks, **options):
 
     Args:
         x: Keras tensor (N, H, W, S) or shape (H, W, S).
-        method: "cp", "cp4", "tucker", "tt", "spatial" or "separable", or a class of `factorizations`.
+        method: "cp", "cp4", "tucker", "tt", "svd", "spatial" or "separable", or a class of `factorizations`.
         filters: T, number of output channels.
         kernel_size: as in Conv2D.
         ranks: an int, or one for each rank of the method; they may exceed `max_ranks`.

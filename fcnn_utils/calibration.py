@@ -89,14 +89,13 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
             mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
         feasible = _feasible_fractions(fractions, method, kernel.shape)
         all_ranks = [rank_selection.ranks_for_fraction(method, kernel.shape, fraction) for fraction in feasible]
-        sizes = dict(zip(feasible, all_ranks, strict=True))
-        kernels = {fraction: (kernel, ranks) for fraction, ranks in sizes.items()}
-        for fraction, result in list(factorizations.decompose_many(method, kernels, **options)):
+        results = factorizations.decompose_ladder(method, kernel, all_ranks, **options)
+        for fraction, ranks, result in zip(feasible, all_ranks, results, strict=True):
             rebuilt, shift = refit_kernel(kernel, result, (mean, covariance))
             own.layer.set_weights([rebuilt, *(value + shift for value in bias)])
             for norm, values in zip(norms, norm_weights, strict=True):
                 norm.moving_mean.assign(values[-2] - shift)
-            curve.append((fraction, sizes[fraction], _loss(before, _outputs(rest.model, first))))
+            curve.append((fraction, ranks, _loss(before, _outputs(rest.model, first))))
         own.layer.set_weights([kernel, *bias])
         for norm, values in zip(norms, norm_weights, strict=True):
             norm.set_weights(values)

@@ -50,7 +50,7 @@ def factorize(
 
     Args:
         model: built functional or Sequential model.
-        method: "cp", "cp4", "tucker", "tt", "spatial" or "separable", or a class of `factorizations`.
+        method: "cp", "cp4", "tucker", "tt", "svd", "spatial" or "separable", or a class of `factorizations`.
         ratio: largest share of each converted kernel's parameters that is kept, in (0, 1]. Give one of `ratio`,
             `ranks` and `macs`.
         ranks: dict path -> ranks of each layer to convert.
@@ -372,7 +372,7 @@ def _plan_by_macs(model, chosen, method, macs, images, multiple, verbose, option
         low, high = (middle, high) if total(middle) <= macs else (low, middle)
     plan = {path: at(site, low)[0] for path, site in chosen.items()}
     if images is not None:
-        fractions = np.geomspace(max(low / 3, _SMALLEST), min(2.5 * low, 0.9), 4).tolist()  # around the uniform one
+        fractions = np.geomspace(max(low / 3, _SMALLEST), min(2.5 * low, 0.9), 5).tolist()  # around the uniform one
         nodes = [site.node for site in chosen.values()]
         curves = calibration.layer_sensitivity(model, method, images, nodes, fractions, verbose=verbose, **options)
         costs = {path: functools.partial(at, site) for path, site in chosen.items()}

@@ -91,8 +91,8 @@ def error_curve(kernel, method, fractions, **options):
     """
     method = factorizations.get(method)
     method.check_options(options)
-    sizes = {n: (kernel, ranks_for_fraction(method, np.shape(kernel), f)) for n, f in enumerate(fractions)}
-    results = [result for _, result in factorizations.decompose_many(method, sizes, **options)]
+    ladder = [ranks_for_fraction(method, np.shape(kernel), fraction) for fraction in fractions]
+    results = factorizations.decompose_ladder(method, kernel, ladder, **options)
     rows = [(d.ranks, d.parameters, d.parameters / np.size(kernel), d.relative_error) for d in results]
     return pd.DataFrame(rows, columns=["ranks", "parameters", "share", "relative_error"])
 

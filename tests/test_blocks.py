@@ -10,7 +10,7 @@ from keras import layers
 from fcnn_utils import blocks, cost, factorizations
 
 METHODS = list(factorizations.FACTORIZATIONS)
-RANKS = {"cp": 5, "cp4": 5, "tucker": (3, 4), "tt": (3, 4, 2), "spatial": 5, "separable": 2}
+RANKS = {"cp": 5, "cp4": 5, "tucker": (3, 4), "tt": (3, 4, 2), "svd": 3, "spatial": 5, "separable": 2}
 DESIGNS = {
     "bottleneck": {"width": 3},
     "single_intra_channel": {},
@@ -198,7 +198,7 @@ def test_invalid_options_are_rejected():
         ({"padding": "full"}, "padding must be one of same, valid; got 'full'"),
         ({"strides": 2, "dilation_rate": 2}, "can't both be above 1"),
         ({"filters": 0}, "filters must be a whole number"),
-        ({"method": "svd"}, "method must be one of"),
+        ({"method": "qr"}, "method must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
             blocks.factorized_conv((8, 8, 6), **{"method": "cp", "filters": 4, "kernel_size": 3, "ranks": 2} | options)

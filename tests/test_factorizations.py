@@ -14,7 +14,7 @@ from fcnn_utils import factorizations
 from fcnn_utils.factorizations import CP, CP4, DepthwiseSeparable, SpatialSVD, TensorTrain, Tucker2
 
 METHODS = list(factorizations.FACTORIZATIONS)
-RANKS = {"cp": (6,), "cp4": (6,), "tucker": (4, 3), "tt": (4, 6, 3), "spatial": (5,), "separable": (2,)}
+RANKS = {"cp": (6,), "cp4": (6,), "tucker": (4, 3), "tt": (4, 6, 3), "svd": (5,), "spatial": (5,), "separable": (2,)}
 
 
 def random_kernel(shape=(3, 3, 6, 8), seed=0):  # RANKS are possible for this shape
@@ -137,9 +137,23 @@ def test_options_out_of_range_are_rejected():
                 function(**{name: wrong})
 
 
+@pytest.mark.parametrize("method", factorizations.FACTORIZATIONS.values(), ids=lambda method: method.name)
+@pytest.mark.parametrize("shape", [(3, 3, 6, 8), (6, 8)])
+def test_a_ladder_of_ranks_gives_the_decomposition_at_each(method, shape):
+    kernel = np.random.default_rng(0).normal(size=shape)
+    if method.is_nested:
+        ladder = sorted({(1,), (max(1, method.max_ranks(shape)[0] // 2),), method.max_ranks(shape)})
+    else:
+        ladder = [(1,) * len(method.max_ranks(shape)), method.max_ranks(shape)]
+    for found, ranks in zip(factorizations.decompose_ladder(method, kernel, ladder), ladder, strict=True):
+        alone = method.decompose(kernel, ranks)
+        assert found.ranks == ranks and np.isclose(found.relative_error, alone.relative_error, atol=1e-9)
+        assert np.allclose(found.to_kernel(), alone.to_kernel(), atol=1e-9)
+
+
 def test_unknown_methods_and_foreign_decompositions_are_rejected():
     kernel = random_kernel()
-    for unknown in ("svd", None, dict, factorizations.Factorization):
+    for unknown in ("qr", None, dict, factorizations.Factorization):
         with pytest.raises(ValueError, match="method must be one of .*cp4.*; got"):
             factorizations.decompose(kernel, unknown, 3)
     with pytest.raises(ValueError, match="must be a CP or a CP4; got a Tucker2"):

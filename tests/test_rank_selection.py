@@ -63,7 +63,7 @@ def test_invalid_arguments_are_rejected():
         with pytest.raises(ValueError, match="fraction must be a number above 0"):
             ranks_for_fraction("cp", (3, 3, 16, 32), fraction)
     with pytest.raises(ValueError, match="method must be one of"):
-        ranks_for_fraction("svd", (3, 3, 4, 4), 0.5)
+        ranks_for_fraction("qr", (3, 3, 4, 4), 0.5)
     with pytest.raises(ValueError, match="cost must be one of"):
         ranks_for_fraction("cp", (3, 3, 4, 4), 0.5, cost="time")
     with pytest.raises(ValueError, match="multiple must be a whole number between 1 and"):

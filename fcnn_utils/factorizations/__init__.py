@@ -5,6 +5,7 @@
     "cp4"        `CP4`                 1×1, k×1 and 1×k depthwise, 1×1              CP rank ≤ R
     "tucker"     `Tucker2`             1×1, k×k, 1×1                                multilinear ranks ≤ R1, R2
     "tt"         `TensorTrain`         1×1, k×1, 1×k, 1×1                           tensor-train ranks ≤ R1, R2, R3
+    "svd"        `SVD`                 k×k, 1×1; two dense layers for a matrix      rank ≤ R as a (k² S × T) matrix
     "spatial"    `SpatialSVD`          k×1, 1×k                                     rank ≤ R as a (k S × k T) matrix
     "separable"  `DepthwiseSeparable`  k×k depthwise with R outputs a channel, 1×1  rank ≤ R, channel by channel
 
@@ -20,11 +21,12 @@ from fcnn_utils.factorizations.base import (
     check_kernel,
     check_kernel_shape,
     decompose,
+    decompose_ladder,
     decompose_many,
     get,
 )
 from fcnn_utils.factorizations.chain import ChainLayer, place_strides
 from fcnn_utils.factorizations.cp import CP, CP4, error_preserving_correction
-from fcnn_utils.factorizations.svd import DepthwiseSeparable, SpatialSVD
+from fcnn_utils.factorizations.svd import SVD, DepthwiseSeparable, SpatialSVD
 from fcnn_utils.factorizations.tensor_train import TensorTrain
 from fcnn_utils.factorizations.tucker import Tucker2

@@ -57,6 +57,7 @@ class Factorization:
 
     name = ""
     is_exact = True  # whether `max_ranks` represents every kernel exactly
+    is_nested = False  # whether it has one rank, and lower ranks take the first columns of the factors
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -305,7 +306,7 @@ def decompose(kernel, method, ranks, **options):
 
     Args:
         kernel: (*spatial, S, T) array.
-        method: "cp", "cp4", "tucker", "tt", "spatial" or "separable", or a class.
+        method: "cp", "cp4", "tucker", "tt", "svd", "spatial" or "separable", or a class.
         ranks: an int if the method has one rank, a sequence if it has several.
         options: of the method; see its class.
 
@@ -341,6 +342,35 @@ def decompose_many(method, kernels, **options):
                 yield name, future.result()
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from None
+
+
+def decompose_ladder(method, kernel, ladder, **options):
+    """Decompose one kernel at several ranks, from one decomposition if the method is nested.
+
+    Args:
+        method: a class.
+        kernel: (*spatial, S, T) array.
+        ladder: list of ranks, each as in `Factorization.decompose`.
+        options: of the method.
+
+    Returns:
+        list of `Factorization`.
+
+    Raises:
+        ValueError: an argument is not allowed.
+    """
+    ladder = [method.check_ranks(np.shape(kernel), ranks) for ranks in ladder]
+    if not (method.is_nested and ladder):
+        kernels = {number: (kernel, ranks) for number, ranks in enumerate(ladder)}
+        return [result for _, result in decompose_many(method, kernels, **options)]
+    whole = method.decompose(kernel, max(ladder), **options)
+    (rank,) = {letter for layer in whole.layers for letter in layer.letters} - set(SPATIAL + "st")
+    results = []
+    for (count,) in ladder:
+        axes = [layer.letters.index(rank) for layer in whole.layers]
+        factors = [np.take(factor, range(count), axis) for factor, axis in zip(whole.factors, axes, strict=True)]
+        results.append(method.from_factors(check_kernel(kernel), factors))
+    return results
 
 
 def check_kernel(kernel):

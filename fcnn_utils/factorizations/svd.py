@@ -1,6 +1,6 @@
-"""Factorizations by truncated SVDs: the spatial SVD and the depthwise separable layer.
+"""Factorizations by truncated SVDs: of the unfolded kernel, the spatial SVD, and the depthwise separable layer.
 
-Both minimise the Frobenius error among factorizations of their form and rank (Eckart & Young 1936). The square root
+All minimise the Frobenius error among factorizations of their form and rank (Eckart & Young 1936). The square root
 of each singular value goes into each factor.
 """
 
@@ -10,6 +10,32 @@ import numpy as np
 
 from fcnn_utils.factorizations.base import Factorization
 from fcnn_utils.factorizations.gram import truncated_svd
+
+
+class SVD(Factorization):
+    """k×k S→R, 1×1 R→T (Zhang, Zou, He & Sun 2016, arXiv 1505.06798, without its fit to the outputs).
+
+        K[i, j, s, t] = Σ_r  U[i, j, s, r] · V[r, t]
+
+    The truncated SVD of the kernel as a (prod(spatial) · S, T) matrix. For a 1×1 or a dense layer this is the SVD of
+    its matrix. Factors: U (*spatial, S, R), V (R, T).
+    """
+
+    name = "svd"
+    is_nested = True
+
+    @classmethod
+    def structure(cls, spatial):
+        return [("in", 0, f"{spatial}sr", "s->r"), ("out", 1, "rt", "r->t")]
+
+    @classmethod
+    def _max_ranks(cls, kernel_shape):
+        return (min(math.prod(kernel_shape[:-1]), kernel_shape[-1]),)
+
+    @classmethod
+    def _factors(cls, kernel, ranks):
+        left, right = _truncated(kernel.reshape(-1, kernel.shape[-1]), ranks[0])
+        return [left.reshape(*kernel.shape[:-1], -1), right]
 
 
 class SpatialSVD(Factorization):
@@ -22,6 +48,7 @@ class SpatialSVD(Factorization):
     """
 
     name = "spatial"
+    is_nested = True
 
     @classmethod
     def structure(cls, spatial):
@@ -54,6 +81,7 @@ class DepthwiseSeparable(Factorization):
     """
 
     name = "separable"
+    is_nested = True
 
     @classmethod
     def structure(cls, spatial):

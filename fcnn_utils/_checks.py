@@ -20,9 +20,10 @@ def check_choice(name, value, allowed):
     return value
 
 
-def check_pair(name, value):
-    """Return (rows, columns) from one whole number of at least 1, or from two; else raise ValueError."""
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in pair):
-        raise ValueError(f"{name} must be a whole number of at least 1, or two of them; got {value!r}")
-    return pair
+def check_sizes(name, value, axes=2):
+    """Return a tuple of a size for each axis, from one whole number of at least 1 or several; else raise ValueError."""
+    sizes = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
+    if len(sizes) != axes or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes):
+        count = {1: "", 2: ", or two of them", 3: ", or three of them"}[axes]
+        raise ValueError(f"{name} must be a whole number of at least 1{count}; got {value!r}")
+    return sizes

@@ -19,7 +19,6 @@ image needs a fixed size.
 All blocks raise ValueError if an option's value is not allowed. Two blocks in one model need different names.
 """
 
-import dataclasses
 import math
 
 import keras
@@ -27,7 +26,8 @@ import numpy as np
 from keras import layers
 
 from fcnn_utils import factorizations
-from fcnn_utils._checks import check_choice, check_number, check_pair
+from fcnn_utils._checks import check_number, check_sizes
+from fcnn_utils._conv_options import ConvOptions, same_padding
 
 
 def factorized_conv(x, method, filters, kernel_size, ranks, **options):
@@ -47,15 +47,24 @@ def factorized_conv(x, method, filters, kernel_size, ranks, **options):
     conv = ConvOptions(kernel_size, **options)
     check_number("filters", filters, int, 1, 2**31)
     kernel_shape = (*conv.kernel_size, _shape(x)[-1], filters)
-    chain = factorizations.get(method).chain(kernel_shape, ranks)
+    return chain_block(x, factorizations.get(method).chain(kernel_shape, ranks), conv)
+
+
+def chain_block(x, chain, conv):
+    """Apply a chain of layers with new weights; `x` and the result are as in `factorized_conv`.
+
+    Args:
+        chain: from `factorizations.Factorization.chain`, of one group.
+        conv: `ConvOptions` of the dense layer.
+    """
 
     def apply(x):
-        for layer, strides, padding, needs_zeros in _placed_layers(chain, conv.strides, conv.padding):
+        for layer, strides, padding, needs_zeros in _placed_layers(chain, conv.strides, conv.padding, conv.transposed):
             x = conv.pad(x) if needs_zeros else x
             x = conv.chain_layer(layer, strides, padding, last=layer is chain[-1])(x)
         return x
 
-    return _applied(apply, x, filters, conv)
+    return _applied(apply, x, chain[-1].filters, conv)
 
 
 def from_decomposition(x, decomposition, bias=None, **options):
@@ -85,19 +94,25 @@ def from_decomposition(x, decomposition, bias=None, **options):
     return y
 
 
-def chain_macs(chain, image_size, *, strides=(1, 1), padding="same", dilation_rate=(1, 1)):
+def chain_macs(chain, image_size, *, strides=(1, 1), padding="same", dilation_rate=(1, 1), output_size=None):
     """Return the MACs of a chain for one image, with the exact output size of every layer.
 
     Args:
         chain: from `factorizations.Factorization.chain`.
-        image_size: (height, width).
-        strides, padding, dilation_rate: of the dense layer, pairs as Keras stores them.
+        image_size: (height, width), or as many sizes as the kernel has spatial axes; any for a dense layer.
+        strides, padding, dilation_rate: of the dense layer, tuples as Keras stores them.
+        output_size: of a transposed convolution, else None.
     """
     size, total = list(image_size), 0
+    if output_size is not None:
+        for layer in chain:
+            total += math.prod(size) * layer.parameters  # every value that is read meets the whole kernel
+            size = [output_size[axis] if axis in layer.axes else n for axis, n in enumerate(size)]
+        return total
     for layer, taken, pads, needs_zeros in _placed_layers(chain, strides, padding):
         if needs_zeros:
             whole = [max(sizes) for sizes in zip(*(part.kernel_size for part in chain), strict=True)]
-            size = [n + sum(_same_padding(n, k, s)) for n, k, s in zip(size, whole, strides, strict=True)]
+            size = [n + sum(same_padding(n, k, s)) for n, k, s in zip(size, whole, strides, strict=True)]
         for axis, stride in enumerate(taken):
             reach = (layer.kernel_size[axis] - 1) * dilation_rate[axis] if pads == "valid" else 0
             size[axis] = -(-(size[axis] - reach) // stride)
@@ -172,7 +187,7 @@ def topological(x, filters, kernel_size, grid, neighbourhood, **options):
     """
     conv = ConvOptions(kernel_size, **options)
     conv.check_same("topological subdivisioning")
-    grid, neighbourhood = check_pair("grid", grid), check_pair("neighbourhood", neighbourhood)
+    grid, neighbourhood = check_sizes("grid", grid), check_sizes("neighbourhood", neighbourhood)
     if math.prod(grid) != filters or any(c > d for c, d in zip(neighbourhood, grid, strict=True)):
         raise ValueError(
             f"grid must hold the {filters} filters and the neighbourhood fit into it; got {grid} and {neighbourhood}"
@@ -241,91 +256,6 @@ def spatial_bottleneck(x, filters, kernel_size, **options):
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class ConvOptions:
-    """The checked options of a block, and the Keras layers made with them."""
-
-    kernel_size: tuple
-    strides: tuple = (1, 1)
-    padding: str = "same"
-    dilation_rate: tuple = (1, 1)
-    activation: object = None
-    use_bias: bool = True
-    kernel_initializer: object = "glorot_uniform"
-    kernel_regularizer: object = None
-    bias_initializer: object = "zeros"
-    bias_regularizer: object = None
-    trainable: bool = True
-    dtype: object = None
-    name: str = "block"
-
-    def __post_init__(self):
-        for name in ("kernel_size", "strides", "dilation_rate"):
-            object.__setattr__(self, name, check_pair(name, getattr(self, name)))
-        check_choice("padding", self.padding, ("same", "valid"))
-        if max(self.strides) > 1 and max(self.dilation_rate) > 1:  # Keras refuses this for the dense layer, too
-            raise ValueError(
-                f"strides and dilation_rate can't both be above 1; got {self.strides} and {self.dilation_rate}"
-            )
-
-    @property
-    def geometry(self):
-        """Arguments of a layer with the whole kernel size."""
-        return {"strides": self.strides, "padding": self.padding, "dilation_rate": self.dilation_rate}
-
-    def check_same(self, what):
-        """Raise ValueError unless the padding is "same"."""
-        if self.padding != "same":
-            raise ValueError(f"{what} keeps the image's size: padding must be 'same'; got {self.padding!r}")
-
-    def chain_layer(self, layer, strides, padding, *, last):
-        """Make the Keras layer of a `factorizations.ChainLayer`."""
-        options = {"strides": strides}
-        if layer.axes:
-            dilation = tuple(d if axis in layer.axes else 1 for axis, d in enumerate(self.dilation_rate))
-            options |= {"padding": padding, "dilation_rate": dilation}
-        if layer.is_depthwise:
-            multiplier = layer.filters // layer.in_channels
-            return self.depthwise(layer.name, layer.kernel_size, depth_multiplier=multiplier, last=last, **options)
-        return self.conv(layer.name, layer.filters, layer.kernel_size, last=last, **options)
-
-    def conv(self, part, filters, kernel_size=(1, 1), *, last=False, **arguments):
-        """Make a Conv2D, with the bias and the activation if it is the last of its block."""
-        starts = {"kernel_initializer": self.kernel_initializer, "kernel_regularizer": self.kernel_regularizer}
-        return layers.Conv2D(filters, kernel_size, **(starts | self._common(part, last) | arguments))
-
-    def depthwise(self, part, kernel_size, *, last=False, **arguments):
-        """Make a DepthwiseConv2D, with the bias and the activation if it is the last of its block."""
-        starts = {"depthwise_initializer": self.kernel_initializer, "depthwise_regularizer": self.kernel_regularizer}
-        return layers.DepthwiseConv2D(kernel_size, **(starts | self._common(part, last) | arguments))
-
-    def layer(self, kind, part, *arguments, **named):
-        """Make a layer without weights."""
-        return kind(*arguments, **named, **self._named(part))
-
-    def pad(self, x):
-        """Add the zeros that the dense layer's `same` padding would add, as a layer of their own."""
-        if None in x.shape[1:3]:
-            raise ValueError(
-                f"strides {self.strides} with `same` padding need an image of a fixed size; got {x.shape[1:3]}"
-            )
-        edges = [_same_padding(*each) for each in zip(x.shape[1:3], self.kernel_size, self.strides, strict=True)]
-        return self.layer(layers.ZeroPadding2D, "pad", edges, data_format="channels_last")(x)
-
-    def _common(self, part, last):
-        return {
-            "use_bias": self.use_bias and last,
-            "activation": self.activation if last else None,
-            "bias_initializer": self.bias_initializer,
-            "bias_regularizer": self.bias_regularizer,
-            "data_format": "channels_last",
-        } | self._named(part)
-
-    def _named(self, part):
-        common = {"name": f"{self.name}_{part}", "trainable": self.trainable}
-        return common | ({"dtype": self.dtype} if self.dtype is not None else {})
-
-
 def _shape(x):
     return tuple(x) if isinstance(x, (tuple, list)) else tuple(x.shape)
 
@@ -344,7 +274,7 @@ def _residual_depthwise(x, conv):
     return conv.layer(layers.Add, "add")([x, depthwise(x)])
 
 
-def _placed_layers(chain, strides, padding):
+def _placed_layers(chain, strides, padding, transposed=False):
     """Yield (layer, its strides, its padding, whether zeros are added before it) for each layer of a chain.
 
     If a layer strides along an axis that belongs to an earlier one, their own `same` padding would fall in other places
@@ -352,15 +282,11 @@ def _placed_layers(chain, strides, padding):
     """
     placed = factorizations.place_strides(chain, tuple(strides))
     own = [tuple(s if axis in layer.axes else 1 for axis, s in enumerate(strides)) for layer in chain]
+    if transposed:  # in the chains of these no layer is depthwise
+        placed = own
     explicit = padding == "same" and placed != own
     for layer, taken in zip(chain, placed, strict=True):
         needs_zeros = explicit and bool(layer.axes)
         if needs_zeros:
             explicit, padding = False, "valid"
         yield layer, taken, padding, needs_zeros
-
-
-def _same_padding(size, kernel_size, stride):
-    """Return (before, after), the zeros that `same` padding adds along one axis."""
-    total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
-    return total // 2, total - total // 2

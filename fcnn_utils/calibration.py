@@ -11,12 +11,12 @@ import keras
 import numpy as np
 from keras import layers
 
-from fcnn_utils import _calibration_inputs, _graph_cut, factorizations, keras_graph, rank_selection
+from fcnn_utils import _calibration_inputs, _graph_cut, factorizations, keras_graph, layer_kinds, rank_selection
 from fcnn_utils._calibration_inputs import batches as _batches
+from fcnn_utils._patches import Moments, linear_rows, patch_rows
 from fcnn_utils._progress import progress
 
 _BATCH = 128  # images at a time
-_TARGET_ROWS = 20_000  # about so many patches of a batch are read: neighbouring patches are redundant
 _SENSITIVITY_IMAGES = 256  # to refit a kernel with
 _LOSS_IMAGES = 128  # to predict a loss from; with 256, the accuracy of the factorized networks is the same
 _KEPT_BYTES = 2**30  # limit for the stored inputs of a layer, so that the layers before it need not run again
@@ -44,6 +44,7 @@ def check_images(model, images):
     return inputs
 
 
+# long: half of it is the docstring
 def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **options):
     """Measure how much the network's outputs change when one layer is factorized, for every layer and size.
 
@@ -56,7 +57,8 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
         model: built functional or Sequential model. It is not changed.
         method: name or class of a factorization.
         images: see `check_images`. The first 256 are used for the refits, the first 128 for the losses.
-        nodes: `keras_graph.LayerNode` of each Conv2D layer.
+        nodes: `keras_graph.LayerNode` of each layer, of one of the `layer_kinds.KINDS`. The kernels of grouped and of
+            transposed convolutions are not refitted.
         fractions: shares of a kernel's parameters to try, rising. Those below rank 1 are left out; if none is left,
             rank 1 is tried.
         verbose: 1 to print progress.
@@ -79,19 +81,25 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
     in_order = [node for path, node in trial_nodes.items() if path in wanted]
     for own in progress(in_order, "layers whose sensitivity is measured", verbose):
         curve = []
-        kernel, *bias = own.layer.get_weights()
+        kind, (kernel, *bias) = layer_kinds.KernelLayer(own.layer), own.layer.get_weights()
         norms = _following_norms(own, trial_nodes)
         norm_weights = [norm.get_weights() for norm in norms]
         rest.start_before(own.layer)
         first = [x[:_LOSS_IMAGES] for x in rest.images]
-        mean, covariance = patch_moments(rest.model, own, rest.images)
-        if not bias and not norms:  # no bias can correct the mean: measure it as a part of the error
-            mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
-        feasible = _feasible_fractions(fractions, method, kernel.shape)
-        all_ranks = [rank_selection.ranks_for_fraction(method, kernel.shape, fraction) for fraction in feasible]
-        results = factorizations.decompose_ladder(method, kernel, all_ranks, **options)
-        for fraction, ranks, result in zip(feasible, all_ranks, results, strict=True):
-            rebuilt, shift = refit_kernel(kernel, result, (mean, covariance))
+        moments = None
+        if _has_patches(kind):
+            mean, covariance = patch_moments(rest.model, own, rest.images)
+            if not bias and not norms:  # no bias can correct the mean: measure it as a part of the error
+                mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
+            moments = mean, covariance
+        feasible = _feasible_fractions(fractions, method, kind.kernel_shape)
+        all_ranks = [rank_selection.ranks_for_fraction(method, kind.kernel_shape, fraction) for fraction in feasible]
+        ladders = [factorizations.decompose_ladder(method, part, all_ranks, **options) for part in kind.kernels()]
+        for fraction, ranks, *parts in zip(feasible, all_ranks, *ladders, strict=True):
+            if moments is None:
+                rebuilt, shift = kind.keras_kernel([part.to_kernel() for part in parts]), 0.0
+            else:
+                rebuilt, shift = refit_kernel(kernel, parts[0], moments)
             own.layer.set_weights([rebuilt, *(value + shift for value in bias)])
             for norm, values in zip(norms, norm_weights, strict=True):
                 norm.moving_mean.assign(values[-2] - shift)
@@ -119,10 +127,10 @@ def patch_moments(model, node, images):
     Raises:
         ValueError: the layer reads values that are not finite.
     """
-    moments, whole = _Moments(node.path), _Rest(model, _calibration_inputs.take(model, images))
+    moments, whole = Moments(node.path), _Rest(model, _calibration_inputs.take(model, images))
     for read in whole.read(node, 64):
         for x in read:
-            moments.add(_patches(node.layer, x))
+            moments.add(patch_rows(node.layer, x))
         if moments.count > 3 * len(moments.total):
             break
     return moments.mean_and_covariance()
@@ -253,38 +261,17 @@ class _Rest:
             yield [keras.ops.cast(x, "float32") for x in keras.tree.flatten(reader(batch, training=False))]
 
 
-class _Moments:
-    """Mean and covariance of rows, summed up in float64; the products of rows are in float32, twice as fast.
-
-    The rows are shifted by the mean of the first ones, so that large means cost no digits.
-    """
-
-    def __init__(self, path):
-        self.path, self.shift, self.total, self.squares, self.count = path, 0, 0, 0, 0
-
-    def add(self, rows):
-        if not self.count:
-            self.shift = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-        rows = rows - self.shift
-        self.total = self.total + rows.sum(axis=0, dtype=np.float64)
-        products = rows.T @ rows
-        self.squares = np.add(self.squares, products, out=self.squares if self.count else None, dtype=np.float64)
-        self.count += len(rows)
-
-    def mean_and_covariance(self):
-        if not np.isfinite(self.squares).all():
-            raise ValueError(
-                f"layer {self.path!r} reads or computes values that are not finite on the calibration images: check "
-                "their normalisation and the weights of the layers before it"
-            )
-        mean = self.total / self.count
-        return mean + self.shift, self.squares / self.count - np.outer(mean, mean)
-
-
 def _is_refitted(node, chain_end):
-    """Return whether two nodes of one path are a dense convolution and the end of its chain."""
-    both = chain_end is not None and all(type(one.layer) is layers.Conv2D for one in (node, chain_end))
-    return both and node.layer.kernel.shape != chain_end.layer.kernel.shape
+    """Return whether two nodes of one path are a dense layer with a kernel and the end of its chain, to be refitted."""
+    if chain_end is None or any(type(one.layer) not in layer_kinds.KINDS for one in (node, chain_end)):
+        return False
+    is_changed = node.layer.kernel.shape != chain_end.layer.kernel.shape
+    return is_changed and _has_patches(layer_kinds.KernelLayer(chain_end.layer))
+
+
+def _has_patches(kind):
+    """Return whether each output is a product of a patch and one kernel."""
+    return kind.groups == 1 and not kind.transposed and getattr(kind.layer, "padding", "") != "causal"
 
 
 def _feasible_fractions(fractions, method, kernel_shape):
@@ -315,13 +302,13 @@ def _refit(new_rest, chain_end, rest, node, norms):
     last, dense = chain_end.layer, node.layer
     new_rest.start_before(last)
     rest.start_before(dense)
-    moments = _Moments(node.path)
+    moments = Moments(node.path)
     for new_read, read in zip(new_rest.read(chain_end, _BATCH), rest.read(node, _BATCH), strict=True):
-        outputs = [_linear(dense, x) for x in read]
-        inputs = [_patches(last, x) for x in new_read]
+        outputs = [linear_rows(dense, x) for x in read]
+        inputs = [patch_rows(last, x) for x in new_read]
         for z, y in zip(inputs, outputs, strict=True):
             moments.add(np.concatenate([z, y], axis=1))
-    size = int(np.prod(last.kernel.shape[:3]))
+    size = int(np.prod(last.kernel.shape[:-1]))
     mean, squares = moments.mean_and_covariance()
     if not (last.use_bias or norms):  # nothing corrects the mean separately
         squares = squares + np.outer(mean, mean)
@@ -340,40 +327,6 @@ def _least_squares(gram, right):
     if values[-1] <= 0:
         return np.zeros_like(right)
     return vectors @ ((vectors.T @ right) / (np.maximum(values, 0) + 1e-6 * values[-1])[:, None])
-
-
-def _linear(layer, x):
-    """Return what a Conv2D computes before its activation, as rows (positions, T)."""
-    y = layer.convolution_op(x, keras.ops.cast(layer.kernel, x.dtype))
-    y = keras.ops.add(y, keras.ops.cast(layer.bias, x.dtype)) if layer.use_bias else y
-    y = keras.ops.convert_to_numpy(y)
-    return y[_positions(y.shape[:3])]
-
-
-def _patches(layer, x):
-    """Return the patches that a Conv2D reads, as rows (positions, kh · kw · S).
-
-    `keras.ops.image.extract_patches` convolves with an identity, which takes as long as a layer of as many filters.
-    """
-    x, geometry = keras.ops.convert_to_numpy(x), (layer.kernel_size, layer.strides, layer.dilation_rate)
-    spans = [(size - 1) * dilation + 1 for size, _, dilation in zip(*geometry, strict=True)]
-    if layer.padding == "same":
-        steps = zip(x.shape[1:3], spans, layer.strides, strict=True)
-        missing = [max((-(-n // stride) - 1) * stride + span - n, 0) for n, span, stride in steps]
-        x = np.pad(x, ((0, 0), *((total // 2, total - total // 2) for total in missing), (0, 0)))
-    (sh, sw), (dh, dw) = geometry[1:]
-    windows = np.lib.stride_tricks.sliding_window_view(x, spans, (1, 2))[:, ::sh, ::sw, :, ::dh, ::dw]
-    rows = np.moveaxis(windows, 3, -1)[_positions(windows.shape[:3])]  # (rows, kh, kw, S)
-    return rows.reshape(len(rows), -1)
-
-
-def _positions(shape):
-    """Return the indices (image, row, column) of at most about `_TARGET_ROWS` positions of feature maps."""
-    step = math.prod(shape) // _TARGET_ROWS
-    step += 1 - step % 2
-    while math.gcd(step, shape[-1]) > 1:  # else it would keep to some columns of the image
-        step += 2
-    return np.unravel_index(np.arange(0, math.prod(shape), step), shape)
 
 
 def _outputs(model, images):

@@ -8,20 +8,17 @@ first. Layers are named by their path, `inner/conv1`. The model is not changed, 
 The added layers are stock layers: they are saved and loaded without custom objects.
 """
 
-import dataclasses
 import functools
 import math
 
 import numpy as np
-from keras import layers as keras_layers
 
-from fcnn_utils import blocks, calibration, cost, factorizations, keras_graph, rank_selection
+from fcnn_utils import calibration, cost, factorizations, keras_graph, rank_selection
 from fcnn_utils._checks import check_choice, check_number
 from fcnn_utils._progress import progress
 from fcnn_utils._report import Report
+from fcnn_utils._sites import choose, find_sites
 
-_KINDS = {"Depthwise": "depthwise", "Separable": "separable already", "Transpose": "transposed"}
-_FEW_CHANNELS = 4  # a layer that reads fewer is skipped by default
 _SMALLEST = 1e-9  # a fraction of the parameters that every smallest rank exceeds
 
 
@@ -95,8 +92,8 @@ def factorize(
         options = {"max_norm": 1.0, "seed": seed} | options
     method.check_options(options)
 
-    sites = _sites(model)
-    chosen = _chosen(sites, layers if ranks is None else ranks, model, method)
+    sites = find_sites(model)
+    chosen = choose(sites, layers if ranks is None else ranks, model, method)
     if ranks is not None:
         plan = {path: method.check_ranks(chosen[path].kernel_shape, given) for path, given in ranks.items()}
     elif ratio is not None:
@@ -116,9 +113,13 @@ def factorize(
 # parameters: what `factorize` has decided
 def _convert(model, sites, chosen, method, plan, options, dense_reason, verbose):
     """Build the new model and the report; `dense_reason` is that of a chosen layer which is not in the plan."""
-    kernels = {path: (sites[path].layer.get_weights()[0], ranks) for path, ranks in plan.items()}
+    kernels = {
+        (path, group): (kernel, ranks)
+        for path, ranks in plan.items()
+        for group, kernel in enumerate(sites[path].kind.kernels())
+    }
     results = factorizations.decompose_many(method, kernels, **options)
-    results = dict(progress(results, f"layers decomposed by {method.name}", verbose, len(plan)))
+    results = dict(progress(results, f"layers decomposed by {method.name}", verbose, len(kernels)))
     taken, chains, rows = keras_graph.operation_names(model), {}, []
     for path, site in sites.items():
         row = {"layer": path, "params_before": site.parameters, "params_after": site.parameters}
@@ -126,196 +127,20 @@ def _convert(model, sites, chosen, method, plan, options, dense_reason, verbose)
         if path in chosen:
             row["reason"] = "" if path in plan else dense_reason
         if path in plan:
-            result, weights = results[path], site.layer.get_weights()
-            chain = chains[id(site.layer)] = site.chain(result, weights[1] if len(weights) > 1 else None, taken)
+            parts = [result for (of, _), result in results.items() if of == path]  # one for each group
+            chain = chains[id(site.layer)] = site.chain(parts, taken)
+            norms = np.array([part.kernel_norm for part in parts])
+            errors = norms * [part.relative_error for part in parts]
             row |= {
                 "method": method.name,
-                "ranks": result.ranks,
-                "relative_error": result.relative_error,
-                "degeneracy": getattr(result, "degeneracy", math.nan),
+                "ranks": parts[0].ranks,
+                "relative_error": float(np.linalg.norm(errors) / max(np.linalg.norm(norms), 1e-300)),
+                "degeneracy": max(getattr(part, "degeneracy", math.nan) for part in parts),
                 "params_after": sum(layer.count_params() for layer in chain),
-                "macs_after": site.macs_at(method, result.ranks),
+                "macs_after": site.macs_at(method, parts[0].ranks),
             }
         rows.append(row)
     return keras_graph.rebuild(model, chains), Report.of(rows)
-
-
-# --- which layers ----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(eq=False)
-class _Site:
-    """A layer with weights in a model: whether it can be converted, and what that costs."""
-
-    node: keras_graph.LayerNode
-    macs: float  # of all its calls; NaN if they are not known
-    nodes: dict  # id of a layer -> its node, of all layers
-
-    @property
-    def layer(self):
-        return self.node.layer
-
-    @property
-    def kernel_shape(self):
-        return tuple(self.layer.kernel.shape)
-
-    @property
-    def parameters(self):
-        return self.layer.count_params()
-
-    @functools.cached_property
-    def obstacle(self):
-        """Why it can't be converted; "" if it can."""
-        layer = self.layer
-        if type(layer) is not keras_layers.Conv2D:
-            return self._other_kind()
-        refusals = {
-            "grouped": layer.groups > 1,
-            "1×1: nothing to separate": layer.kernel_size == (1, 1),
-            "channels come first": layer.data_format != "channels_last",
-            "its kernel has a constraint": layer.kernel_constraint is not None,
-            "its weights are quantized or have a LoRA": keras_graph.is_quantized(layer)
-            or getattr(layer, "lora_enabled", False),
-        }
-        return next((reason for reason, holds in refusals.items() if holds), "")
-
-    def _other_kind(self):
-        layer, name = self.layer, type(self.layer).__name__
-        if type(layer) is not getattr(keras_layers, name, None):
-            return f"a {name}, not a layer of Keras"
-        if isinstance(layer, keras_layers.Wrapper):
-            return f"a {name}, not a layer by itself"
-        if all(len(weight.shape) < 2 for weight in layer.weights):
-            return f"a {name}: it has no kernel"
-        return next((said for kind, said in _KINDS.items() if kind in name), f"a {name}, not a Conv2D")
-
-    @functools.cached_property
-    def reason(self):
-        """Why it is skipped by default; "" if it is not."""
-        if self.obstacle:
-            return self.obstacle
-        neighbour = self._other_part()
-        if neighbour is not None:
-            return f"factorized already, together with {neighbour.name}"
-        channels = self.kernel_shape[2]
-        if channels < _FEW_CHANNELS:
-            return f"reads {channels} channel{'s' * (channels > 1)}: little to save, much to lose"
-        return ""
-
-    def refuse(self, method):
-        """Find out whether the chain of a method can be built here: set `obstacle` if it can't."""
-        try:
-            ranks = (1,) * len(method.max_ranks(self.kernel_shape))
-            self._block(method, ranks, None)
-        except ValueError as error:
-            self.obstacle = self.reason = str(error)
-
-    def _other_part(self):
-        """Return a layer that forms a factorization together with this one; None if there is none.
-
-        Two patterns are known: the k×k layer of a Tucker-2 chain (a 1×1 that does not widen, k×k, a 1×1 that does not
-        narrow), and either layer of a pair k×1, 1×k. Nothing lies between the layers, not even an activation.
-        """
-        before, after = (_only_convolution(found) for found in (self.node.producers, self.node.consumers))
-        if before is not None:
-            is_joined = keras_graph.has_linear_activation(before) and len(set(self.nodes[id(before)].consumers)) == 1
-            before = before if is_joined else None
-        if not keras_graph.has_linear_activation(self.layer):
-            after = None
-        for other in filter(None, (before, after)):
-            sizes = zip(self.layer.kernel_size, other.kernel_size, strict=True)
-            if all(min(pair) == 1 < max(pair) for pair in sizes):  # each extends along the other's axis of size 1
-                return other
-        if before is not None and after is not None and before.kernel_size == after.kernel_size == (1, 1):
-            narrows = before.filters <= before.kernel.shape[2] and after.filters >= after.kernel.shape[2]
-            return before if narrows else None
-        return None
-
-    @property
-    def input_shape(self):
-        """Shape of what the layer reads, with None for sizes in which its calls differ."""
-        shapes = [inputs[0][1:] for inputs, _ in self.node.calls]
-        return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
-
-    def macs_at(self, method, ranks):
-        """MACs of the chain at these ranks, of all calls; NaN if they are not known."""
-        if math.isnan(self.macs):
-            return math.nan
-        geometry = {name: getattr(self.layer, name) for name in ("strides", "padding", "dilation_rate")}
-        chain = method.chain(self.kernel_shape, ranks)
-        return sum(blocks.chain_macs(chain, inputs[0][1:3], **geometry) for inputs, _ in self.node.calls)
-
-    def chain(self, result, bias, taken):
-        """Return the new layers with their weights; the last has the layer's name, the others names not `taken`."""
-        block = self._block(type(result), result.ranks, bias)
-        block.set_weights([*result.layer_weights(), *([] if bias is None else [np.asarray(bias)])])
-        return [self._copy(layer, taken, last=layer is block.layers[-1]) for layer in block.layers[1:]]
-
-    def _block(self, method, ranks, bias):
-        """Build the model of a chain with new weights."""
-        layer = self.layer
-        names = ("strides", "padding", "dilation_rate", "activation", "trainable", "name")
-        names += ("kernel_initializer", "kernel_regularizer", "bias_initializer", "bias_regularizer")
-        options = {name: getattr(layer, name) for name in names} | {"dtype": layer.dtype_policy}
-        if np.ndim(getattr(layer.kernel_initializer, "value", 0)):  # an array of the dense kernel's shape
-            del options["kernel_initializer"]
-        options |= {"use_bias": bias is not None}
-        return blocks.factorized_conv(self.input_shape, method, layer.filters, layer.kernel_size, ranks, **options)
-
-    def _copy(self, layer, taken, last):
-        name = self.layer.name if last else layer.name
-        while not last and name in taken:
-            name += "_"
-        taken.add(name)
-        kept = ("activity_regularizer", "bias_constraint") if last else ()
-        copy = keras_graph.copy_layer(layer, name=name, **{key: getattr(self.layer, key) for key in kept})
-        copy.build(layer.input.shape)
-        copy.set_weights(layer.get_weights())
-        return copy
-
-
-def _only_convolution(operations):
-    """Return the Conv2D that the operations are, if they are one and the same; else None."""
-    is_one = len(set(operations)) == 1 and type(operations[0]) is keras_layers.Conv2D
-    return operations[0] if is_one else None
-
-
-def _sites(model):
-    """Return the layers with weights, by path."""
-    nodes, macs = {id(node.layer): node for node in keras_graph.layer_nodes(model)}, {}
-    try:
-        for call, count, _ in cost.call_costs(model):
-            macs[id(call.operation)] = macs.get(id(call.operation), 0) + count
-    except cost.SizeNotFixed:
-        macs = dict.fromkeys(nodes, math.nan)
-    return {node.path: _Site(node, macs[key], nodes) for key, node in nodes.items() if node.layer.weights}
-
-
-def _chosen(sites, named, model, method):
-    """Return the sites to convert, by path."""
-    if named is None:
-        for site in sites.values():
-            if not site.reason:
-                site.refuse(method)
-        chosen = {path: site for path, site in sites.items() if not site.reason}
-        if not chosen:
-            reasons = [f"{path}: {site.reason}" for path, site in sites.items() if "no kernel" not in site.reason][:5]
-            said = "; ".join(reasons) or "no layer has a kernel"
-            raise ValueError(f"model {model.name!r} has no convolution to factorize ({said})")
-        return chosen
-    named = [named] if isinstance(named, str) else list(named)
-    if not named:
-        raise ValueError("name at least one layer to convert")
-    for path in named:
-        if path not in sites:
-            raise ValueError(
-                f"there is no layer {path!r} with weights in model {model.name!r}; it has {', '.join(sites)}"
-            )
-        if not sites[path].obstacle:
-            sites[path].refuse(method)
-        if sites[path].obstacle:
-            raise ValueError(f"layer {path!r} can't be factorized: {sites[path].obstacle}")
-    return {path: site for path, site in sites.items() if path in named}
 
 
 # --- which ranks -----------------------------------------------------------------------------------------------------

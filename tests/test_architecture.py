@@ -20,6 +20,7 @@ MAY_IMPORT_A_BACKEND = {
     "course.environment.deterministic",
     "course.environment.gpu",
     "course.environment.has_bfloat16",
+    "course.environment.setup",  # no function is compiled in the smoke profile
 }
 
 

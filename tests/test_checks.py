@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fcnn_utils._checks import check_choice, check_number, check_pair
+from fcnn_utils._checks import check_choice, check_number, check_sizes
 
 
 @pytest.mark.parametrize(
@@ -38,11 +38,11 @@ def test_check_choice_returns_an_allowed_value_and_rejects_others(allowed):
 
 
 @pytest.mark.parametrize("value, pair", [(3, (3, 3)), ((3, 1), (3, 1)), ([1, 2], (1, 2))])
-def test_check_pair_returns_rows_and_columns(value, pair):
-    assert check_pair("kernel_size", value) == pair
+def test_check_sizes_returns_rows_and_columns(value, pair):
+    assert check_sizes("kernel_size", value) == pair
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, None, "33", (1, 0), (1, 2, 3), (1,), (1, 2.5)], ids=repr)
-def test_check_pair_rejects_what_is_not_one_or_two_whole_numbers(value):
+def test_check_sizes_rejects_what_is_not_one_or_two_whole_numbers(value):
     with pytest.raises(ValueError, match="kernel_size must be a whole number of at least 1, or two of them; got"):
-        check_pair("kernel_size", value)
+        check_sizes("kernel_size", value)

@@ -10,6 +10,9 @@ import pytest
 from keras import layers
 
 from fcnn_utils import batch_norm, compress, cost, factorizations, keras_graph
+from fcnn_utils.layer_kinds import KernelLayer
+
+UP = "the chain needs a transposed depthwise layer, which Keras does not have"
 
 METHODS = list(factorizations.FACTORIZATIONS)
 
@@ -74,9 +77,9 @@ def squared_error(one, other, x):
 
 def full_ranks(model, method):
     return {
-        node.path: factorizations.get(method).max_ranks(tuple(node.layer.kernel.shape))
+        node.path: factorizations.get(method).max_ranks(KernelLayer(node.layer).kernel_shape)
         for node in keras_graph.layer_nodes(model)
-        if type(node.layer) is layers.Conv2D and node.layer.kernel_size != (1, 1) and node.layer.groups == 1
+        if type(node.layer) is layers.Conv2D and not KernelLayer(node.layer).is_pointwise
     }
 
 
@@ -102,15 +105,16 @@ def assert_loads_without_custom_objects(model, x, folder):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_network_is_the_same_at_full_rank_and_that_of_the_rebuilt_kernels_if_truncated(zoo, method):
     new, report = compress.factorize(zoo, method, ranks=full_ranks(zoo, method))
-    assert (report["reason"] == "").sum() == 5 and distance(zoo, new) < 1e-4
+    assert (report["reason"] == "").sum() == 6 and distance(zoo, new) < 1e-4
     options = {"n_iter": 20} if method in ("cp", "cp4") else {}
     new, report = compress.factorize(zoo, method, ratio=0.6, **options)
     expected = keras_graph.rebuild(zoo, {})
     nodes = {node.path: node.layer for node in keras_graph.layer_nodes(expected)}
     options |= {"max_norm": 1.0} if options else {}
     for path, ranks in report[report["reason"] == ""].set_index("layer")["ranks"].items():
-        kernel, *bias = nodes[path].get_weights()
-        nodes[path].set_weights([factorizations.decompose(kernel, method, ranks, **options).to_kernel(), *bias])
+        kind, (_, *bias) = KernelLayer(nodes[path]), nodes[path].get_weights()
+        kernels = [factorizations.decompose(part, method, ranks, **options).to_kernel() for part in kind.kernels()]
+        nodes[path].set_weights([kind.keras_kernel(kernels), *bias])
     assert distance(expected, new) < 1e-4 and distance(zoo, new) > 1e-3
 
 
@@ -235,12 +239,12 @@ def test_every_layer_with_weights_is_reported_with_its_costs(zoo):
     report, nodes = report.set_index("layer"), keras_graph.layer_nodes(zoo)
     assert list(report.index) == [node.path for node in nodes if node.layer.weights]
     converted = report[report["reason"] == ""]
-    assert set(converted.index) == {"inner/conv", "shared", "last", "stack/conv"}
+    assert set(converted.index) == {"inner/conv", "shared", "last", "stack/conv", "grouped"}
     assert (converted["params_after"] < converted["params_before"]).all() and (converted["method"] == "cp").all()
     assert converted["relative_error"].between(0, 1).all() and converted["degeneracy"].between(0, 1).all()
     reasons = report["reason"].to_dict()
     assert reasons["first"].startswith("reads 3 channels") and reasons["point"].startswith("1×1")
-    assert (reasons["grouped"], reasons["depthwise"]) == ("grouped", "depthwise")
+    assert reasons["depthwise"] == "depthwise"
     for column, model in (("before", zoo), ("after", new)):
         assert report[f"macs_{column}"].sum() == macs(model)
         assert report[f"params_{column}"].sum() == cost.total_costs(model)["params"]
@@ -255,12 +259,12 @@ def test_convolutions_that_cannot_be_factorized_are_left_with_the_reason():
 
     tuned = conv("tuned")
     stack = [conv("bound", kernel_constraint="max_norm"), conv("first", filters=8, data_format="channels_first")]
-    stack += [conv("transposed", layers.Conv2DTranspose), conv("separable", layers.SeparableConv2D), conv("own", Own)]
+    stack += [conv("separable", layers.SeparableConv2D), conv("own", Own)]
     model = small_model(*stack, tuned, conv("plain"))
     tuned.enable_lora(2)
     _, report = compress.factorize(model, "tucker", ratio=0.5)
     reasons = report.set_index("layer")["reason"].to_dict()
-    expected = {"bound": "constraint", "first": "channels come first", "transposed": "transposed", "own": "a Own, not"}
+    expected = {"bound": "constraint", "first": "channels come first", "own": "a Own, not"}
     expected |= {"separable": "separable already", "tuned": "LoRA", "plain": ""}
     assert reasons.keys() == expected.keys()
     assert all(expected[path] in reasons[path] for path in expected) and reasons["plain"] == ""
@@ -300,11 +304,11 @@ def test_every_kind_of_layer_with_weights_has_a_row_with_the_reason():
     reasons = report.set_index("layer")["reason"].to_dict()
     assert reasons == {
         "frames": "a TimeDistributed, not a layer by itself",
-        "recurrent": "a ConvLSTM2D, not a Conv2D",
+        "recurrent": "a ConvLSTM2D, which is not factorized",
         "spectral": "a SpectralNormalization, not a layer by itself",
         "own": "a StandardizedConv, not a layer of Keras",
         "plain": "",
-        "head": "a Dense, not a Conv2D",
+        "head": "dense: only svd factorizes it",
     }
     assert report["params_before"].sum() == model.count_params()
 
@@ -331,7 +335,7 @@ def test_linear_neighbours_are_no_factorization_by_themselves():
     model = with_random_weights(keras.Model(inputs, layers.Conv2D(3, 3, padding="same", name="tail")(x)))
     _, report = compress.factorize(model, "cp", ratio=0.5)
     reasons = report.set_index("layer")["reason"].to_dict()
-    assert reasons == {"head": "", "first": "", "second": "", "up": "transposed", "tail": ""}
+    assert reasons == {"head": "", "first": "", "second": "", "up": UP, "tail": ""}
 
 
 @pytest.mark.parametrize("kind", ["input", "inner model", "operation"])
@@ -388,7 +392,7 @@ def test_a_subclassed_model_is_traced_and_converted():
     model(x)
     with pytest.warns(UserWarning, match="'own' is subclassed: it was traced"):
         new, report = compress.factorize(model, "tucker", ranks={"conv": (6, 8)})
-    assert distance(model, new, x) < 1e-4 and report["reason"].tolist() == ["", "a Dense, not a Conv2D"]
+    assert distance(model, new, x) < 1e-4 and report["reason"].tolist() == ["", "dense: only svd factorizes it"]
 
 
 def test_a_network_with_several_inputs_and_outputs_is_calibrated():
@@ -411,7 +415,7 @@ def test_a_network_with_several_inputs_and_outputs_is_calibrated():
 def test_the_report_prints_totals_and_reasons(zoo):
     _, report = compress.factorize(zoo, "cp", ratio=0.5)
     text = str(report)
-    assert "4 converted" in text and "left: grouped (grouped)" in text and "norm" not in text and "..." not in text
+    assert "5 converted" in text and "left: depthwise (depthwise)" in text and "norm" not in text and "..." not in text
     assert max(map(len, text.splitlines())) < 130
     assert str(report[["layer"]]) == str(report[["layer"]].copy())  # a part prints as pandas prints it
 
@@ -477,7 +481,7 @@ def test_a_budget_needs_images_of_a_fixed_size():
     new, report = compress.factorize(model, ratio=0.5)
     assert np.isnan(report["macs_after"][0]) and new(np.zeros((1, 9, 7, 8), "float32")).shape == (1, 7, 5, 8)
     strided = keras.Model(inputs, layers.Conv2D(8, 3, strides=2, padding="same", name="conv")(inputs))
-    with pytest.raises(ValueError, match="no convolution to factorize .conv: .* image of a fixed size"):
+    with pytest.raises(ValueError, match="no layer to factorize by cp4 .conv: .* image of a fixed size"):
         compress.factorize(strided, "cp4", ratio=0.5)
     with pytest.raises(ValueError, match="layer 'conv' can't be factorized: .* image of a fixed size"):
         compress.factorize(strided, "cp4", ratio=0.5, layers="conv")
@@ -515,7 +519,7 @@ def test_invalid_arguments_are_rejected_with_what_is_allowed(zoo):
         ({"ratio": 0.5, "layers": ["shared", "nope"]}, "no layer 'nope' with weights in model 'zoo'.*inner/conv"),
         ({"ratio": 0.5, "layers": []}, "name at least one layer"),
         ({"ratio": 0.5, "layers": "point"}, "layer 'point' can't be factorized: 1×1"),
-        ({"ratio": 0.5, "layers": "grouped"}, "layer 'grouped' can't be factorized: grouped"),
+        ({"ratio": 0.5, "layers": "point"}, "layer 'point' can't be factorized: 1×1: only svd factorizes it"),
         ({"ranks": {"shared": 1000}}, "rank of cp for a .* kernel must be a whole number between 1 and"),
         ({"ranks": {"shared": 3}, "layers": ["shared"]}, "leave out layers="),
         (
@@ -528,8 +532,11 @@ def test_invalid_arguments_are_rejected_with_what_is_allowed(zoo):
         ({"ratio": 0.5, "seed": -1}, "seed must be a whole number"),
         ({"ratio": 0.5, "speed": 3}, "cp has no option 'speed'; it has .*n_starts"),
         ({"ratio": 0.5, "model": keras.Sequential([layers.Conv2D(4, 3)])}, "is not built"),
-        ({"ratio": 0.5, "model": small_model(layers.Flatten())}, "no convolution to factorize .no layer has a kernel"),
-        ({"ratio": 0.5, "model": small_model(layers.Conv2D(4, 1, name="point"))}, "no convolution .*point: 1×1"),
+        ({"ratio": 0.5, "model": small_model(layers.Flatten())}, "no layer to factorize by cp .no layer has a kernel"),
+        (
+            {"ratio": 0.5, "model": small_model(layers.Conv2D(4, 1, name="point"))},
+            "no layer to factorize by cp .*point: 1×1",
+        ),
     ):
         with pytest.raises(ValueError, match=message) as refusal:
             compress.factorize(**{"model": zoo} | arguments)
@@ -557,8 +564,12 @@ def test_networks_of_keras_applications_are_the_same_at_full_rank(name, method):
     model, x = application(name)
     new, report = compress.factorize(model, method, ranks=full_ranks(model, method))
     assert (report["reason"] == "").sum() == NETWORKS[name]
-    others = {"a Dense, not a Conv2D", "a BatchNormalization: it has no kernel", "a Normalization: it has no kernel"}
-    assert set(report["reason"]) <= {"", "1×1: nothing to separate", "depthwise", "grouped"} | others
+    others = {
+        "dense: only svd factorizes it",
+        "a BatchNormalization: it has no kernel",
+        "a Normalization: it has no kernel",
+    }
+    assert set(report["reason"]) <= {"", "1×1: only svd factorizes it", "depthwise"} | others
     reads = [keras.Model(one.input, one.layers[-1].input) for one in (model, new)]  # random logits hardly differ
     assert distance(*reads, x) < 1e-3
 

@@ -1,0 +1,205 @@
+"""The layers with weights of a model: which can be converted, and what their chains cost.
+
+A site refuses a method whose chain cannot be built in its place, and gives the reason.
+"""
+
+import dataclasses
+import functools
+import math
+
+from keras import layers as keras_layers
+
+from fcnn_utils import cost, factorizations, keras_graph, layer_kinds
+from fcnn_utils._conv_options import DEPTHWISE
+
+_KINDS = {"Depthwise": "depthwise", "Separable": "separable already"}
+_FEW_CHANNELS = 4  # a layer that reads fewer is skipped by default
+
+
+@dataclasses.dataclass(eq=False)
+class Site:
+    """A layer with weights in a model: whether it can be converted, and what that costs."""
+
+    node: keras_graph.LayerNode
+    macs: float  # of all its calls; NaN if they are not known
+    nodes: dict  # id of a layer -> its node, of all layers
+
+    @property
+    def layer(self):
+        return self.node.layer
+
+    @functools.cached_property
+    def kind(self):
+        return layer_kinds.KernelLayer(self.layer)
+
+    @property
+    def kernel_shape(self):
+        return self.kind.kernel_shape
+
+    @property
+    def parameters(self):
+        return self.layer.count_params()
+
+    @functools.cached_property
+    def obstacle(self):
+        """Why it can't be converted; "" if it can."""
+        layer = self.layer
+        if type(layer) not in layer_kinds.KINDS:
+            return self._other_kind()
+        refusals = {
+            "channels come first": getattr(layer, "data_format", "channels_last") != "channels_last",
+            "depthwise": self.kind.groups > 1 and self.kernel_shape[-2] == 1,
+            "its kernel has a constraint": layer.kernel_constraint is not None,
+            "its weights are quantized or have a LoRA": keras_graph.is_quantized(layer)
+            or getattr(layer, "lora_enabled", False),
+        }
+        return next((reason for reason, holds in refusals.items() if holds), "")
+
+    def _other_kind(self):
+        layer, name = self.layer, type(self.layer).__name__
+        if type(layer) is not getattr(keras_layers, name, None):
+            return f"a {name}, not a layer of Keras"
+        if isinstance(layer, keras_layers.Wrapper):
+            return f"a {name}, not a layer by itself"
+        if all(len(weight.shape) < 2 for weight in layer.weights):
+            return f"a {name}: it has no kernel"
+        return next((said for kind, said in _KINDS.items() if kind in name), f"a {name}, which is not factorized")
+
+    @functools.cached_property
+    def reason(self):
+        """Why it is skipped by default; "" if it is not."""
+        if self.obstacle:
+            return self.obstacle
+        neighbour = self._other_part()
+        if neighbour is not None:
+            return f"factorized already, together with {neighbour.name}"
+        channels = self.kernel_shape[-2]
+        if channels < _FEW_CHANNELS:
+            return f"reads {channels} channel{'s' * (channels > 1)}: little to save, much to lose"
+        return ""
+
+    def refuse(self, method):
+        """Find out whether the chain of a method can be built here: set `obstacle` if it can't."""
+        if self.kind.is_pointwise and not issubclass(method, factorizations.SVD):
+            what = "1×1" if self.kind.axes else "dense"
+            self.obstacle = self.reason = f"{what}: only svd factorizes it"
+            return
+        try:
+            ranks = (1,) * len(method.max_ranks(self.kernel_shape))
+            self.kind.block(self.input_shape, method.chain(self.kernel_shape, ranks), use_bias=False)
+        except ValueError as error:
+            self.obstacle = self.reason = str(error)
+
+    def _other_part(self):
+        """Return a layer that forms a factorization together with this one; None if there is none.
+
+        Known patterns: the k×k layer of a Tucker-2 chain (a 1×1 that does not widen, k×k, a 1×1 that does not narrow),
+        either layer of a pair k×1, 1×k, a 1×1 or dense layer beside a depthwise one or beside a layer to which it has
+        fewer channels than on its other side, and a layer before such a 1×1. Nothing lies between the layers, not even
+        an activation.
+        """
+        before, after = (_only_layer(found) for found in (self.node.producers, self.node.consumers))
+        if before is not None:
+            is_joined = keras_graph.has_linear_activation(before) and len(set(self.nodes[id(before)].consumers)) == 1
+            before = before if is_joined else None
+        if not keras_graph.has_linear_activation(self.layer):
+            after = None
+        for other in filter(None, (before, after)):
+            sizes = list(zip(_kernel_size(self.layer), _kernel_size(other), strict=False))
+            if len(sizes) > 1 and all(min(pair) == 1 < max(pair) for pair in sizes):
+                return other  # each extends along the other's axis of size 1
+        (*_, reads, writes), narrow = self.layer.kernel.shape, []
+        if self.kind.is_pointwise:
+            narrow += [before] if before is not None and reads < writes else []
+            narrow += [after] if after is not None and writes < reads else []
+        elif before is not None and after is not None and not self.kind.transposed:
+            sides = [set(_kernel_size(other)) <= {1} for other in (before, after)]
+            narrow += [before] if all(sides) and _narrows(before) and _widens(after) else []
+        elif after is not None and set(_kernel_size(after)) <= {1} and _widens(after):
+            narrow += [after]
+        return narrow[0] if narrow else None
+
+    @property
+    def input_shape(self):
+        """Shape of what the layer reads, with None for sizes in which its calls differ."""
+        shapes = [inputs[0][1:] for inputs, _ in self.node.calls]
+        return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
+
+    def macs_at(self, method, ranks):
+        """MACs of the chain at these ranks, of all calls; NaN if they are not known."""
+        if math.isnan(self.macs):
+            return math.nan
+        chain = method.chain(self.kernel_shape, ranks)
+        return sum(self.kind.macs(chain, inputs[0], output) for inputs, output in self.node.calls)
+
+    def chain(self, decompositions, taken):
+        """Return the new layers with their weights; the last has the layer's name, the others names not `taken`."""
+        _, *bias = self.layer.get_weights()
+        block = self.kind.block(self.input_shape, decompositions[0].layers, use_bias=bool(bias))
+        block.set_weights(self.kind.weights(decompositions, *bias or [None]))
+        return [self._copy(layer, taken, last=layer is block.layers[-1]) for layer in block.layers[1:]]
+
+    def _copy(self, layer, taken, last):
+        name = self.layer.name if last else layer.name
+        while not last and name in taken:
+            name += "_"
+        taken.add(name)
+        kept = ("activity_regularizer", "bias_constraint") if last else ()
+        copy = keras_graph.copy_layer(layer, name=name, **{key: getattr(self.layer, key) for key in kept})
+        copy.build(layer.input.shape)
+        copy.set_weights(layer.get_weights())
+        return copy
+
+
+def _only_layer(operations):
+    """Return the layer with a kernel that the operations are, if they are one and the same; else None."""
+    is_one = len(set(operations)) == 1 and type(operations[0]) in (*layer_kinds.KINDS, *DEPTHWISE.values())
+    return operations[0] if is_one else None
+
+
+def _kernel_size(layer):
+    return getattr(layer, "kernel_size", ())
+
+
+def _narrows(layer):
+    return layer.kernel.shape[-1] <= layer.kernel.shape[-2]
+
+
+def _widens(layer):
+    return layer.kernel.shape[-1] >= layer.kernel.shape[-2]
+
+
+def find_sites(model):
+    """Return the layers with weights, by path."""
+    nodes, macs = {id(node.layer): node for node in keras_graph.layer_nodes(model)}, {}
+    try:
+        for call, count, _ in cost.call_costs(model):
+            macs[id(call.operation)] = macs.get(id(call.operation), 0) + count
+    except cost.SizeNotFixed:
+        macs = dict.fromkeys(nodes, math.nan)
+    return {node.path: Site(node, macs[key], nodes) for key, node in nodes.items() if node.layer.weights}
+
+
+def choose(sites, named, model, method):
+    """Return the sites to convert, by path."""
+    for site in sites.values():
+        if not site.obstacle:
+            site.refuse(method)
+    if named is None:
+        chosen = {path: site for path, site in sites.items() if not site.reason}
+        if not chosen:
+            reasons = [f"{path}: {site.reason}" for path, site in sites.items() if "no kernel" not in site.reason][:5]
+            said = "; ".join(reasons) or "no layer has a kernel"
+            raise ValueError(f"model {model.name!r} has no layer to factorize by {method.name} ({said})")
+        return chosen
+    named = [named] if isinstance(named, str) else list(named)
+    if not named:
+        raise ValueError("name at least one layer to convert")
+    for path in named:
+        if path not in sites:
+            raise ValueError(
+                f"there is no layer {path!r} with weights in model {model.name!r}; it has {', '.join(sites)}"
+            )
+        if sites[path].obstacle:
+            raise ValueError(f"layer {path!r} can't be factorized: {sites[path].obstacle}")
+    return {path: site for path, site in sites.items() if path in named}

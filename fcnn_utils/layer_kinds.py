@@ -1,0 +1,104 @@
+"""The kinds of Keras layers that can be factorized: each is read as a kernel and rebuilt as a chain of small layers.
+
+    layer                                      kernel (*spatial, S, T)
+    Dense                                      its matrix, without spatial axes; it works at every position
+    Conv1D, Conv2D, Conv3D                     its own; with groups, one for each group, (*spatial, S / G, T / G)
+    Conv1DTranspose, ..., Conv3DTranspose      its own, whose last two axes Keras stores in the other order
+
+The chain of a transposed convolution has transposed layers, that of a grouped one grouped layers. Some methods need
+layers that Keras does not have; `KernelLayer.block` then raises ValueError.
+"""
+
+import math
+
+import numpy as np
+from keras import layers
+
+from fcnn_utils import blocks
+from fcnn_utils._conv_options import CONVOLUTIONS, TRANSPOSED, ConvOptions
+
+_AXES = {kind: axes for kinds in (CONVOLUTIONS, TRANSPOSED) for axes, kind in kinds.items()}
+_AXES[layers.Dense] = 0
+KINDS = tuple(_AXES)
+
+
+class KernelLayer:
+    """A Keras layer of one of these `KINDS`, read as a kernel.
+
+    Attributes:
+        layer: the layer.
+        axes: number of spatial axes of its kernel.
+        groups: number of groups of channels.
+        transposed: whether it is a transposed convolution.
+    """
+
+    def __init__(self, layer):
+        self.layer, self.axes = layer, _AXES[type(layer)]
+        self.groups = getattr(layer, "groups", 1)
+        self.transposed = type(layer) in TRANSPOSED.values()
+
+    @property
+    def kernel_shape(self):
+        """Shape (*spatial, S, T) of the kernel of one group."""
+        *spatial, channels, filters = self.layer.kernel.shape
+        return (*spatial, filters, channels) if self.transposed else (*spatial, channels, filters // self.groups)
+
+    @property
+    def is_pointwise(self):
+        """Whether it reads one position for each output."""
+        return math.prod(self.kernel_shape[:-2]) == 1
+
+    def kernels(self):
+        """Return the list of the kernels, (*spatial, S, T) arrays, one for each group."""
+        kernel = self.layer.get_weights()[0]
+        return np.split(np.swapaxes(kernel, -1, -2) if self.transposed else kernel, self.groups, axis=-1)
+
+    def keras_kernel(self, kernels):
+        """Return the weight of the Keras layer whose `kernels` these are."""
+        kernel = np.concatenate(kernels, axis=-1)
+        return np.swapaxes(kernel, -1, -2) if self.transposed else kernel
+
+    def macs(self, chain, input_shape, output_shape):
+        """Return the MACs of a chain in place of the layer, for one image; shapes have the batch axis."""
+        if not self.axes:
+            return blocks.chain_macs(chain, input_shape[1:-1], strides=(), dilation_rate=())
+        geometry = {name: getattr(self.layer, name) for name in ("strides", "padding", "dilation_rate")}
+        geometry["output_size"] = output_shape[1:-1] if self.transposed else None
+        return self.groups * blocks.chain_macs(chain, input_shape[1:-1], **geometry)
+
+    def block(self, input_shape, chain, use_bias):
+        """Build a keras.Model of the chain's layers, with new weights and the layer's other settings.
+
+        Args:
+            input_shape: of what the layer reads, without the batch axis.
+            chain: from `factorizations.Factorization.chain`, for the kernel of one group.
+            use_bias: whether the last layer has a bias.
+
+        Raises:
+            ValueError: Keras has no layer that the chain needs.
+        """
+        layer = self.layer
+        names = ["activation", "trainable", "name"]
+        names += ["kernel_initializer", "kernel_regularizer", "bias_initializer", "bias_regularizer"]
+        if self.axes:
+            names += ["kernel_size", "strides", "padding", "dilation_rate"]
+        options = {name: getattr(layer, name) for name in names} | {"dtype": layer.dtype_policy, "use_bias": use_bias}
+        if np.ndim(getattr(layer.kernel_initializer, "value", 0)):  # an array of the dense kernel's shape
+            del options["kernel_initializer"]
+        options |= {"axes": self.axes, "groups": self.groups, "transposed": self.transposed}
+        options["output_padding"] = layer.output_padding if self.transposed else None
+        conv = ConvOptions(**{"kernel_size": ()} | options)
+        return blocks.chain_block(tuple(input_shape), chain, conv)
+
+    def weights(self, decompositions, bias):
+        """Return the weights of the layers of `block`, from a decomposition for each group and a bias or None."""
+        found = []
+        for layer, *parts in zip(
+            decompositions[0].layers, *(each.layer_weights() for each in decompositions), strict=True
+        ):
+            kernel = np.concatenate(parts, axis=-2 if layer.is_depthwise else -1)
+            if not self.axes:
+                kernel = kernel.reshape(kernel.shape[-2:])
+            swapped = self.transposed and layer.axes
+            found.append(np.swapaxes(kernel, -1, -2) if swapped else kernel)
+        return [*found, *([] if bias is None else [np.asarray(bias)])]

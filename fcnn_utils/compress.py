@@ -1,4 +1,4 @@
-"""Factorize a trained Keras model: convolutions become chains of small layers that carry their factors.
+"""Factorize a trained Keras model: layers with kernels become chains of small layers that carry their factors.
 
     small, report = factorize(model, "cp", ratio=0.15)                  # from the weights alone
     small, report = factorize(model, "cp", macs=60e6, images=images)    # ranks and factors from images, too
@@ -39,7 +39,10 @@ def factorize(
     verbose=1,
     **options,
 ):
-    """Replace convolutions of a trained model by factorized ones that carry its weights.
+    """Replace layers of a trained model by factorized ones that carry its weights.
+
+    Dense layers, convolutions and transposed convolutions of one to three axes are taken, grouped ones group by group
+    (`layer_kinds`). Dense and 1×1 layers have only the method "svd".
 
     A converted layer becomes a chain (see `blocks`). Its last layer keeps the name, the bias and the activation; the
     layers before it are NAME_in, NAME_depthwise, ... Stride, padding, dilation, initializers, regularizers, dtype

@@ -1,4 +1,4 @@
-"""Factorize the convolutions of trained Keras models, and measure parameters, MACs and latency before and after.
+"""Factorize the layers of trained Keras models, and measure parameters, MACs and latency before and after.
 
     import fcnn_utils as fcnn
 
@@ -43,6 +43,7 @@ _MODULE_OF = {
     "CP4": "factorizations",
     "Tucker2": "factorizations",
     "TensorTrain": "factorizations",
+    "SVD": "factorizations",
     "SpatialSVD": "factorizations",
     "DepthwiseSeparable": "factorizations",
 }

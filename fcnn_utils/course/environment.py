@@ -34,6 +34,7 @@ def setup(seed):
             import tensorflow as tf
 
             tf.config.run_functions_eagerly(True)
+            tf.data.experimental.enable_debug_mode()  # else it warns that data pipelines stay compiled
         paths.say(summary(describe()))
     else:
         random.seed(seed)

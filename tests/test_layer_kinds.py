@@ -60,16 +60,17 @@ def test_three_dimensional_convolutions_are_equal_at_full_rank(method, strides, 
 
 
 @pytest.mark.parametrize("method", DENSE_CHAINS)
-@pytest.mark.parametrize("axes", [1, 2, 3])
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize(
-    "kernel_size, options",
+    "axes, kernel_size, options",
     [
-        (3, {}),
-        (3, {"strides": 2}),
-        (2, {"strides": 3}),
-        (3, {"dilation_rate": 2}),
-        (3, {"strides": 2, "output_padding": 1}),
+        (1, 3, {"strides": 2}),
+        (2, 3, {}),
+        (2, (3, 4), {"strides": (2, 1)}),
+        (2, 2, {"strides": 3}),
+        (2, 3, {"dilation_rate": 2}),
+        (2, 3, {"strides": 2, "output_padding": 1}),
+        (3, 3, {"strides": 2}),
     ],
     ids=str,
 )

@@ -1,4 +1,8 @@
-"""The checked options of a block, and the Keras layers made with them."""
+"""The checked options of a block, and the Keras layers made with them.
+
+`ConvOptions` are those of a block of `blocks`, for images. `LayerOptions` are those of a layer of any kind of
+`layer_kinds`.
+"""
 
 import dataclasses
 
@@ -28,10 +32,12 @@ class ConvOptions:
     trainable: bool = True
     dtype: object = None
     name: str = "block"
-    axes: int = 2  # number of spatial axes; without any, the layers are Dense
-    groups: int = 1
-    transposed: bool = False
-    output_padding: object = None  # of a transposed convolution
+
+    # no fields here: only `LayerOptions` may set them
+    axes = 2
+    groups = 1
+    transposed = False
+    output_padding = None
 
     def __post_init__(self):
         for name in ("kernel_size", "strides", "dilation_rate"):
@@ -67,8 +73,7 @@ class ConvOptions:
         if self.transposed and layer.axes:
             kept = self.output_padding
             if kept is not None:
-                sizes = (kept,) * self.axes if isinstance(kept, int) else kept
-                kept = tuple(size if axis in layer.axes else 0 for axis, size in enumerate(sizes))
+                kept = tuple(size if axis in layer.axes else 0 for axis, size in enumerate(kept))
             return self.conv(layer.name, layer.filters, layer.kernel_size, last=last, output_padding=kept, **options)
         if self.groups > 1:
             options["groups"] = self.groups
@@ -121,6 +126,23 @@ class ConvOptions:
     def _named(self, part):
         common = {"name": f"{self.name}_{part}", "trainable": self.trainable}
         return common | ({"dtype": self.dtype} if self.dtype is not None else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOptions(ConvOptions):
+    """The options of a layer of any kind.
+
+    Attributes:
+        axes: number of spatial axes; without any, the layers are Dense.
+        groups: number of groups of channels.
+        transposed: whether the convolution is transposed.
+        output_padding: of a transposed convolution, as its layer stores it.
+    """
+
+    axes: int = 2
+    groups: int = 1
+    transposed: bool = False
+    output_padding: object = None
 
 
 def same_padding(size, kernel_size, stride):

@@ -6,48 +6,62 @@ import keras
 import numpy as np
 from keras import layers
 
-from fcnn_utils import layer_kinds
+from fcnn_utils import keras_graph
+from fcnn_utils._conv_options import same_padding
 
 _TARGET_ROWS = 20_000  # about so many patches of a batch are read: neighbouring patches are redundant
 
 
 class Moments:
-    """Mean and covariance of rows, summed up in float64; the products of rows are in float32, twice as fast.
+    """Means and covariances of rows (n, D) with themselves and with rows of outputs (n, T).
 
-    The rows are shifted by the mean of the first ones, so that large means cost no digits.
+    Sums are in float64. Products of rows are in float32, which takes half the time. The rows are shifted by the mean
+    of the first ones, so that large means cost no digits.
     """
 
     def __init__(self, path):
-        self.path, self.shift, self.total, self.squares, self.count = path, 0, 0, 0, 0
+        self.path, self.count, self.shifts, self.totals, self.products = path, 0, None, [0, 0], [0, 0]
 
-    def add(self, rows):
-        if not self.count:
-            self.shift = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-        rows = rows - self.shift
-        self.total = self.total + rows.sum(axis=0, dtype=np.float64)
-        products = rows.T @ rows
-        self.squares = np.add(self.squares, products, out=self.squares if self.count else None, dtype=np.float64)
+    def add(self, rows, outputs):
+        both = [rows, outputs]
+        if self.shifts is None:
+            self.shifts = [x.mean(axis=0, dtype=np.float64).astype(np.float32) for x in both]
+        both = [x - shift for x, shift in zip(both, self.shifts, strict=True)]
+        for number, x in enumerate(both):
+            self.totals[number] = self.totals[number] + x.sum(axis=0, dtype=np.float64)
+            out = self.products[number] if self.count else None
+            self.products[number] = np.add(self.products[number], both[0].T @ x, out=out, dtype=np.float64)
         self.count += len(rows)
 
-    def mean_and_covariance(self):
-        if not np.isfinite(self.squares).all():
+    def normal_equations(self):
+        """Return mean (D,) and covariance (D, D) of the rows, mean (T,) of the outputs and their covariance (D, T).
+
+        Raises:
+            ValueError: a row is not finite.
+        """
+        if not all(np.isfinite(product).all() for product in self.products):
             raise ValueError(
                 f"layer {self.path!r} reads or computes values that are not finite on the calibration images: check "
                 "their normalisation and the weights of the layers before it"
             )
-        mean = self.total / self.count
-        return mean + self.shift, self.squares / self.count - np.outer(mean, mean)
+        means = [total / self.count for total in self.totals]
+        covariances = [
+            product / self.count - np.outer(means[0], mean) for product, mean in zip(self.products, means, strict=True)
+        ]
+        mean, mean_output = (mean + shift for mean, shift in zip(means, self.shifts, strict=True))
+        return mean, covariances[0], mean_output, covariances[1]
 
 
-def linear_rows(layer, x):
-    """Return what a layer with a kernel computes before its activation, as rows (positions, T)."""
-    kernel, kind = keras.ops.cast(layer.kernel, x.dtype), layer_kinds.KernelLayer(layer)
-    if kind.transposed:
-        names = ("strides", "padding", "output_padding", "dilation_rate")
-        y = keras.ops.conv_transpose(x, kernel, **{name: getattr(layer, name) for name in names})
-    else:
-        y = layer.convolution_op(x, kernel) if kind.axes else keras.ops.matmul(x, kernel)
-    y = keras.ops.add(y, keras.ops.cast(layer.bias, x.dtype)) if layer.use_bias else y
+def linear_copy(layer, x):
+    """Copy a layer with its weights, but without its activation; `x` is what it reads."""
+    copy = keras_graph.copy_layer(layer, activation="linear", activity_regularizer=None)
+    copy.build(tuple(x.shape))
+    copy.set_weights(layer.get_weights())
+    return copy
+
+
+def output_rows(y):
+    """Return the outputs of a layer, (N, *positions, T), at the positions of `patch_rows`, as rows (positions, T)."""
     y = keras.ops.convert_to_numpy(y)
     return y[_positions(y.shape[:-1])]
 
@@ -55,17 +69,19 @@ def linear_rows(layer, x):
 def patch_rows(layer, x):
     """Return the patches that a convolution or a Dense layer reads, as rows (positions, prod(kernel size) · S).
 
-    `keras.ops.image.extract_patches` convolves with an identity, which takes as long as a layer of as many filters.
+    `keras.ops.image.extract_patches` is not used: it convolves with an identity kernel, which takes as long as a layer
+    with prod(kernel size) · S filters.
     """
     x = keras.ops.convert_to_numpy(x)
     if isinstance(layer, layers.Dense):
         return x[_positions(x.shape[:-1])]
     geometry, axes = (layer.kernel_size, layer.strides, layer.dilation_rate), tuple(range(1, x.ndim - 1))
     spans = [(size - 1) * dilation + 1 for size, _, dilation in zip(*geometry, strict=True)]
+    if layer.padding == "causal":
+        x = np.pad(x, ((0, 0), (spans[0] - 1, 0), (0, 0)))
     if layer.padding == "same":
-        steps = zip(x.shape[1:-1], spans, layer.strides, strict=True)
-        missing = [max((-(-n // stride) - 1) * stride + span - n, 0) for n, span, stride in steps]
-        x = np.pad(x, ((0, 0), *((total // 2, total - total // 2) for total in missing), (0, 0)))
+        edges = [same_padding(*each) for each in zip(x.shape[1:-1], spans, layer.strides, strict=True)]
+        x = np.pad(x, ((0, 0), *edges, (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(x, spans, axes)  # (N, *positions, S, *spans)
     steps, dilations = ([slice(None, None, n) for n in sizes] for sizes in geometry[1:])
     windows = windows[(slice(None), *steps, slice(None), *dilations)]
@@ -74,7 +90,7 @@ def patch_rows(layer, x):
 
 
 def _positions(shape):
-    """Return the indices (image, *position) of at most about `_TARGET_ROWS` positions of feature maps."""
+    """Return the indices (image, *position) of about `_TARGET_ROWS` positions of feature maps, at most twice as many."""
     step = math.prod(shape) // _TARGET_ROWS
     step += 1 - step % 2
     while math.gcd(step, shape[-1]) > 1:  # else it would keep to some columns of the image

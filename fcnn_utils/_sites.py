@@ -37,6 +37,12 @@ class Site:
         return self.kind.kernel_shape
 
     @property
+    def kernel_names(self):
+        """Names of its kernels in messages, one for each group."""
+        groups = [f", group {number}" for number in range(self.kind.groups)] if self.kind.groups > 1 else [""]
+        return [f"layer {self.node.path!r}{group}" for group in groups]
+
+    @property
     def parameters(self):
         return self.layer.count_params()
 
@@ -75,7 +81,8 @@ class Site:
             return f"factorized already, together with {neighbour.name}"
         channels = self.kernel_shape[-2]
         if channels < _FEW_CHANNELS:
-            return f"reads {channels} channel{'s' * (channels > 1)}: little to save, much to lose"
+            where = " in each group" if self.kind.groups > 1 else ""
+            return f"reads {channels} channel{'s' * (channels > 1)}{where}: little to save, much to lose"
         return ""
 
     def refuse(self, method):
@@ -93,10 +100,12 @@ class Site:
     def _other_part(self):
         """Return a layer that forms a factorization together with this one; None if there is none.
 
-        Known patterns: the k×k layer of a Tucker-2 chain (a 1×1 that does not widen, k×k, a 1×1 that does not narrow),
-        either layer of a pair k×1, 1×k, a 1×1 or dense layer beside a depthwise one or beside a layer to which it has
-        fewer channels than on its other side, and a layer before such a 1×1. Nothing lies between the layers, not even
-        an activation.
+        Nothing lies between the two layers, not even an activation. Known patterns, pointwise for 1×1 or dense:
+            either layer of a pair k×1, 1×k
+            a pointwise layer beside a depthwise one
+            a pointwise layer that narrows before another layer, or widens after it
+            a k×k layer before a pointwise one that widens
+            a k×k layer between a pointwise one that does not widen and one that does not narrow (Tucker-2)
         """
         before, after = (_only_layer(found) for found in (self.node.producers, self.node.consumers))
         if before is not None:
@@ -105,23 +114,30 @@ class Site:
         if not keras_graph.has_linear_activation(self.layer):
             after = None
         for other in filter(None, (before, after)):
-            sizes = list(zip(_kernel_size(self.layer), _kernel_size(other), strict=False))
-            if len(sizes) > 1 and all(min(pair) == 1 < max(pair) for pair in sizes):
+            own, others = _kernel_size(self.layer), _kernel_size(other)
+            has_kernels = 1 not in (math.prod(own), math.prod(others))
+            if has_kernels and all(min(pair) == 1 < max(pair) for pair in zip(own, others, strict=True)):
                 return other  # each extends along the other's axis of size 1
-        (*_, reads, writes), narrow = self.layer.kernel.shape, []
         if self.kind.is_pointwise:
-            narrow += [before] if before is not None and reads < writes else []
-            narrow += [after] if after is not None and writes < reads else []
-        elif before is not None and after is not None and not self.kind.transposed:
-            sides = [set(_kernel_size(other)) <= {1} for other in (before, after)]
-            narrow += [before] if all(sides) and _narrows(before) and _widens(after) else []
-        elif after is not None and set(_kernel_size(after)) <= {1} and _widens(after):
-            narrow += [after]
-        return narrow[0] if narrow else None
+            return self._pointwise_partner(before, after)
+        if after is None or not _is_pointwise(after):
+            return None
+        if before is None or not _is_pointwise(before):
+            return after if _widening(after) > 0 else None
+        return before if _widening(before) <= 0 <= _widening(after) else None
+
+    def _pointwise_partner(self, before, after):
+        """`_other_part` of a 1×1 or dense layer."""
+        for other, narrower in ((before, _widening(self.layer) > 0), (after, _widening(self.layer) < 0)):
+            if other is not None and (narrower or type(other) in DEPTHWISE.values()):
+                return other
+        return None
 
     @property
     def input_shape(self):
-        """Shape of what the layer reads, with None for sizes in which its calls differ."""
+        """Shape of what the layer reads, with None for sizes in which its calls differ; of a Dense, the channels."""
+        if not self.kind.axes:
+            return (self.kernel_shape[0],)
         shapes = [inputs[0][1:] for inputs, _ in self.node.calls]
         return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
 
@@ -161,12 +177,14 @@ def _kernel_size(layer):
     return getattr(layer, "kernel_size", ())
 
 
-def _narrows(layer):
-    return layer.kernel.shape[-1] <= layer.kernel.shape[-2]
+def _is_pointwise(layer):
+    return type(layer) in layer_kinds.KINDS and set(_kernel_size(layer)) <= {1}
 
 
-def _widens(layer):
-    return layer.kernel.shape[-1] >= layer.kernel.shape[-2]
+def _widening(layer):
+    """Return by how many channels the output of a layer exceeds its input."""
+    *_, reads, writes = layer_kinds.KernelLayer(layer).kernel_shape
+    return writes - reads
 
 
 def find_sites(model):

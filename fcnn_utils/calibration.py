@@ -13,12 +13,13 @@ from keras import layers
 
 from fcnn_utils import _calibration_inputs, _graph_cut, factorizations, keras_graph, layer_kinds, rank_selection
 from fcnn_utils._calibration_inputs import batches as _batches
-from fcnn_utils._patches import Moments, linear_rows, patch_rows
+from fcnn_utils._patches import Moments, linear_copy, output_rows, patch_rows
 from fcnn_utils._progress import progress
 
 _BATCH = 128  # images at a time
 _SENSITIVITY_IMAGES = 256  # to refit a kernel with
 _LOSS_IMAGES = 128  # to predict a loss from; with 256, the accuracy of the factorized networks is the same
+_MOST_VALUES = 10_000  # of a patch whose covariance is estimated: that takes about 24 bytes times the square of this
 _KEPT_BYTES = 2**30  # limit for the stored inputs of a layer, so that the layers before it need not run again
 
 
@@ -48,8 +49,8 @@ def check_images(model, images):
 def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **options):
     """Measure how much the network's outputs change when one layer is factorized, for every layer and size.
 
-    Each kernel in turn is replaced by its decomposition, with the last factor refitted to the layer's output on these
-    images (`refit_kernel`); all other layers stay as they are. The loss is the mean Kullback-Leibler divergence from
+    Each kernel in turn is replaced by its decomposition; all other layers stay as they are. The last factor is refitted
+    to the layer's output on these images (`refit_kernel`), where `nodes` below does not say otherwise. The loss is the mean Kullback-Leibler divergence from
     the probabilities of the unchanged model, if the outputs of an image sum to 1 (one softmax). For other models it is
     the squared change of the output relative to its variance.
 
@@ -58,7 +59,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
         method: name or class of a factorization.
         images: see `check_images`. The first 256 are used for the refits, the first 128 for the losses.
         nodes: `keras_graph.LayerNode` of each layer, of one of the `layer_kinds.KINDS`. The kernels of grouped and of
-            transposed convolutions are not refitted.
+            transposed convolutions are not refitted, nor those of layers that read more than 10,000 values.
         fractions: shares of a kernel's parameters to try, rising. Those below rank 1 are left out; if none is left,
             rank 1 is tried.
         verbose: 1 to print progress.
@@ -87,14 +88,17 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
         rest.start_before(own.layer)
         first = [x[:_LOSS_IMAGES] for x in rest.images]
         moments = None
-        if _has_patches(kind):
+        if _has_patches(kind) and math.prod(kind.kernel_shape[:-1]) <= _MOST_VALUES:
             mean, covariance = patch_moments(rest.model, own, rest.images)
             if not bias and not norms:  # no bias can correct the mean: measure it as a part of the error
                 mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
             moments = mean, covariance
         feasible = _feasible_fractions(fractions, method, kind.kernel_shape)
         all_ranks = [rank_selection.ranks_for_fraction(method, kind.kernel_shape, fraction) for fraction in feasible]
-        ladders = [factorizations.decompose_ladder(method, part, all_ranks, **options) for part in kind.kernels()]
+        try:
+            ladders = [factorizations.decompose_ladder(method, part, all_ranks, **options) for part in kind.kernels()]
+        except ValueError as error:
+            raise ValueError(f"layer {own.path!r}: {error}") from None
         for fraction, ranks, *parts in zip(feasible, all_ranks, *ladders, strict=True):
             if moments is None:
                 rebuilt, shift = kind.keras_kernel([part.to_kernel() for part in parts]), 0.0
@@ -112,7 +116,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
 
 
 def patch_moments(model, node, images):
-    """Estimate mean and covariance of the patches that a Conv2D layer reads.
+    """Estimate mean and covariance of the patches that a convolution or a Dense layer reads.
 
     It stops once there are three times as many patches as a patch has values.
 
@@ -122,7 +126,7 @@ def patch_moments(model, node, images):
         images: see `check_images`.
 
     Returns:
-        mean (kh · kw · S,) and covariance (kh · kw · S, kh · kw · S) in float64.
+        mean (D,) and covariance (D, D) in float64, for patches of D = prod(kernel size) · S values.
 
     Raises:
         ValueError: the layer reads values that are not finite.
@@ -130,10 +134,11 @@ def patch_moments(model, node, images):
     moments, whole = Moments(node.path), _Rest(model, _calibration_inputs.take(model, images))
     for read in whole.read(node, 64):
         for x in read:
-            moments.add(patch_rows(node.layer, x))
-        if moments.count > 3 * len(moments.total):
+            rows = patch_rows(node.layer, x)
+            moments.add(rows, rows[:, :0])
+        if moments.count > 3 * rows.shape[1]:
             break
-    return moments.mean_and_covariance()
+    return moments.normal_equations()[:2]
 
 
 def refit_kernel(kernel, decomposition, moments):
@@ -161,11 +166,12 @@ def refit_kernel(kernel, decomposition, moments):
 def refit_layers(new, model, images, *, verbose=0):
     """Refit the factorized layers of `new` to what the dense layers of `model` compute on these images.
 
-    From the first layer to the last, the last small layer of each chain gets the weights and the bias at which its
-    output is nearest to the dense layer's. Its inputs come from the layers before it, which are refitted already, so it
-    corrects their errors, too (asymmetric reconstruction: Zhang et al. 2015, arXiv 1505.06798). If a layer has no bias,
-    the means of the batch norms behind it are shifted instead; without these the mean is part of the fit. A Conv2D is
-    taken for factorized if its kernel has another shape than in `model`. `new` is changed in place.
+    The chains are refitted in their order in the model. In each, only the last layer changes: it gets the weights
+    and the bias at which its output is nearest to that of the original layer. It reads what the refitted layers
+    before it compute, so it corrects their errors, too (asymmetric reconstruction: Zhang et al. 2015, arXiv
+    1505.06798). If a layer has no bias, the means of the batch norms behind it are shifted instead; without these
+    the mean is part of the fit. A layer is taken for factorized if its kernel has another shape than in `model`.
+    Grouped and transposed layers at the end of a chain are not refitted. `new` is changed in place.
 
     Args:
         new: a factorized copy of `model`, from `compress.factorize`, whose layers keep their names.
@@ -262,7 +268,7 @@ class _Rest:
 
 
 def _is_refitted(node, chain_end):
-    """Return whether two nodes of one path are a dense layer with a kernel and the end of its chain, to be refitted."""
+    """Return whether the nodes of one path are a layer with a kernel and the end of its chain, to be refitted."""
     if chain_end is None or any(type(one.layer) not in layer_kinds.KINDS for one in (node, chain_end)):
         return False
     is_changed = node.layer.kernel.shape != chain_end.layer.kernel.shape
@@ -271,7 +277,7 @@ def _is_refitted(node, chain_end):
 
 def _has_patches(kind):
     """Return whether each output is a product of a patch and one kernel."""
-    return kind.groups == 1 and not kind.transposed and getattr(kind.layer, "padding", "") != "causal"
+    return kind.groups == 1 and not kind.transposed
 
 
 def _feasible_fractions(fractions, method, kernel_shape):
@@ -299,23 +305,22 @@ def _refit(new_rest, chain_end, rest, node, norms):
     `rest` and `new_rest` are the `_Rest` of the dense and the factorized model, `norms` the batch norms that take the
     shift of the mean (`_following_norms`).
     """
-    last, dense = chain_end.layer, node.layer
+    last, dense, linear = chain_end.layer, node.layer, None
     new_rest.start_before(last)
     rest.start_before(dense)
     moments = Moments(node.path)
     for new_read, read in zip(new_rest.read(chain_end, _BATCH), rest.read(node, _BATCH), strict=True):
-        outputs = [linear_rows(dense, x) for x in read]
+        linear = linear or linear_copy(dense, read[0])
+        outputs = [output_rows(linear(x)) for x in read]
         inputs = [patch_rows(last, x) for x in new_read]
         for z, y in zip(inputs, outputs, strict=True):
-            moments.add(np.concatenate([z, y], axis=1))
-    size = int(np.prod(last.kernel.shape[:-1]))
-    mean, squares = moments.mean_and_covariance()
+            moments.add(z, y)
+    mean, gram, mean_output, right = moments.normal_equations()
     if not (last.use_bias or norms):  # nothing corrects the mean separately
-        squares = squares + np.outer(mean, mean)
-    start = last.get_weights()[0].reshape(size, -1).astype(np.float64)
-    gram, right = squares[:size, :size], squares[:size, size:]
+        gram, right = gram + np.outer(mean, mean), right + np.outer(mean, mean_output)
+    start = last.get_weights()[0].reshape(len(mean), -1).astype(np.float64)
     weights = start + _least_squares(gram, right - gram @ start)
-    missing = mean[size:] - mean[:size] @ weights
+    missing = mean_output - mean @ weights
     last.set_weights([weights.reshape(last.kernel.shape), *([missing] if last.use_bias else [])])
     for norm in norms:
         norm.moving_mean.assign(keras.ops.convert_to_numpy(norm.moving_mean) - missing)

@@ -117,9 +117,9 @@ def factorize(
 def _convert(model, sites, chosen, method, plan, options, dense_reason, verbose):
     """Build the new model and the report; `dense_reason` is that of a chosen layer which is not in the plan."""
     kernels = {
-        (path, group): (kernel, ranks)
+        name: (kernel, ranks)
         for path, ranks in plan.items()
-        for group, kernel in enumerate(sites[path].kind.kernels())
+        for name, kernel in zip(sites[path].kernel_names, sites[path].kind.kernels(), strict=True)
     }
     results = factorizations.decompose_many(method, kernels, **options)
     results = dict(progress(results, f"layers decomposed by {method.name}", verbose, len(kernels)))
@@ -130,7 +130,7 @@ def _convert(model, sites, chosen, method, plan, options, dense_reason, verbose)
         if path in chosen:
             row["reason"] = "" if path in plan else dense_reason
         if path in plan:
-            parts = [result for (of, _), result in results.items() if of == path]  # one for each group
+            parts = [results[name] for name in site.kernel_names]
             chain = chains[id(site.layer)] = site.chain(parts, taken)
             norms = np.array([part.kernel_norm for part in parts])
             errors = norms * [part.relative_error for part in parts]

@@ -3,7 +3,7 @@
     layer                                      kernel (*spatial, S, T)
     Dense                                      its matrix, without spatial axes; it works at every position
     Conv1D, Conv2D, Conv3D                     its own; with groups, one for each group, (*spatial, S / G, T / G)
-    Conv1DTranspose, ..., Conv3DTranspose      its own, whose last two axes Keras stores in the other order
+    Conv1DTranspose, ..., Conv3DTranspose      its own; Keras stores it as (*spatial, T, S)
 
 The chain of a transposed convolution has transposed layers, that of a grouped one grouped layers. Some methods need
 layers that Keras does not have; `KernelLayer.block` then raises ValueError.
@@ -15,7 +15,7 @@ import numpy as np
 from keras import layers
 
 from fcnn_utils import blocks
-from fcnn_utils._conv_options import CONVOLUTIONS, TRANSPOSED, ConvOptions
+from fcnn_utils._conv_options import CONVOLUTIONS, TRANSPOSED, LayerOptions
 
 _AXES = {kind: axes for kinds in (CONVOLUTIONS, TRANSPOSED) for axes, kind in kinds.items()}
 _AXES[layers.Dense] = 0
@@ -54,7 +54,7 @@ class KernelLayer:
         return np.split(np.swapaxes(kernel, -1, -2) if self.transposed else kernel, self.groups, axis=-1)
 
     def keras_kernel(self, kernels):
-        """Return the weight of the Keras layer whose `kernels` these are."""
+        """Join the kernels of all groups into the weight of the Keras layer."""
         kernel = np.concatenate(kernels, axis=-1)
         return np.swapaxes(kernel, -1, -2) if self.transposed else kernel
 
@@ -75,7 +75,7 @@ class KernelLayer:
             use_bias: whether the last layer has a bias.
 
         Raises:
-            ValueError: Keras has no layer that the chain needs.
+            ValueError: Keras has no layer that the chain needs, or the chain needs an image of a fixed size.
         """
         layer = self.layer
         names = ["activation", "trainable", "name"]
@@ -87,7 +87,7 @@ class KernelLayer:
             del options["kernel_initializer"]
         options |= {"axes": self.axes, "groups": self.groups, "transposed": self.transposed}
         options["output_padding"] = layer.output_padding if self.transposed else None
-        conv = ConvOptions(**{"kernel_size": ()} | options)
+        conv = LayerOptions(**{"kernel_size": ()} | options)
         return blocks.chain_block(tuple(input_shape), chain, conv)
 
     def weights(self, decompositions, bias):
@@ -97,8 +97,6 @@ class KernelLayer:
             decompositions[0].layers, *(each.layer_weights() for each in decompositions), strict=True
         ):
             kernel = np.concatenate(parts, axis=-2 if layer.is_depthwise else -1)
-            if not self.axes:
-                kernel = kernel.reshape(kernel.shape[-2:])
             swapped = self.transposed and layer.axes
             found.append(np.swapaxes(kernel, -1, -2) if swapped else kernel)
         return [*found, *([] if bias is None else [np.asarray(bias)])]

@@ -5,12 +5,16 @@ import numpy as np
 import pytest
 from keras import layers
 
-from fcnn_utils import compress, cost, factorizations, keras_graph
+from fcnn_utils import calibration, compress, cost, factorizations, keras_graph
+from fcnn_utils._conv_options import CONVOLUTIONS, TRANSPOSED
 from fcnn_utils.layer_kinds import KINDS, KernelLayer
 
 METHODS = list(factorizations.FACTORIZATIONS)
 DENSE_CHAINS = ("tucker", "tt", "svd", "spatial")  # without depthwise layers
 SIZES = (7, 6, 5)
+SETTINGS = [(layers.Dense, (8,), (10,))] + [  # kind, its arguments, the shape that it reads
+    (kind, (8, 3), (6,) * axes + (10,)) for kinds in (CONVOLUTIONS, TRANSPOSED) for axes, kind in kinds.items()
+]
 
 
 def model_of(*stack, shape, seed=0):
@@ -101,6 +105,19 @@ def test_grouped_convolutions_are_factorized_group_by_group(method, groups, stri
     assert np.isclose(row["relative_error"], np.linalg.norm(kernel - rebuilt) / np.linalg.norm(kernel), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (layers.Conv1D(12, 3, groups=3), (9, 12)),
+        (layers.Conv2D(12, 1, groups=3), (4, 5, 12)),
+        (layers.Conv3D(7, 2, dilation_rate=(1, 2, 1)), (*SIZES, 4)),
+    ],
+    ids=["grouped Conv1D", "grouped 1x1", "dilated Conv3D"],
+)
+def test_other_geometries_are_equal_at_full_rank(layer, shape):
+    check_equal_at_full_rank(layer, shape, "svd")
+
+
 @pytest.mark.parametrize("shape", [(10,), (5, 10), (3, 5, 10)])
 def test_dense_layers_are_factorized_by_svd(shape):
     new = check_equal_at_full_rank(layers.Dense(8, activation="tanh"), shape, "svd")
@@ -150,23 +167,85 @@ def network():
     return model_of(*stack, shape=(20, 8))
 
 
-def test_images_bring_the_outputs_nearer_for_every_kind():
+@pytest.mark.parametrize("layer", ["conv", "grouped", "point", "up", "hidden"])
+def test_images_bring_the_output_of_a_layer_nearer_for_every_kind_that_is_refitted(layer):
     model, _ = network()
+    x = np.random.default_rng(1).normal(0.5, 1, (300, 20, 8)).astype("float32")
+    plain, fitted = (
+        compress.factorize(model, "svd", layers=layer, ratio=0.4, images=images, verbose=0)[0] for images in (None, x)
+    )
+    if layer == "grouped":
+        assert np.array_equal(outputs(plain, x), outputs(fitted, x))
+    else:
+        parts = [keras.Model(one.inputs, one.get_layer(layer).output) for one in (model, plain, fitted)]
+        expected, *found = (outputs(part, x) for part in parts)
+        errors = [np.mean((y - expected) ** 2) for y in found]
+        assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("method", ["svd", "tucker"])
+def test_images_bring_the_outputs_nearer_for_causal_convolutions(method):
+    stack = [layers.Conv1D(12, 3, padding="causal", activation="relu"), layers.Conv1D(12, 3, padding="causal")]
+    model, _ = model_of(*stack, shape=(20, 8))
     x = np.random.default_rng(1).normal(0.5, 1, (300, 20, 8)).astype("float32")
     errors = []
     for images in (None, x):
-        new, report = compress.factorize(model, "svd", ratio=0.5, images=images, verbose=0)
-        assert (report["reason"] == "").sum() == 6
+        new, _ = compress.factorize(model, method, ratio=0.5, images=images, verbose=0)
         errors.append(np.mean((outputs(new, x) - outputs(model, x)) ** 2))
-    assert errors[1] < 0.5 * errors[0]
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_moments_of_patches_are_those_of_what_each_kind_computes():
+    x = np.random.default_rng(0).standard_normal((40, 9, 6)).astype("float32")
+    for layer in (
+        layers.Conv1D(5, 3, strides=2, padding="causal"),
+        layers.Conv1D(5, 4, dilation_rate=2),
+        layers.Dense(5),
+    ):
+        model = keras.Sequential([keras.Input((9, 6)), layer])
+        (node,) = keras_graph.layer_nodes(model)
+        mean, covariance = calibration.patch_moments(model, node, x)
+        kernel = layer.get_weights()[0].reshape(len(mean), -1)
+        rows = outputs(model, x).reshape(-1, 5)
+        assert np.allclose(mean @ kernel, rows.mean(axis=0), atol=1e-5)
+        assert np.allclose(kernel.T @ covariance @ kernel, np.cov(rows.T, bias=True), atol=1e-4)
 
 
 def test_a_budget_is_dealt_out_over_every_kind():
-    model, x = network()
-    dense = cost.total_costs(model)["macs"]
-    small, report = compress.factorize(model, "svd", macs=0.5 * dense, images=np.tile(x, (40, 1, 1)), verbose=0)
-    assert 0.4 * dense < cost.total_costs(small)["macs"] <= 0.5 * dense
-    assert cost.total_costs(small)["macs"] == report["macs_after"].sum()
+    model, _ = network()
+    x = np.random.default_rng(1).normal(0.5, 1, (200, 20, 8)).astype("float32")
+    dense, errors = cost.total_costs(model)["macs"], {}
+    for uniform in (False, True):
+        small, report = compress.factorize(model, "svd", macs=0.4 * dense, images=x, uniform=uniform, verbose=0)
+        errors[uniform] = np.mean((outputs(small, x) - outputs(model, x)) ** 2)
+        assert 0.35 * dense < cost.total_costs(small)["macs"] == report["macs_after"].sum() <= 0.4 * dense
+    assert set(report.loc[report["reason"] == "", "layer"]) >= {"conv", "grouped", "point", "up"}
+    assert errors[False] < errors[True]
+
+
+def test_a_dense_layer_that_is_shared_by_vectors_and_sequences_is_converted():
+    one, two, shared = keras.Input((10,)), keras.Input((5, 10)), layers.Dense(8, name="shared")
+    model = keras.Model([one, two], [shared(one), shared(two)])
+    new, report = compress.factorize(model, "svd", ranks={"shared": (8,)})
+    x = [np.random.default_rng(0).standard_normal((3, *shape)).astype("float32") for shape in ((10,), (5, 10))]
+    for y, z in zip(outputs_of_all(model, x), outputs_of_all(new, x), strict=True):
+        assert np.allclose(y, z, atol=1e-5)
+    assert cost.total_costs(new)["macs"] == report["macs_after"].sum() == 6 * (10 * 8 + 8 * 8)
+
+
+def outputs_of_all(model, x):
+    return [keras.ops.convert_to_numpy(y) for y in model(x, training=False)]
+
+
+@pytest.mark.parametrize("point_filters, taken", [(4, True), (8, True), (12, False)])
+def test_a_linear_1x1_layer_after_a_linear_convolution_is_a_factorization_if_it_widens(point_filters, taken):
+    model, _ = model_of(layers.Conv2D(8, 3), layers.Conv2D(point_filters, 1), shape=(8, 8, 6))
+    if taken:
+        _, report = compress.factorize(model, "svd", ratio=0.6, verbose=0)
+        assert report["reason"].tolist() == ["", ""]
+    else:
+        with pytest.raises(ValueError, match="factorized already, together with"):
+            compress.factorize(model, "svd", ratio=0.6)
 
 
 def test_a_factorized_network_is_not_factorized_again():
@@ -180,30 +259,45 @@ def test_a_factorized_network_is_not_factorized_again():
     for method in ("cp", "tucker", "svd"):
         new, _ = compress.factorize(model, method, layers="conv", ratio=0.2, verbose=0)
         _, report = compress.factorize(new, "svd", ratio=0.2, verbose=0)
-        assert report.set_index("layer")["reason"].to_dict().pop("point") == ""
-        assert (report["reason"] == "").sum() == 1 or method == "cp"
+        reasons = report.set_index("layer")["reason"]
+        assert reasons[reasons == ""].index.tolist() == ["point"]
 
 
-def test_settings_of_a_layer_are_kept_and_a_saved_network_is_the_same(tmp_path):
-    options = {"kernel_regularizer": keras.regularizers.L2(1e-3), "bias_initializer": "ones", "name": "mine"}
-    for layer, shape in (
-        (layers.Dense(8, activation="gelu", **options), (10,)),
-        (layers.Conv3D(8, 3, **options), (5, 5, 5, 10)),
-    ):
-        layer.trainable = False
-        model, x = model_of(layer, shape=shape)
-        new, _ = compress.factorize(model, "svd", ratio=0.5)
-        assert new.layers[-1].name == "mine" and not any(part.trainable for part in new.layers)
-        assert all(part.kernel_regularizer.l2 == pytest.approx(1e-3) for part in new.layers)
-        new.save(tmp_path / "new.keras")
-        assert np.allclose(outputs(keras.saving.load_model(tmp_path / "new.keras"), x), outputs(new, x))
+@pytest.mark.parametrize("kind, arguments, shape", SETTINGS, ids=lambda value: getattr(value, "__name__", ""))
+def test_settings_of_a_layer_are_kept_and_a_saved_network_is_the_same(tmp_path, kind, arguments, shape):
+    options = {"kernel_regularizer": keras.regularizers.L2(1e-3), "bias_initializer": "ones", "activation": "gelu"}
+    layer = kind(*arguments, **options, name="mine")
+    layer.trainable = False
+    new = check_equal_at_full_rank(layer, shape, "svd")
+    last = new.layers[-1]
+    assert last.name == "mine" and not any(part.trainable for part in new.layers)
+    assert all(part.kernel_regularizer.l2 == pytest.approx(1e-3) for part in new.layers)
+    assert isinstance(last.bias_initializer, keras.initializers.Ones) and last.activation is keras.activations.gelu
+    new.save(tmp_path / "new.keras")
+    x = np.random.default_rng(0).standard_normal((2, *shape)).astype("float32")
+    assert np.allclose(outputs(keras.saving.load_model(tmp_path / "new.keras"), x), outputs(new, x))
 
 
-def test_every_kind_is_read_as_a_kernel():
-    assert len(KINDS) == 7
-    for axes, kind in ((1, layers.Conv1DTranspose), (2, layers.Conv2DTranspose)):
-        layer = kind(5, 3)
-        layer.build((None, *(8,) * axes, 4))
-        kernel = KernelLayer(layer)
-        assert kernel.kernel_shape == (*(3,) * axes, 4, 5)
-        assert np.array_equal(kernel.keras_kernel(kernel.kernels()), layer.get_weights()[0])
+@pytest.mark.parametrize("kind, arguments, shape", SETTINGS, ids=lambda value: getattr(value, "__name__", ""))
+def test_mixed_precision_is_kept(kind, arguments, shape):
+    model, _ = model_of(kind(*arguments, dtype="mixed_bfloat16", name="mine"), shape=shape)
+    x = np.random.default_rng(1).normal(0.5, 1, (100, *shape)).astype("float32")
+    new, _ = compress.factorize(model, "svd", ratio=0.6, images=x, verbose=0)
+    assert {part.dtype_policy.name for part in new.layers} == {"mixed_bfloat16"}
+    assert {weight.dtype for weight in new.weights} == {"float32"}
+
+
+@pytest.mark.parametrize("kind, arguments, shape", SETTINGS, ids=lambda value: getattr(value, "__name__", ""))
+def test_every_kind_is_read_as_a_kernel(kind, arguments, shape):
+    layer = kind(*arguments)
+    layer.build((None, *shape))
+    read, weight = KernelLayer(layer), layer.get_weights()[0]
+    (kernel,) = read.kernels()
+    assert kernel.shape == read.kernel_shape == (*(3,) * (len(shape) - 1), shape[-1], arguments[0])
+    place = (0,) * (len(shape) - 1)
+    assert kernel[(*place, 1, 2)] == weight[(*place, 2, 1) if "Transpose" in kind.__name__ else (*place, 1, 2)]
+    assert np.array_equal(read.keras_kernel([kernel]), weight)
+
+
+def test_all_kinds_are_tested():
+    assert {kind for kind, _, _ in SETTINGS} == set(KINDS)

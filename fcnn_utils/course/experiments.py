@@ -117,17 +117,16 @@ def load_trained(model, dataset, recipe, seed=0):
     Raises:
         ValueError: if the file cannot be loaded; the message names it.
     """
-    for folder in records.folders():
-        path = records.path_of(dataset, model, recipe, seed, folder).with_suffix(".keras")
-        if path.exists():
-            try:
-                return keras.saving.load_model(path, compile=False, safe_mode=True)
-            except Exception:  # errors of many kinds; Keras's message about a Lambda layer tells how to run its code
-                raise ValueError(
-                    f"{paths.shown(path)} cannot be loaded: it is damaged, needs a layer that is not registered, or "
-                    "contains code, which was not run; delete it and the record, and train again"
-                ) from None
-    return None
+    path = records.kept_network(dataset, model, recipe, seed)
+    if path is None:
+        return None
+    try:
+        return keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception:  # errors of many kinds; Keras's message about a Lambda layer tells how to run its code
+        raise ValueError(
+            f"{paths.shown(path)} cannot be loaded: it is damaged, needs a layer that is not registered, or "
+            "contains code, which was not run; delete it and the record, and train again"
+        ) from None
 
 
 def progress_line(record, row):

@@ -4,7 +4,7 @@ from fcnn_utils._checks import check_choice, check_number
 from fcnn_utils.course.data import medmnist
 
 # Each parameter has (type, lowest, highest) or its allowed values, the same in all notebooks. BATCH_SIZE 0
-# means the recipe's batch size; TRAIN_IMAGES 0 and TEST_IMAGES 0 mean all images.
+# means the recipe's batch size; 0 for TRAIN_IMAGES, MEDICAL_IMAGES and TEST_IMAGES means all images.
 PARAMETERS = {
     "SEED": (int, 0, 2**31 - 1),
     "DATASET": ("auto", "cifar100", "standin"),
@@ -13,6 +13,7 @@ PARAMETERS = {
     "EPOCHS": (int, 1, 1000),
     "BATCH_SIZE": (int, 0, 4096),
     "TRAIN_IMAGES": (int, 0, 50_000),
+    "MEDICAL_IMAGES": (int, 0, 50_000),
     "TEST_IMAGES": (int, 0, 10_000),
     "LIVE_IMAGES": (int, 100, 50_000),
     "TIMED_STEPS": (int, 1, 1000),

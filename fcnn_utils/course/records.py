@@ -57,8 +57,16 @@ def folders():
     return list(dict.fromkeys(places))
 
 
+def kept_network(dataset, model, recipe, seed=0):
+    """Return the path of the network that a run kept, `seedN.keras` beside its record; None if there is none."""
+    paths_of_it = [path_of(dataset, model, recipe, seed, folder).with_suffix(".keras") for folder in folders()]
+    return next(filter(Path.exists, paths_of_it), None)
+
+
 def trained_kernels(model, dataset, recipe, seed=0):
-    """Read the kernels of the convolutions of a network that a run kept, without importing Keras.
+    """Read the kernels of the Conv2D layers of a network that a run kept, without importing Keras.
+
+    Layers of nested models and depthwise layers are left out.
 
     Args:
         model, dataset, recipe, seed: of the run, as in `experiments.load_trained`.
@@ -71,8 +79,7 @@ def trained_kernels(model, dataset, recipe, seed=0):
     """
     import h5py  # slow to import
 
-    kept = [path_of(dataset, model, recipe, seed, folder).with_suffix(".keras") for folder in folders()]
-    path = next(filter(Path.exists, kept), None)
+    path = kept_network(dataset, model, recipe, seed)
     if path is None:
         raise ValueError(f"no network is kept for {dataset}/{model}/{recipe}, seed {seed}")
     try:

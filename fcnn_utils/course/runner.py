@@ -96,7 +96,7 @@ def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh
         _run_one(path, given, folder, profiles["reads"].get(path.stem, []), published=profile == "full")
 
     with _environment(output, eager), _kernel_log(folder):
-        _run_all(chosen, run_one, jobs, profiles.get("order", {}).get("alone", []))
+        _run_all(chosen, run_one, jobs, profiles["order"]["alone"])
     paths.say(f"done in {_minutes(time.monotonic() - started)}: {paths.shown(folder)}")
     if on_standin:
         paths.say(_STAND_IN_NOTICE)
@@ -225,15 +225,21 @@ def _run_all(numbers, run_one, jobs, alone):
 
 
 def _run_together(numbers, run_one, jobs):
+    jobs = min(jobs, len(numbers))
     with _shared_machine(jobs), ThreadPoolExecutor(jobs) as pool:
+        running = [pool.submit(run_one, number) for number in numbers]
         try:
-            for done in as_completed([pool.submit(run_one, number) for number in numbers]):
+            for done in as_completed(running):
                 done.result()
-        except BaseException as error:
+        except Exception:  # of one notebook: those that are running may end
             pool.shutdown(wait=False, cancel_futures=True)
-            if not isinstance(error, NotebookFailed):  # stopped by the user: do not wait for the running ones
+            raise
+        except BaseException:  # stopped by the user
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in running):  # again and again: a kernel may be just starting
                 for kernel in psutil.Process().children():
                     kernel.terminate()
+                time.sleep(0.2)
             raise
 
 
@@ -339,7 +345,7 @@ def _ipython_folder():
 
 
 def _kernel_log(folder):
-    """Send the noise of this process and its kernels to `kernel.log` in `folder`, which is made if necessary."""
+    """Send what this process and its kernels write to standard error to `kernel.log` in `folder`; make the folder."""
     _files.check_writable(folder)
     return stderr_to(folder / "kernel.log")
 
@@ -354,7 +360,8 @@ def _environment(output, eager):
 def _shared_machine(jobs):
     """Let kernels that run side by side share the processors, and take GPU memory only as they need it."""
     threads = str(max(1, available_cores() // jobs))
-    values = dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"], threads)
+    names = ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"]
+    values = dict.fromkeys(names, threads)
     return _variables(values | {"TF_FORCE_GPU_ALLOW_GROWTH": "true", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
 
 

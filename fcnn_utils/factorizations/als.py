@@ -2,9 +2,9 @@
 
 One sweep updates every mode in turn. The update of mode n of a tensor X solves  min ‖X₍ₙ₎ − A Zᵀ‖² + λ ‖A‖²,
 where Z is the Khatri-Rao product of the other factors, with columns of unit norm. In the eigenbasis of
-ZᵀZ = V diag(d) Vᵀ the solution is  A V = X₍ₙ₎ Z V / (d + λ).  Its error and its norm depend on λ only through d and
-the squared norms of the columns of X₍ₙ₎ Z V (`squares`). Therefore λ can be chosen for a given error or a given norm
-without another solve.
+ZᵀZ = V diag(d) Vᵀ the solution is  A V = X₍ₙ₎ Z V / (d + λ).  Given d and the squared norms of the columns of
+X₍ₙ₎ Z V (`squares`), its error and its norm are functions of λ alone. Therefore λ can be chosen for a given error or a
+given norm without another solve.
 
 It is implemented here because libraries have a fixed ridge at most: TensorLy's `parafac` has `l2_reg`.
 """
@@ -17,16 +17,16 @@ from scipy.optimize import brentq
 
 from fcnn_utils.factorizations.gram import left_vectors
 
-_TOLERANCE = 1e-3  # of a bounded norm; ten times less changes no relative error by more than 0.0003, but takes longer
+_TOLERANCE = 1e-3  # of a bounded norm. A tenth of it takes longer, and changes relative errors by less than 0.0003.
 
 
 def sweeps(tensor, factors, n_iter, tol, *, momentum=0.0, squared_norm=math.inf):
     """Sweep until ten sweeps lower the relative error by no more than `tol`.
 
-    With a momentum, a sweep starts beyond the result of the last one, in the direction in which that one moved. If
+    With a momentum, a sweep does not start at the last result, but further along the last step. If
     the error rises, the result is dropped, the next sweep starts from the best factors, and the momentum falls by 30%.
     Otherwise it grows by 5% (Ang, Cohen, Gillis & Hien 2021, arXiv 2001.04321; other rules: Mitchell, Ye & De Sterck
-    2020, arXiv 1810.05846). 100 sweeps with a momentum of 0.5 fit trained kernels as well as 300 to 700 without.
+    2020, arXiv 1810.05846).
 
     Args:
         tensor: array with two or more modes.
@@ -63,8 +63,8 @@ def sweep(tensor, factors, squared_norm=math.inf, squared_error=None, ridges=Non
     Args:
         tensor: array with two or more modes.
         factors: list of (I_n, R), one for each mode.
-        squared_norm: λ is as small as ‖A‖² ≤ squared_norm allows.
-        squared_error: λ is as large as ‖X₍ₙ₎ − A Zᵀ‖² ≤ squared_error allows; 0 if the error is larger without it.
+        squared_norm: λ is as small as ‖A‖² ≤ squared_norm allows; with `ridges`, ‖A‖ may stay 0.1% below its bound.
+        squared_error: λ is as large as ‖X₍ₙ₎ − A Zᵀ‖² ≤ squared_error allows; 0 if the error is larger even then.
         ridges: list with the λ of each mode in the last sweep, where the search for a bounded norm starts (0: from
             nothing). It is updated.
 

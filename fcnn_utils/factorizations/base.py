@@ -326,7 +326,7 @@ def decompose_many(method, kernels, **options):
 
     Args:
         method: a class.
-        kernels: dict name -> (kernel, ranks).
+        kernels: dict name, such as "layer 'conv1'", -> (kernel, ranks).
         options: of the method.
 
     Yields:
@@ -341,7 +341,7 @@ def decompose_many(method, kernels, **options):
             try:
                 yield name, future.result()
             except ValueError as error:
-                raise ValueError(f"layer {name!r}: {error}") from None
+                raise ValueError(f"{name}: {error}") from None
 
 
 def decompose_ladder(method, kernel, ladder, **options):
@@ -354,23 +354,26 @@ def decompose_ladder(method, kernel, ladder, **options):
         options: of the method.
 
     Returns:
-        list of `Factorization`.
+        list of `Factorization`, in the order of `ladder`.
 
     Raises:
         ValueError: an argument is not allowed.
     """
-    ladder = [method.check_ranks(np.shape(kernel), ranks) for ranks in ladder]
+    kernel = check_kernel(kernel)
+    method.check_options(options)
+    ladder = [method.check_ranks(kernel.shape, ranks) for ranks in ladder]
     if not (method.is_nested and ladder):
-        kernels = {number: (kernel, ranks) for number, ranks in enumerate(ladder)}
+        kernels = {f"ranks {number}": (kernel, ranks) for number, ranks in enumerate(ladder)}
         return [result for _, result in decompose_many(method, kernels, **options)]
     whole = method.decompose(kernel, max(ladder), **options)
     (rank,) = {letter for layer in whole.layers for letter in layer.letters} - set(SPATIAL + "st")
-    results = []
-    for (count,) in ladder:
-        axes = [layer.letters.index(rank) for layer in whole.layers]
-        factors = [np.take(factor, range(count), axis) for factor, axis in zip(whole.factors, axes, strict=True)]
-        results.append(method.from_factors(check_kernel(kernel), factors))
-    return results
+    axes = [layer.letters[::-1].index(rank) for layer in whole.layers]  # merged spatial axes come first: from the end
+    return [
+        method.from_factors(
+            kernel, [np.take(f, range(count), -1 - axis) for f, axis in zip(whole.factors, axes, strict=True)]
+        )
+        for (count,) in ladder
+    ]
 
 
 def check_kernel(kernel):

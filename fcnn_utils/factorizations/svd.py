@@ -1,7 +1,7 @@
 """Factorizations by truncated SVDs: of the unfolded kernel, the spatial SVD, and the depthwise separable layer.
 
-All minimise the Frobenius error among factorizations of their form and rank (Eckart & Young 1936). The square root
-of each singular value goes into each factor.
+All minimise the Frobenius error among factorizations of their form and rank (Eckart & Young 1936). Each factor takes
+the square roots of the singular values.
 """
 
 import math

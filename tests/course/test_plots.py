@@ -5,6 +5,7 @@ import io
 import itertools
 import re
 
+import keras
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -74,7 +75,7 @@ def test_setup_sets_style_and_seed(capsys):
         drawn.append(np.random.rand())
     assert drawn[0] == drawn[1]
     assert plt.rcParams["savefig.dpi"] == 150 and not plt.rcParams["axes.spines.top"]
-    assert "core" in capsys.readouterr().out
+    assert keras.__version__ in capsys.readouterr().out
 
 
 # --- files -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 import fcnn_utils
 from fcnn_utils import _files
 from fcnn_utils.__main__ import main
+from fcnn_utils._processors import available_cores
 from fcnn_utils.course import paths, runner
 
 PROFILES = """
@@ -208,17 +209,38 @@ def test_source_hash_depends_on_code_alone(course):
 
 
 def test_notebooks_that_do_not_measure_time_run_side_by_side(course, executed, monkeypatch):
-    execute, both = runner.execute, threading.Barrier(2, timeout=20)
+    execute, both, threads = runner.execute, threading.Barrier(2, timeout=20), {}
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "given")
 
     def wait_for_the_other(path, given, folder):
         if path.stem != "02_second":
             both.wait()
+        threads[path.stem] = os.environ["TF_NUM_INTRAOP_THREADS"]
         return execute(path, given, folder)
 
     monkeypatch.setattr(runner, "execute", wait_for_the_other)
     assert main(["run", "--profile", "smoke", "--jobs", "2"]) == 0
     assert sorted(name for name, *_ in executed[:2]) == ["01_first", "03_third"]
     assert [name for name, *_ in executed[2:]] == ["02_second"]
+    assert threads["01_first"] == threads["03_third"] == str(max(1, available_cores() // 2))
+    assert threads["02_second"] == "given"
+
+
+@pytest.mark.parametrize("error", [runner.NotebookFailed("03_third stopped", False), ValueError("03_third is locked")])
+def test_a_notebook_that_fails_does_not_stop_the_one_beside_it(course, executed, monkeypatch, capsys, error):
+    execute, kernels = runner.execute, []
+    monkeypatch.setattr(runner.psutil, "Process", Mock(side_effect=kernels.append))
+
+    def fail_at_third(path, given, folder):
+        if path.stem == "03_third":
+            raise error
+        time.sleep(0.5)
+        return execute(path, given, folder)
+
+    monkeypatch.setattr(runner, "execute", fail_at_third)
+    assert main(["run", "--profile", "smoke", "--jobs", "2"]) in (1, 2)
+    assert str(error) in capsys.readouterr().err and not kernels
+    assert [name for name, *_ in executed] == ["01_first"]
 
 
 # --- what fails --------------------------------------------------------------------------------------------------

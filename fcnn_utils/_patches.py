@@ -90,7 +90,7 @@ def patch_rows(layer, x):
 
 
 def _positions(shape):
-    """Return the indices (image, *position) of about `_TARGET_ROWS` positions of feature maps, at most twice as many."""
+    """Return the indices (image, *position) of about `_TARGET_ROWS` positions, at most twice as many."""
     step = math.prod(shape) // _TARGET_ROWS
     step += 1 - step % 2
     while math.gcd(step, shape[-1]) > 1:  # else it would keep to some columns of the image

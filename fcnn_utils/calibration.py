@@ -49,10 +49,10 @@ def check_images(model, images):
 def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **options):
     """Measure how much the network's outputs change when one layer is factorized, for every layer and size.
 
-    Each kernel in turn is replaced by its decomposition; all other layers stay as they are. The last factor is refitted
-    to the layer's output on these images (`refit_kernel`), where `nodes` below does not say otherwise. The loss is the mean Kullback-Leibler divergence from
-    the probabilities of the unchanged model, if the outputs of an image sum to 1 (one softmax). For other models it is
-    the squared change of the output relative to its variance.
+    Each kernel in turn is replaced by its decomposition; all other layers stay as they are. The last factor is
+    refitted to the layer's output on these images (`refit_kernel`), unless `nodes` below says otherwise. The loss
+    is the mean Kullback-Leibler divergence from the probabilities of the unchanged model, if the outputs of an
+    image sum to 1 (one softmax). For other models it is the squared change of the output relative to its variance.
 
     Args:
         model: built functional or Sequential model. It is not changed.

@@ -49,7 +49,8 @@ def test_errors_in_the_text(chapter):
     errors = chapter["errors"]
     assert errors["|x − y|"][4] > 0.03 > errors["|x − y|"][5] == pytest.approx(0.03, abs=0.001)
     assert errors["random"][5] > 0.9  # "almost everything"
-    assert (errors["|x − y|"][2:100] < errors["image"][2:100]).all() and (errors["image"] <= errors["random"]).all()
+    assert (errors["|x − y|"][2:100] < errors["image"][2:100]).all()
+    assert (errors["image"] <= errors["random"] + 1e-9).all()  # both are 1 without a component, up to rounding
     if not chapter["dataset"].stand_in:
         assert errors["image"][[4, 16, 32]].round(3).tolist() == [0.255, 0.115, 0.058]
 

@@ -48,6 +48,11 @@ class KernelLayer:
         """Whether it reads one position for each output."""
         return math.prod(self.kernel_shape[:-2]) == 1
 
+    @property
+    def has_patches(self):
+        """Whether each output is a product of a patch of the input and one kernel."""
+        return self.groups == 1 and not self.transposed
+
     def kernels(self):
         """Return the list of the kernels, (*spatial, S, T) arrays, one for each group."""
         kernel = self.layer.get_weights()[0]

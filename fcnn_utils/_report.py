@@ -116,13 +116,14 @@ class Report(pd.DataFrame):
         if not self._is_whole:
             return super().__repr__()
         totals, converted = self.totals, self[self["reason"] == ""]
-        lines = [_line("layer", "ranks", "error", "parameters", "MACs")]
+        width = max(24, *converted["layer"].str.len()) if len(converted) else 24
+        lines = [_line(width, "layer", "ranks", "error", "parameters", "MACs")]
         for row in converted.itertuples():
             costs = change(row.params_before, row.params_after), change(row.macs_before, row.macs_after)
             method = f"{row.method} {_report_page.ranks(row.ranks)}"
-            lines.append(_line(row.layer, method, f"{row.relative_error:.3f}", *costs))
+            lines.append(_line(width, row.layer, method, f"{row.relative_error:.3f}", *costs))
         costs = [change(totals[f"{what}_before"], totals[f"{what}_after"]) for what in ("params", "macs")]
-        lines.append(_line(f"{len(converted)} converted", "", "all layers:", *costs))
+        lines.append(_line(width, f"{len(converted)} converted", "", "all layers:", *costs))
         lines += [", ".join(_measurements(totals))] if _measurements(totals) else []
         left = _report_page.left_by_reason(self).items()
         lines += [f"left: {_few(names)} ({reason})" for reason, names in left if "no kernel" not in reason]
@@ -142,8 +143,8 @@ def _measurements(totals):
     return parts
 
 
-def _line(layer, ranks, error, params, macs):
-    return f"{layer:<24} {ranks:<18} {error:>12} {params:>26} {macs:>26}".rstrip()
+def _line(width, layer, ranks, error, params, macs):
+    return f"{layer:<{width}} {ranks:<18} {error:>12} {params:>26} {macs:>26}".rstrip()
 
 
 def _few(names):

@@ -36,7 +36,7 @@ tbody th { font-weight: normal; }
 .totals tbody th, .totals td:last-child { white-space: normal; }
 tr.left { color: var(--quiet); }
 .figure { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1.5rem 2.5rem; }
-.bar { display: grid; grid-template-columns: 9rem 1fr 10.5rem; gap: 0 .6rem; align-items: center; padding: .15rem 0;
+.bar { display: grid; grid-template-columns: 10.5rem 1fr 10.5rem; gap: 0 .6rem; align-items: center; padding: .15rem 0;
   font-size: .85rem; line-height: 1.25; }
 .bar .name { overflow-wrap: anywhere; }
 .bar .value { color: var(--quiet); font-variant-numeric: tabular-nums; }

@@ -122,7 +122,7 @@ class Planner:
         sites = {path: site for path, site in self._sites if least[path] <= ratio}
         ladders = {
             path: [
-                (method, [self._ranks(site, method, ratio)])
+                (method, [self.ranks(site, method, ratio)])
                 for method in site.methods
                 if self._least_fraction(site, method) <= ratio
             ]
@@ -172,6 +172,11 @@ class Planner:
         """Return the least cost of the whole network."""
         return costs.total - sum(costs.dense(site) for _, site in self._sites) + self._least_cost(costs)
 
+    def ranks(self, site, method, fraction):
+        """Return the largest ranks that keep this share of the parameters, or the smallest."""
+        share = max(fraction, self._least_fraction(site, method))
+        return rank_selection.ranks_for_fraction(method, site.kernel_shape, share, multiple=self._multiple)
+
     # --- parts -------------------------------------------------------------------------------------------------------
 
     @property
@@ -186,16 +191,11 @@ class Planner:
         least = tuple(min(self._multiple, high) for high in method.max_ranks(site.kernel_shape))
         return (method.count_parameters(site.kernel_shape, least) + 0.5) / math.prod(site.kernel_shape)
 
-    def _ranks(self, site, method, fraction):
-        """Return the largest ranks that keep this share of the parameters, or the smallest."""
-        share = max(fraction, self._least_fraction(site, method))
-        return rank_selection.ranks_for_fraction(method, site.kernel_shape, share, multiple=self._multiple)
-
     def _least_cost(self, costs):
         ends = (
             min(
                 costs.dense(site),
-                *(costs.chain(site, each, self._ranks(site, each, _SMALLEST)) for each in site.methods),
+                *(costs.chain(site, each, self.ranks(site, each, _SMALLEST)) for each in site.methods),
             )
             for _, site in self._sites
         )
@@ -216,12 +216,12 @@ class Planner:
         share = limit / max(sum(costs.dense(site) for _, site in self._sites), 1e-300)
         methods = {}
         for path, site in self._sites:
-            ladder = [(method, [self._ranks(site, method, share)]) for method in site.methods]
+            ladder = [(method, [self.ranks(site, method, share)]) for method in site.methods]
             methods[path] = ladder[0][0] if len(ladder) == 1 else self._least_error(site, ladder).method
 
         def at(path, site, fraction):
             """Return (choice, cost); (None, cost of the dense layer) if the chain is not cheaper."""
-            ranks = self._ranks(site, methods[path], fraction)
+            ranks = self.ranks(site, methods[path], fraction)
             count = costs.chain(site, methods[path], ranks)
             dense = costs.dense(site)
             return (Choice(methods[path], ranks), count) if count < dense else (None, dense)
@@ -246,7 +246,7 @@ class Planner:
             sizes = [method.count_parameters(site.kernel_shape, each.ranks) for each in group]
             losses = np.log([max(each.loss, 1e-9) for each in group])
             for size in np.geomspace(sizes[0], sizes[-1], _STEPS if len(sizes) > 1 else 1):
-                ranks = self._ranks(site, method, (size + 0.5) / math.prod(site.kernel_shape))
+                ranks = self.ranks(site, method, (size + 0.5) / math.prod(site.kernel_shape))
                 exact = math.log(method.count_parameters(site.kernel_shape, ranks))
                 loss = float(np.exp(np.interp(exact, np.log(sizes), losses)))
                 options.append((Choice(method, ranks, own), costs.chain(site, method, ranks), loss))
@@ -258,7 +258,7 @@ class Planner:
         for method in site.methods:
             least = self._least_fraction(site, method)
             ends = max(least, min(share / 4, 0.2)), max(least, min(3 * share, 0.7))
-            ranks = [self._ranks(site, method, float(fraction)) for fraction in np.geomspace(*ends, _TRIED)]
+            ranks = [self.ranks(site, method, float(fraction)) for fraction in np.geomspace(*ends, _TRIED)]
             ladder.append((method, sorted(set(ranks))))
         return ladder
 

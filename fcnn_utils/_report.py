@@ -12,7 +12,7 @@ from fcnn_utils._report_page import change
 COSTS = ["params_before", "params_after", "macs_before", "macs_after"]
 COLUMNS = ["layer", "method", "ranks", "relative_error", "degeneracy", *COSTS, "reason"]
 MEASURED = ["size_mb_before", "size_mb_after", "latency_before_ms", "latency_after_ms", "speedup", "engine", "batch"]
-MEASURED += ["output_change"]
+MEASURED += ["output_change", "metric", "metric_calls"]
 _BYTES = 4  # of a parameter in float32
 
 
@@ -46,6 +46,7 @@ class Report(pd.DataFrame):
                 speedup: of the new network; default: the ratio of the two times.
                 engine, batch: what was timed.
                 output_change: relative change of the outputs, as a fraction.
+                metric, metric_calls: the user's metric of the network, and how often it was computed.
 
         Returns:
             The report itself.

@@ -160,11 +160,18 @@ class Site:
         chain = method.chain(self.kernel_shape, ranks)
         return sum(self.kind.macs(chain, inputs[0], output) for inputs, output in self.node.calls)
 
-    def chain(self, decompositions, taken):
-        """Return the new layers with their weights; the last has the layer's name, the others names not `taken`."""
+    def chain(self, chain, taken, decompositions=None):
+        """Return the new layers; the last has the layer's name, the others names that are not `taken`.
+
+        Args:
+            chain: from `factorizations.Factorization.chain`.
+            taken: set of names, to which the new ones are added.
+            decompositions: of the kernels of all groups, for the weights; without them they are random.
+        """
         _, *bias = self.layer.get_weights()
-        block = self.kind.block(self.input_shape, decompositions[0].layers, use_bias=bool(bias))
-        block.set_weights(self.kind.weights(decompositions, *bias or [None]))
+        block = self.kind.block(self.input_shape, chain, use_bias=bool(bias))
+        if decompositions:
+            block.set_weights(self.kind.weights(decompositions, *bias or [None]))
         return [self._copy(layer, taken, last=layer is block.layers[-1]) for layer in block.layers[1:]]
 
     def _copy(self, layer, taken, last):

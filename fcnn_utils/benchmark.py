@@ -75,7 +75,7 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
     tables = []
     for number in batches:
         inputs = {name: deploy.random_inputs(model, number) for name, model in models.items()}
-        tables.append(_compare(runs, inputs, number, engine, rounds))
+        tables.append(compare(runs, inputs, number, engine, rounds))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -235,8 +235,8 @@ def _answer(folder):
     table.to_json(f"{folder}/table.json", orient="split", double_precision=15)
 
 
-def _compare(runs, inputs, batch, engine, rounds):
-    """Make the table of `latency` for one batch size; `runs` are dict name -> function of `inputs[name]`."""
+def compare(runs, inputs, batch, engine, rounds):
+    """Make the table of `latency` for one batch size; `runs` is a dict name -> function of `inputs[name]`."""
     for name, run in runs.items():
         for _ in range(3):
             run(inputs[name])  # compiles, allocates memory, warms up

@@ -12,15 +12,17 @@ import math
 
 import numpy as np
 
-from fcnn_utils import calibration, factorizations, keras_graph
+from fcnn_utils import _clock, _targets, calibration, factorizations, keras_graph
 from fcnn_utils._checks import check_choice, check_number
+from fcnn_utils._network_runs import outputs_of
 from fcnn_utils._planning import COSTS, Planner
 from fcnn_utils._progress import Progress
 from fcnn_utils._report import Report
 from fcnn_utils._sites import choose, find_sites
 
 AUTO = ("svd", "spatial", "tucker", "cp")
-_SMALLEST = 1e-9  # ratio
+_RANGES = {"ratio": (1e-9, 1), "size_mb": (1e-6, math.inf), "max_loss": (1e-9, math.inf), "speedup": (1.01, 1000)}
+_COMPARED = 128  # images on which the outputs are compared in the end
 
 
 # parameters: the front door; a call sets one budget and few of the rest
@@ -34,11 +36,17 @@ def factorize(
     macs=None,
     params=None,
     size_mb=None,
+    speedup=None,
+    max_loss=None,
+    metric=None,
+    engine="onnxruntime",
+    batch=1,
+    threads=None,
     layers=None,
     exclude=None,
     images=None,
     uniform=False,
-    multiple=1,
+    multiple=None,
     seed=0,
     verbose=1,
     **options,
@@ -52,7 +60,8 @@ def factorize(
     layers before it are NAME_in, NAME_depthwise, ... Stride, padding, dilation, initializers, regularizers, dtype
     policy and `trainable` are kept. Everything else is copied.
 
-    Give one of `ratio`, `ranks`, `macs`, `params` and `size_mb`. With `images`, a budget is dealt out over all layers
+    Give one target: `ratio`, `ranks`, `macs`, `params`, `size_mb`, `speedup`, `max_loss` or `metric`. With `images`, a
+    budget is dealt out over all layers
     and methods so that the predicted loss is smallest (`sensitivity.predict_losses`). Without them, one ratio serves
     all layers, and of several methods each layer gets that with the smallest error of its kernel.
 
@@ -66,6 +75,18 @@ def factorize(
             all layers stay dense. So it is for `params` and `size_mb`.
         params: largest number of weights of the whole network.
         size_mb: largest size of these weights in 10⁶ bytes.
+        speedup: how many times as fast as the dense network it shall be in `engine`, both with their batch norms
+            folded (`fold_batch_norm`). Layers and chains are timed there once for each machine and kept in
+            `~/.cache/fcnn-utils` (or `FCNN_CACHE`); then whole networks are timed until the speed-up is met. Nothing
+            else should run meanwhile. If it can't be met, the nearest network is returned, with a warning.
+        max_loss: largest change of the outputs on `images`; the network with the fewest MACs is searched. The change
+            is the mean Kullback-Leibler divergence from the dense network's probabilities, in nats; for other outputs,
+            their squared change relative to their variance.
+        metric: (function, at_least): the network with the fewest MACs for which `function(network)`, such as its
+            accuracy on your validation set, is at least this. The function is called eight times.
+        engine: with `speedup`, "onnxruntime", "openvino" or "litert".
+        batch: with `speedup`, images per call.
+        threads: with `speedup`, threads of the engine; default: all processors.
         layers: paths of the layers to convert, or patterns such as "block*/conv?". Default: all that can be converted,
             except those that read fewer than 4 channels (little to save, much to lose) and those that are part of a
             factorization already.
@@ -74,7 +95,8 @@ def factorize(
             dataset or another stream of batches (`calibration.check_images`). The factors are then fitted to what the
             layers compute on them (`calibration.refit_layers`).
         uniform: with a budget and `images`, use one ratio for all layers.
-        multiple: ranks are multiples of this (or the maximum rank). 16 suits processors.
+        multiple: ranks are multiples of this (or the maximum rank). Default: 16 with `speedup`, because engines compute
+            blocks of 16 channels; else 1.
         seed: seed of the random numbers in a CP's starts.
         verbose: 1 to print progress if it takes longer than a second, 0 to print nothing.
         options: of the decompositions; each goes to the methods that have it. A CP's norms are bounded by
@@ -92,13 +114,25 @@ def factorize(
             images; or an argument is not allowed.
     """
     model, methods, progress = keras_graph.check_graph(model), _methods(method), Progress(verbose)
+    kind, target = _target(
+        ratio=ratio,
+        ranks=ranks,
+        macs=macs,
+        params=params,
+        size_mb=size_mb,
+        speedup=speedup,
+        max_loss=max_loss,
+        metric=metric,
+    )
+    multiple = (_clock.MULTIPLE if kind == "speedup" else 1) if multiple is None else multiple
     check_number("multiple", multiple, int, 1, 4096)
     check_number("seed", seed, int, 0, 2**31 - 1)
     check_choice("uniform", uniform, (True, False))
-    kind, target = _target(ratio=ratio, ranks=ranks, macs=macs, params=params, size_mb=size_mb)
     if kind == "ranks" and layers is not None:
         raise ValueError("ranks= names the layers already: leave out layers=")
     options_of = _options(methods, options, seed)
+    if images is None and kind in ("speedup", "max_loss", "metric"):
+        raise ValueError(f"{kind}= needs images=: a few hundred inputs of the model, without labels")
     if images is not None:
         (images,) = progress.over([images], "calibration images checked", name=lambda _: "")
         images = calibration.check_images(model, images)
@@ -106,17 +140,19 @@ def factorize(
     sites = find_sites(model)
     chosen = choose(sites, target if kind == "ranks" else layers, exclude, model, methods)
     planner = Planner(model, chosen, images, multiple, options_of, progress)
+    builder = _Builder(model, sites, chosen, images, options_of, progress)
     if kind == "ranks":
-        plan = planner.given(target)
-    elif kind == "ratio":
-        plan = planner.by_ratio(target)
-    else:
-        plan = planner.within(COSTS[kind](model, chosen), target, uniform)
-    dense_reason = f"at rank {multiple} it keeps more than the ratio" if kind == "ratio" else "left dense by the budget"
-    new, report = _convert(model, sites, chosen, plan, options_of, dense_reason, progress)
-    if images is not None:
-        calibration.refit_layers(new, model, images, progress=progress)
-    return new, report
+        return builder(planner.given(target))
+    if kind == "ratio":
+        return builder(planner.by_ratio(target), f"at rank {multiple} it keeps more than the ratio")
+    if kind == "speedup":
+        plan, measured = _targets.by_speedup(model, chosen, planner, target, engine, batch, threads, progress)
+        new, report = builder(plan)
+        return new, report.note(**measured)
+    if kind in ("max_loss", "metric"):
+        metric = _targets.Metric(*target) if kind == "metric" else _targets.Metric.of_loss(model, images, target)
+        return _targets.cheapest(model, planner, COSTS["macs"](model, chosen), metric, builder, progress)
+    return builder(planner.within(COSTS[kind](model, chosen), target, uniform))
 
 
 def _methods(method):
@@ -140,7 +176,14 @@ def _target(**targets):
         if not isinstance(target, dict):
             raise ValueError(f"ranks must be a dict, path of a layer -> its ranks; got {target!r}")
         return kind, target
-    low, high = (_SMALLEST, 1) if kind == "ratio" else (1e-6 if kind == "size_mb" else 1, math.inf)
+    if kind == "metric":
+        if not (isinstance(target, (tuple, list)) and len(target) == 2 and callable(target[0])):
+            raise ValueError(f"metric must be (function of a model, least value); got {target!r}")
+        return kind, (
+            target[0],
+            float(check_number("least value of the metric", target[1], float, -math.inf, math.inf)),
+        )
+    low, high = _RANGES.get(kind, (1, math.inf))
     return kind, float(check_number(kind, target, float, low, high))
 
 
@@ -160,34 +203,77 @@ def _options(methods, options, seed):
     return given.__getitem__
 
 
-# parameters: what `factorize` has decided
-def _convert(model, sites, chosen, plan, options_of, dense_reason, progress):
-    """Build the new model and the report; `dense_reason` is that of a chosen layer which is not in the plan."""
-    kernels = {
-        name: (choice.method, kernel, choice.ranks, options_of(choice.method) | choice.options)
-        for path, choice in plan.items()
-        for name, kernel in zip(sites[path].kernel_names, sites[path].kind.kernels(), strict=True)
+class _Builder:
+    """Make networks from plans. Kernels that were decomposed for one plan are not decomposed again for another.
+
+    Args:
+        model, sites, chosen: the dense network, its `Site`s by path, and those that may be converted.
+        images: list of arrays to refit the factors with, or None.
+        options_of: function from a method to the options of its decompositions.
+        progress: `Progress`.
+    """
+
+    # parameters: what `factorize` has decided
+    def __init__(self, model, sites, chosen, images, options_of, progress):
+        self._model, self._sites, self._chosen, self._images = model, sites, chosen, images
+        self._options_of, self._progress, self._results = options_of, progress, {}
+
+    def __call__(self, plan, dense_reason="left dense by the budget"):
+        """Return the network and the report; `dense_reason` is that of a chosen layer which is not in the plan."""
+        self._decompose(plan)
+        taken, chains, rows = keras_graph.operation_names(self._model), {}, []
+        for path, site in self._sites.items():
+            row = {"layer": path, "params_before": site.parameters, "params_after": site.parameters}
+            row |= {"macs_before": site.macs, "macs_after": site.macs, "reason": site.reason or "not chosen"}
+            if path in self._chosen:
+                row["reason"] = "" if path in plan else dense_reason
+            if path in plan:
+                parts = [self._results[self._key(name, plan[path])] for name in site.kernel_names]
+                chain = chains[id(site.layer)] = site.chain(parts[0].layers, taken, parts)
+                row |= _row_of_chain(site, plan[path].method, parts, chain)
+            rows.append(row)
+        new, report = keras_graph.rebuild(self._model, chains), Report.of(rows)
+        if self._images is None:
+            return new, report
+        calibration.refit_layers(new, self._model, self._images, progress=self._progress)
+        return new, report.note(output_change=_output_change(self._model, new, self._images))
+
+    def _decompose(self, plan):
+        kernels = {
+            name: (choice.method, kernel, choice.ranks, self._options_of(choice.method) | choice.options)
+            for path, choice in plan.items()
+            for name, kernel in zip(self._sites[path].kernel_names, self._sites[path].kind.kernels(), strict=True)
+            if self._key(name, choice) not in self._results
+        }
+        results = factorizations.decompose_many(kernels)
+        for name, result in self._progress.over(results, "layers decomposed", len(kernels), name=_first):
+            self._results[name, kernels[name][0], result.ranks] = result
+
+    @staticmethod
+    def _key(name, choice):
+        return name, choice.method, choice.ranks
+
+
+def _first(pair):
+    return pair[0]
+
+
+def _row_of_chain(site, method, parts, chain):
+    """Return what the report says of a converted layer: its decompositions `parts`, its new layers `chain`."""
+    norms = np.array([part.kernel_norm for part in parts])
+    errors = norms * [part.relative_error for part in parts]
+    return {
+        "method": method.name,
+        "ranks": parts[0].ranks,
+        "relative_error": float(np.linalg.norm(errors) / max(np.linalg.norm(norms), 1e-300)),
+        "degeneracy": max(getattr(part, "degeneracy", math.nan) for part in parts),
+        "params_after": sum(layer.count_params() for layer in chain),
+        "macs_after": site.macs_at(method, parts[0].ranks),
     }
-    results = factorizations.decompose_many(kernels)
-    results = dict(progress.over(results, "layers decomposed", len(kernels), name=lambda result: result[0]))
-    taken, chains, rows = keras_graph.operation_names(model), {}, []
-    for path, site in sites.items():
-        row = {"layer": path, "params_before": site.parameters, "params_after": site.parameters}
-        row |= {"macs_before": site.macs, "macs_after": site.macs, "reason": site.reason or "not chosen"}
-        if path in chosen:
-            row["reason"] = "" if path in plan else dense_reason
-        if path in plan:
-            parts = [results[name] for name in site.kernel_names]
-            chain = chains[id(site.layer)] = site.chain(parts, taken)
-            norms = np.array([part.kernel_norm for part in parts])
-            errors = norms * [part.relative_error for part in parts]
-            row |= {
-                "method": plan[path].method.name,
-                "ranks": parts[0].ranks,
-                "relative_error": float(np.linalg.norm(errors) / max(np.linalg.norm(norms), 1e-300)),
-                "degeneracy": max(getattr(part, "degeneracy", math.nan) for part in parts),
-                "params_after": sum(layer.count_params() for layer in chain),
-                "macs_after": site.macs_at(plan[path].method, parts[0].ranks),
-            }
-        rows.append(row)
-    return keras_graph.rebuild(model, chains), Report.of(rows)
+
+
+def _output_change(model, new, images):
+    """Return the root mean square of the outputs' change relative to that of the outputs, on some of the images."""
+    images = [x[:_COMPARED] for x in images]
+    before, after = (outputs_of(keras_graph.in_float32(each), images) for each in (model, new))
+    return float(np.linalg.norm(after - before) / max(np.linalg.norm(before), 1e-300))

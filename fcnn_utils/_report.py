@@ -141,6 +141,8 @@ def _measurements(totals):
         parts.append(_report_page.time_change(totals))
     if "output_change" in totals:
         parts.append(f"output change {totals['output_change']:.2%}")
+    if "metric" in totals:
+        parts.append(f"metric {totals['metric']:.4g} (computed {totals['metric_calls']} times)")
     return parts
 
 

@@ -9,8 +9,11 @@ small model (`_small_models`), because the same pieces occur in many chains, and
 Between measured ranks the times are interpolated. Measured times are kept in a file, one for each machine, engine,
 batch size and number of threads.
 
-What this leaves out: activations, which are the same before and after; the overhead of a call; and that a large network
-finds its weights less often in the cache than a small model does. Therefore time the whole network in the end.
+A small model finds its weights in the processor's cache. A network does not if it is larger than the cache: the time
+of reading them from memory is then added, in proportion to their size.
+
+What this leaves out: activations, which are the same before and after, and the overhead of a call. Therefore time the
+whole network in the end.
 """
 
 import collections
@@ -33,7 +36,7 @@ import scipy.optimize
 from fcnn_utils import _engines, _small_models, deploy
 from fcnn_utils._checks import check_choice, check_number
 from fcnn_utils._files import write_atomic
-from fcnn_utils._pieces import pieces_of
+from fcnn_utils._pieces import Piece, pieces_of
 from fcnn_utils._processors import available_cores
 from fcnn_utils._progress import progress
 
@@ -41,12 +44,16 @@ from fcnn_utils._progress import progress
 MULTIPLE = 16
 _LADDER = 5  # ranks
 _TOGETHER = 24  # pieces that are measured in turn
-_LIGHT = 2e7, 2.5e5  # MACs of a batch and weights: below both, a small model has several copies of a piece
-_COPIES = 4
+_COPIES, _COPIED_MACS, _COPIED_BYTES = 4, 1e8, 8e6  # most copies of a piece; MACs and bytes of weights of all of them
+_STREAM = Piece((1,), 1024, 1024)  # by its copies the time of weights from memory is measured
+_UNKNOWN_CACHE = 16 * 2**20  # bytes
 _AGREEMENT = 0.1, 2e-6  # times agree if they differ by less than this share and these seconds
 _ATTEMPTS = 5  # to measure a piece until two times agree
 _ROUNDS, _TURN = 3, 0.002  # turns of each model, each at least 3 calls and these seconds
 _FORMAT = 1  # of the file; raise it when the way of measuring changes
+
+
+_STREAMED = "from memory"  # key of the time of `_STREAM` with weights from memory
 
 
 class Clock:
@@ -57,7 +64,7 @@ class Clock:
         path: the file of the kept times.
     """
 
-    def __init__(self, engine, batch=1, threads=None, cache=None):
+    def __init__(self, engine, batch=1, threads=None, cache=None, *, weight_bytes=0):
         """Read the kept times.
 
         Args:
@@ -65,6 +72,7 @@ class Clock:
             batch: images per call.
             threads: threads of the engine; default: all available processors.
             cache: folder of the kept times; default: `cache_folder()`.
+            weight_bytes: size of the weights of the whole network, 4 bytes for each in float32.
 
         Raises:
             ValueError: an argument is not as above, or the engine is not installed.
@@ -81,6 +89,8 @@ class Clock:
         digest = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()[:16]
         self.path = Path(cache_folder() if cache is None else cache) / f"clock-{engine}-{digest}.json"
         self._times = self._read()  # text of a piece -> seconds
+        # The share of the weights that come from memory. Networks of 0.5 to 3 times the cache were timed.
+        self._missing = float(np.clip(weight_bytes / _last_cache() - 0.25, 0, 1))
         self._families = None  # family -> list of pieces with their times, made when it is needed
 
     def measure(self, requests, verbose=1):
@@ -99,11 +109,14 @@ class Clock:
         """
         requests = list(requests)
         wanted = {piece for request in requests for piece in pieces_of(*request)}
+        wanted |= {_STREAM} if self._missing else set()
         wanted = sorted(piece for piece in wanted if _text(piece) not in self._times)
         chunks, unsure = [wanted[start : start + _TOGETHER] for start in range(0, len(wanted), _TOGETHER)], 0
         try:
             for chunk in progress(chunks, f"small models timed in {_engines.TITLES[self.engine]}", verbose and chunks):
                 times = self._measure(chunk)
+                if _STREAM in chunk:
+                    self._times[_STREAMED] = self._measure_stream()
                 unsure += sum(not _agree(found) for found in times.values())
                 self._times |= {_text(piece): min(found) for piece, found in times.items()}
         finally:
@@ -126,7 +139,12 @@ class Clock:
         Raises:
             ValueError: nothing alike has been measured.
         """
-        return sum(self._seconds(piece) for piece in pieces_of(site, method, ranks))
+        pieces = pieces_of(site, method, ranks)
+        total = sum(self._seconds(piece) for piece in pieces)
+        if self._missing:
+            per_weight = max(0.0, self._times.get(_STREAMED, 0) - self._seconds(_STREAM)) / _STREAM.parameters
+            total += self._missing * per_weight * sum(piece.parameters for piece in set(pieces))
+        return total
 
     def ladder(self, site, method, low, high):
         """Return at most 5 tuples of ranks from `low` to `high`, for `measure`.
@@ -159,8 +177,8 @@ class Clock:
             runs, copies = {}, {}
             for piece in (piece for piece in pieces if not _agree(times[piece])):
                 # Several copies make the times of waking threads and of the call itself matter less.
-                is_light = piece.macs * self.batch < _LIGHT[0] and piece.parameters < _LIGHT[1]
-                copies[piece] = count = _COPIES if is_light else 1
+                limits = _COPIED_MACS / (piece.macs * self.batch), _COPIED_BYTES / (4 * piece.parameters)
+                copies[piece] = count = int(np.clip(min(limits), 1, _COPIES))
                 empty = _base(piece, count)
                 if empty not in runs:
                     runs[empty] = self._start(piece, count, empty=True)
@@ -169,6 +187,13 @@ class Clock:
             for piece, count in copies.items():
                 times[piece].append(max(least[piece] - least[_base(piece, count)], 1e-7) / count)
         return times
+
+    def _measure_stream(self):
+        """Return the time of one copy of `_STREAM` if there are so many that no cache holds their weights."""
+        copies = max(8, -(-2 * _last_cache() // (4 * _STREAM.parameters)))
+        runs = {empty: self._start(_STREAM, copies, empty) for empty in (False, True)}
+        least = _least_times(runs)
+        return max(least[False] - least[True], 1e-7) / copies
 
     def _start(self, piece, copies, empty=False):
         try:
@@ -188,6 +213,8 @@ class Clock:
         if self._families is None:
             found = collections.defaultdict(list)
             for text, seconds in self._times.items():
+                if text == _STREAMED:
+                    continue
                 parts = json.loads(text)
                 found[_family(parts)].append((*self._channels(parts), seconds))
             self._families = {family: _fit(*np.transpose(points)) for family, points in found.items()}
@@ -211,7 +238,7 @@ class Clock:
             times = {str(text): float(seconds) for text, seconds in content["seconds"].items()}
             if content["key"] != self._key or not all(0 < seconds < math.inf for seconds in times.values()):
                 raise ValueError
-            for text in times:
+            for text in times.keys() - {_STREAMED}:
                 _family(json.loads(text))
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             warnings.warn(f"{self.path} is damaged or cannot be read: the times are measured again", stacklevel=3)
@@ -243,6 +270,13 @@ def _machine():
     fields = {name: re.search(rf"^{name}\s*:\s*(.+)$", text, re.M) for name in ("model name", "cpu family", "model")}
     name = " ".join(found[1] for found in fields.values() if found) or platform.processor()
     return {"processor": name, "machine": platform.machine(), "system": platform.system(), "cores": available_cores()}
+
+
+@functools.cache
+def _last_cache():
+    """Return the bytes of the processor's largest cache."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max([int(size[:-1]) * 2**10 for size in sizes if size[:-1].isdigit()], default=_UNKNOWN_CACHE)
 
 
 def _is_consistent(method, kernel_shape, ranks):

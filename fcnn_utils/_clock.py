@@ -78,14 +78,14 @@ class Clock:
             ValueError: an argument is not as above, or the engine is not installed.
         """
         self.engine = check_choice("engine of the measured times", engine, tuple(_small_models.PACKAGES))
-        self.batch = check_number("batch", batch, int, 1, 65536)
-        self.threads = check_number("threads", available_cores() if threads is None else threads, int, 1, 4096)
-        check_choice("engine that is installed", engine, deploy.available())
+        self.batch = int(check_number("batch", batch, int, 1, 65536))
+        self.threads = int(check_number("threads", available_cores() if threads is None else threads, int, 1, 4096))
+        deploy._check_installed(engine, exports=True)
         self._key = _machine() | {
             "engine": engine,
             "version": importlib.metadata.version(_small_models.PACKAGES[engine]),
         }
-        self._key |= {"precision": "float32", "batch": batch, "threads": self.threads, "format": _FORMAT}
+        self._key |= {"precision": "float32", "batch": self.batch, "threads": self.threads, "format": _FORMAT}
         digest = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()[:16]
         self.path = Path(cache_folder() if cache is None else cache) / f"clock-{engine}-{digest}.json"
         self._times = self._read()  # text of a piece -> seconds
@@ -231,9 +231,9 @@ class Clock:
     # --- the file ------------------------------------------------------------------------------------------------
 
     def _read(self):
-        if not self.path.exists():
-            return {}
         try:
+            if not self.path.exists():
+                return {}
             content = json.loads(self.path.read_text())
             times = {str(text): float(seconds) for text, seconds in content["seconds"].items()}
             if content["key"] != self._key or not all(0 < seconds < math.inf for seconds in times.values()):

@@ -113,8 +113,9 @@ def _pieces(kind, chain, size, output_size):
         groups = channels[0] if part.is_depthwise else kind.groups
         dilation = tuple(rate if axis in part.axes else 1 for axis, rate in enumerate(layer.dilation_rate))
         unpadded = ((0, 0),) * kind.axes
-        piece = Piece(tuple(size), *channels, groups, part.kernel_size, strides, dilation, unpadded, kind.transposed)
-        if kind.transposed:
+        transposed = kind.transposed and bool(part.axes)
+        piece = Piece(tuple(size), *channels, groups, part.kernel_size, strides, dilation, unpadded, transposed)
+        if transposed:
             wanted = [output_size[axis] if axis in part.axes else n for axis, n in enumerate(size)]
             cuts = [max(0, full - n) for full, n in zip(piece.output_size, wanted, strict=True)]
             pads = tuple((cut // 2, cut - cut // 2) for cut in cuts)

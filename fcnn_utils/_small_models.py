@@ -191,7 +191,8 @@ def _litert_model(piece, copies, shape):
     """Return a .tflite model as bytes. It needs no exits, because channels come last everywhere."""
     file = _Flatbuffer()
     inputs = file.tensor(shape)
-    x = _litert_layer(file, inputs, _entrance(piece)) if piece.kernel_size else file.apply("RELU", [inputs], shape)
+    is_flat = len(piece.size) == 2  # LiteRT has no depthwise convolution of volumes
+    x = _litert_layer(file, inputs, _entrance(piece)) if is_flat else file.apply("RELU", [inputs], shape)
     return file.pack([inputs], [_litert_layer(file, x, piece) for _ in range(copies)] or [x])
 
 

@@ -10,6 +10,7 @@ The functions and classes below are imported when they are first used, so that i
     factorize         a trained model -> a factorized one, and a report                        compress
     fold_batch_norm   a model for inference without batch norms                               batch_norm
     reestimate        batch-norm statistics from unlabelled images                            calibration
+    fine_tune         training of a factorized model, on labels or on the dense model          fine_tuning
     layer_costs       parameters, MACs and activation bytes, layer by layer                   cost
     total_costs       the same for the whole model                                            cost
     latency           times of several models, measured in turn                               benchmark
@@ -33,6 +34,7 @@ _MODULE_OF = {
     "factorize": "compress",
     "fold_batch_norm": "batch_norm",
     "reestimate": "calibration",
+    "fine_tune": "fine_tuning",
     "layer_costs": "cost",
     "total_costs": "cost",
     "latency": "benchmark",

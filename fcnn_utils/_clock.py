@@ -38,7 +38,7 @@ from fcnn_utils._checks import check_choice, check_number
 from fcnn_utils._files import write_atomic
 from fcnn_utils._pieces import Piece, pieces_of
 from fcnn_utils._processors import available_cores
-from fcnn_utils._progress import progress
+from fcnn_utils._progress import Progress
 
 # All three engines compute the outputs of convolutions in blocks of 16 channels (AVX-512), or of a divisor of 16.
 MULTIPLE = 16
@@ -93,13 +93,13 @@ class Clock:
         self._missing = float(np.clip(weight_bytes / _last_cache() - 0.25, 0, 1))
         self._families = None  # family -> list of pieces with their times, made when it is needed
 
-    def measure(self, requests, verbose=1):
+    def measure(self, requests, progress=None):
         """Measure what is not known yet.
 
         Args:
             requests: sequence of (site, method, ranks): `_sites.Site`, a class of `factorizations` and its ranks, or
                 (site, None, None) for the dense layer.
-            verbose: 1 to print progress if it takes longer than a second.
+            progress: `Progress` to print with, or None.
 
         Returns:
             list of the seconds of the requests, as `seconds` gives them.
@@ -113,7 +113,8 @@ class Clock:
         wanted = sorted(piece for piece in wanted if _text(piece) not in self._times)
         chunks, unsure = [wanted[start : start + _TOGETHER] for start in range(0, len(wanted), _TOGETHER)], 0
         try:
-            for chunk in progress(chunks, f"small models timed in {_engines.TITLES[self.engine]}", verbose and chunks):
+            what = f"groups of small models timed in {_engines.TITLES[self.engine]}"
+            for chunk in (progress or Progress(0)).over(chunks, what, name=lambda chunk: f"{len(chunk)} models"):
                 times = self._measure(chunk)
                 if _STREAM in chunk:
                     self._times[_STREAMED] = self._measure_stream()

@@ -157,7 +157,7 @@ def test_times_between_measured_ranks_follow_a_table_made_by_hand(monkeypatch):
 
     site, clock = conv(), Clock("onnxruntime")
     measured = fake_times(monkeypatch, seconds)
-    clock.measure([(site, SpatialSVD, (rank,)) for rank in (32, 64, 128)], verbose=0)
+    clock.measure([(site, SpatialSVD, (rank,)) for rank in (32, 64, 128)])
     assert len(measured) == 6
     # R = 96, between two measured ranks: 3×1 from 192 to 96, then 1×3 from 96 to 192
     assert clock.seconds(site, SpatialSVD, (96,)) == pytest.approx(
@@ -170,7 +170,7 @@ def test_times_of_two_ranks_are_interpolated_in_both(monkeypatch):
     needs("openvino")
     site, clock = conv(), Clock("openvino")
     fake_times(monkeypatch, lambda piece: 1e-6 + 1e-9 * piece.reads * piece.writes)
-    clock.measure([(site, Tucker2, ranks) for ranks in ((16, 16), (16, 64), (64, 16), (64, 64))], verbose=0)
+    clock.measure([(site, Tucker2, ranks) for ranks in ((16, 16), (16, 64), (64, 16), (64, 64))])
     expected = 3e-6 + 1e-9 * (192 * 32 + 32 * 48 + 48 * 192)
     assert clock.seconds(site, Tucker2, (32, 48)) == pytest.approx(expected, rel=1e-3)
 
@@ -180,7 +180,7 @@ def test_measured_times_stay_as_measured(monkeypatch):
     needs("onnxruntime")
     site, clock = conv(), Clock("onnxruntime")
     fake_times(monkeypatch, lambda piece: 3e-6 if 64 in (piece.reads, piece.writes) else 1e-6)
-    found = clock.measure([(site, CP, (rank,)) for rank in (32, 64, 128)], verbose=0)
+    found = clock.measure([(site, CP, (rank,)) for rank in (32, 64, 128)])
     assert found == pytest.approx([3e-6, 9e-6, 3e-6])
     assert 3e-6 < clock.seconds(site, CP, (48,)) < 9e-6
 
@@ -189,7 +189,7 @@ def test_ranks_count_as_whole_blocks_of_channels(monkeypatch):
     needs("onnxruntime")
     site, clock = conv(), Clock("onnxruntime")
     fake_times(monkeypatch, lambda piece: 1e-9 * piece.reads * piece.writes)
-    clock.measure([(site, SVD, (rank,)) for rank in (16, 48, 96)], verbose=0)
+    clock.measure([(site, SVD, (rank,)) for rank in (16, 48, 96)])
     assert clock.seconds(site, SVD, (65,)) == clock.seconds(site, SVD, (80,)) > clock.seconds(site, SVD, (64,))
 
 
@@ -197,7 +197,7 @@ def test_nothing_is_estimated_from_other_layers(monkeypatch):
     needs("onnxruntime")
     clock = Clock("onnxruntime")
     fake_times(monkeypatch, lambda piece: 1e-6)
-    clock.measure([(conv(size=8), SVD, (16,))], verbose=0)
+    clock.measure([(conv(size=8), SVD, (16,))])
     with pytest.raises(ValueError, match="nothing alike has a time yet"):
         clock.seconds(conv(size=16), SVD, (16,))
     with pytest.raises(ValueError, match="nothing alike has a time yet"):
@@ -210,8 +210,8 @@ def test_weights_that_no_cache_holds_take_time_in_proportion(monkeypatch):
     monkeypatch.setattr(_clock, "_last_cache", lambda: 2**20)
     monkeypatch.setattr(Clock, "_measure_stream", lambda self: 1e-6 + 1e-9 * 2**20)  # 1 ns more per weight
     site = conv(16, 16)
-    (small,) = Clock("onnxruntime", weight_bytes=2**18).measure([(site, None, None)], verbose=0)
-    (large,) = Clock("onnxruntime", weight_bytes=2**23).measure([(site, None, None)], verbose=0)
+    (small,) = Clock("onnxruntime", weight_bytes=2**18).measure([(site, None, None)])
+    (large,) = Clock("onnxruntime", weight_bytes=2**23).measure([(site, None, None)])
     assert small == pytest.approx(1e-6) and large - small == pytest.approx(1e-9 * 9 * 16 * 16)
 
 
@@ -239,11 +239,11 @@ def test_measured_times_are_kept(monkeypatch, cache):
     needs("onnxruntime")
     measured, site = fake_times(monkeypatch, lambda piece: 1e-6 * piece.reads), conv()
     first = Clock("onnxruntime", 2, 1)
-    found = first.measure([(site, None, None), (site, Tucker2, (16, 32))], verbose=0)
+    found = first.measure([(site, None, None), (site, Tucker2, (16, 32))])
     assert len(measured) == 4 and first.path.parent == cache
     again = Clock("onnxruntime", 2, 1)
-    assert again.measure([(site, None, None), (site, Tucker2, (16, 32))], verbose=0) == found and len(measured) == 4
-    Clock("onnxruntime", 4, 1).measure([(site, None, None)], verbose=0)  # another batch has times of its own
+    assert again.measure([(site, None, None), (site, Tucker2, (16, 32))]) == found and len(measured) == 4
+    Clock("onnxruntime", 4, 1).measure([(site, None, None)])  # another batch has times of its own
     assert len(measured) == 5 and len(list(cache.iterdir())) == 2
 
 
@@ -251,10 +251,10 @@ def test_two_processes_add_to_the_same_file(monkeypatch):
     needs("onnxruntime")
     measured, site = fake_times(monkeypatch, lambda piece: 1e-6), conv()
     one, other = Clock("onnxruntime"), Clock("onnxruntime")
-    one.measure([(site, SVD, (16,))], verbose=0)
-    other.measure([(site, SVD, (32,))], verbose=0)
+    one.measure([(site, SVD, (16,))])
+    other.measure([(site, SVD, (32,))])
     third = Clock("onnxruntime")
-    third.measure([(site, SVD, (16,)), (site, SVD, (32,))], verbose=0)
+    third.measure([(site, SVD, (16,)), (site, SVD, (32,))])
     assert len(measured) == 4
 
 
@@ -275,12 +275,12 @@ def test_damaged_file_is_measured_again(monkeypatch, change):
     needs("onnxruntime")
     measured, site = fake_times(monkeypatch, lambda piece: 1.5e-6), conv()
     clock = Clock("onnxruntime")
-    clock.measure([(site, None, None)], verbose=0)
+    clock.measure([(site, None, None)])
     clock.path.write_text(change(clock.path.read_text()), encoding="latin-1")
     with pytest.warns(UserWarning, match="damaged or cannot be read: the times are measured again"):
         again = Clock("onnxruntime")
-    assert again.measure([(site, None, None)], verbose=0) == [1.5e-6] and len(measured) == 2
-    assert Clock("onnxruntime").measure([(site, None, None)], verbose=0) == [1.5e-6] and len(measured) == 2
+    assert again.measure([(site, None, None)]) == [1.5e-6] and len(measured) == 2
+    assert Clock("onnxruntime").measure([(site, None, None)]) == [1.5e-6] and len(measured) == 2
 
 
 def test_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
@@ -289,7 +289,7 @@ def test_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     clock = Clock("onnxruntime", cache=tmp_path / "file" / "folder")
     with pytest.warns(UserWarning, match="the measured times are not kept: cannot write"):
-        assert clock.measure([(conv(), None, None)], verbose=0) == [1e-6]
+        assert clock.measure([(conv(), None, None)]) == [1e-6]
 
 
 def test_folder_is_that_of_the_user(monkeypatch, tmp_path):
@@ -320,7 +320,7 @@ def test_times_grow_with_the_work(engine):
     """64 times the multiplications take at least 5 times as long, even on a busy machine."""
     needs(engine)
     large, small = (site_of(layers.Conv2D(n, 3, padding="same"), (24, 24, n)) for n in (128, 16))
-    short, long = Clock(engine, threads=1).measure([(small, None, None), (large, None, None)], verbose=0)
+    short, long = Clock(engine, threads=1).measure([(small, None, None), (large, None, None)])
     assert 0 < 5 * short < long
 
 
@@ -332,14 +332,14 @@ def test_piece_that_an_engine_cannot_run_is_named(monkeypatch):
 
     monkeypatch.setattr(_small_models, "start", fail)
     with pytest.raises(ValueError, match="ONNX Runtime cannot run a layer that shall be timed, Piece.*no such kernel"):
-        Clock("onnxruntime").measure([(conv(), None, None)], verbose=0)
+        Clock("onnxruntime").measure([(conv(), None, None)])
 
 
 def test_disturbed_measurement_warns(monkeypatch):
     needs("onnxruntime")
     monkeypatch.setattr(Clock, "_measure", lambda self, pieces: {piece: [1e-3, 2e-3] for piece in pieces})
     with pytest.warns(UserWarning, match="1 of 1 measured times vary by more than 10%"):
-        Clock("onnxruntime").measure([(conv(), None, None)], verbose=0)
+        Clock("onnxruntime").measure([(conv(), None, None)])
 
 
 def test_piece_is_measured_until_two_times_agree(monkeypatch):
@@ -374,7 +374,7 @@ def test_times_of_layers_add_up_to_that_of_the_network(batch):
         models[method.name] = keras_graph.rebuild(model, chains)
     table = benchmark.latency(models, batch, "onnxruntime").set_index("model")["low_ms"]
     requests = [(site, method, ranks) for method, ranks in plans.items() for site in sites.values()]
-    clock.measure([*requests, *((site, None, None) for site in sites.values())], verbose=0)
+    clock.measure([*requests, *((site, None, None) for site in sites.values())])
     for method, ranks in plans.items():
         saved = sum(clock.seconds(site) - clock.seconds(site, method, ranks) for site in sites.values())
         assert table["dense"] - 1e3 * saved == pytest.approx(table[method.name], rel=0.2), method.name

@@ -14,8 +14,8 @@ from tests.calibration_networks import network, pictures, with_random_weights
 def wide():
     """A network with 3×3, 1×1 and dense layers whose kernels have singular values that fall."""
     x = inputs = keras.Input((10, 9, 6))
-    x = layers.Conv2D(24, 3, padding="same", activation="relu", name="block/conv1")(x)
-    x = layers.Conv2D(24, 3, strides=2, padding="same", activation="relu", name="block/conv2")(x)
+    x = layers.Conv2D(24, 3, padding="same", activation="relu", name="block_conv1")(x)
+    x = layers.Conv2D(24, 3, strides=2, padding="same", activation="relu", name="block_conv2")(x)
     x = layers.Conv2D(32, 1, activation="relu", name="point")(x)
     x = layers.Dense(16, activation="relu", name="hidden")(layers.GlobalAveragePooling2D()(x))
     model = with_random_weights(keras.Model(inputs, layers.Dense(5, activation="softmax", name="head")(x)))
@@ -42,7 +42,7 @@ def test_a_budget_of_parameters_or_megabytes_is_kept_and_used(wide, images):
 
 def test_auto_takes_several_methods_and_loses_no_more_than_any_of_them(wide):
     images, budget = pictures(), 0.4 * cost.total_costs(wide)["macs"]
-    layer = ["block/conv1", "block/conv2"]
+    layer = ["block_conv1", "block_conv2"]
     losses, methods = {}, {}
     for method in ("auto", "svd", "spatial", "tucker", "cp"):
         new, report = compress.factorize(wide, method, macs=budget, images=images, layers=layer, verbose=0)
@@ -55,9 +55,9 @@ def test_auto_takes_several_methods_and_loses_no_more_than_any_of_them(wide):
 
 
 def test_without_images_each_layer_gets_the_method_with_the_smallest_error(wide):
-    _, both = compress.factorize(wide, ["cp", "spatial"], ratio=0.3, layers="block/*", verbose=0)
+    _, both = compress.factorize(wide, ["cp", "spatial"], ratio=0.3, layers="block_*", verbose=0)
     errors = [
-        compress.factorize(wide, method, ratio=0.3, layers="block/*", verbose=0)[1]["relative_error"]
+        compress.factorize(wide, method, ratio=0.3, layers="block_*", verbose=0)[1]["relative_error"]
         for method in ("cp", "spatial")
     ]
     assert np.allclose(both["relative_error"].dropna(), np.minimum(*errors).dropna())
@@ -65,18 +65,18 @@ def test_without_images_each_layer_gets_the_method_with_the_smallest_error(wide)
 
 def test_ranks_may_name_the_method_of_each_layer(wide):
     new, report = compress.factorize(
-        wide, ranks={"block/conv1": ("cp", 5), "block/conv2": ("tucker", (6, 7)), "hidden": ("svd", 3)}, verbose=0
+        wide, ranks={"block_conv1": ("cp", 5), "block_conv2": ("tucker", (6, 7)), "hidden": ("svd", 3)}, verbose=0
     )
     found = report[report["reason"] == ""].set_index("layer")
-    assert found["method"].to_dict() == {"block/conv1": "cp", "block/conv2": "tucker", "hidden": "svd"}
+    assert found["method"].to_dict() == {"block_conv1": "cp", "block_conv2": "tucker", "hidden": "svd"}
     assert found["ranks"].tolist() == [(5,), (6, 7), (3,)] and new.output_shape == wide.output_shape
 
 
 def test_patterns_choose_and_exclude_layers(wide):
-    _, report = compress.factorize(wide, ratio=0.5, layers=["block/*", "hidden"], exclude="*2", verbose=0)
+    _, report = compress.factorize(wide, ratio=0.5, layers=["block_*", "hidden"], exclude="*2", verbose=0)
     reasons = report.set_index("layer")["reason"]
-    assert reasons[reasons == ""].index.tolist() == ["block/conv1", "hidden"]
-    assert reasons["block/conv2"] == "excluded" and reasons["point"] == "not chosen"
+    assert reasons[reasons == ""].index.tolist() == ["block_conv1", "hidden"]
+    assert reasons["block_conv2"] == "excluded" and reasons["point"] == "not chosen"
 
 
 def test_the_cheapest_network_above_a_bound_is_found(wide):

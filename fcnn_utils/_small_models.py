@@ -280,8 +280,6 @@ class _Flatbuffer:
 
     def pack(self, inputs, outputs):
         """Return the file as bytes."""
-        import flatbuffers  # LiteRT itself depends on it
-
         graph, model = self.schema.SubGraphT(), self.schema.ModelT()
         graph.tensors, graph.operators, graph.inputs, graph.outputs = self.tensors, self.operators, inputs, outputs
         model.version, model.subgraphs, model.buffers, model.operatorCodes = 3, [graph], self.buffers, []
@@ -290,7 +288,7 @@ class _Flatbuffer:
             code.builtinCode = getattr(self.schema.BuiltinOperator, kind)
             code.deprecatedBuiltinCode, code.version = min(code.builtinCode, 127), self.VERSIONS.get(kind, 1)
             model.operatorCodes.append(code)
-        builder = flatbuffers.Builder(1 << 16)
+        builder = self.schema.flatbuffers.Builder(1 << 16)  # the package that the schema's classes are written with
         builder.Finish(model.Pack(builder), b"TFL3")
         return bytes(builder.Output())
 

@@ -8,6 +8,7 @@ the others. Hence the rate rises slowly from 0 to a small peak, and the norm of 
 """
 
 import contextlib
+import itertools
 import math
 import types
 
@@ -140,12 +141,10 @@ def fine_tune(
         learning_rate = one_cycle(learning_rate, steps * epochs, warmup)
 
     def compile_student():
-        student.compile(
-            keras.optimizers.SGD(learning_rate, momentum=0.9, nesterov=True, global_clipnorm=clip_norm),
-            loss,
-            loss_weights=loss_weights,
-            metrics=metrics or None,
-        )
+        optimizer = keras.optimizers.SGD(learning_rate, momentum=0.9, nesterov=True, global_clipnorm=clip_norm)
+        optimizer.build(student.trainable_variables)  # Keras warns when it loads one that was not
+        # Without metrics an empty list, because None would keep those of an earlier `compile`.
+        student.compile(optimizer, loss, loss_weights=loss_weights, metrics=metrics)
 
     def distance(x, found):
         wanted = keras.tree.map_structure(keras.ops.stop_gradient, teacher(x, training=False))
@@ -156,13 +155,12 @@ def fine_tune(
     try:
         with _mixed_loss(student, distance, share, labels is not None), _frozen(teacher):
             return student.fit(
-                **data,
+                **(data | options),
                 steps_per_epoch=steps_per_epoch,
                 epochs=epochs,
                 validation_data=validation_data,
                 callbacks=[_StopIfNotFinite(), *keras.tree.flatten(callbacks or [])],
                 verbose=verbose,
-                **options,
             )
     except Diverged as error:
         student.set_weights(before)
@@ -305,14 +303,15 @@ def _read(student, train, batch_size, steps_per_epoch):
     if isinstance(train, types.GeneratorType):
         train = _chain(first, iterator)
     x, y, _ = keras.utils.unpack_x_y_sample_weight(first)
-    return {"x": train}, _as_first_batch(x, y), steps
+    shuffle = isinstance(train, keras.utils.PyDataset)  # `fit` warns if it shall shuffle what shuffles itself
+    return {"x": train, "shuffle": shuffle}, _as_first_batch(x, y), steps
 
 
 def _read_arrays(student, train, batch_size, steps_per_epoch):
     is_pair = isinstance(train, tuple) or isinstance(train, list) and len(getattr(student, "inputs", None) or [0]) == 1
     x, y, weight = keras.utils.unpack_x_y_sample_weight(tuple(train) if is_pair else (train,))
     arrays = keras.tree.flatten((x, y, weight))
-    if not all(each is None or hasattr(each, "shape") for each in arrays):
+    if not all(each is None or getattr(each, "shape", ()) for each in arrays):
         raise ValueError("train must hold arrays, such as NumPy's: convert lists of numbers by np.array")
     sizes = [int(each.shape[0]) for each in arrays if each is not None]
     if len(set(sizes)) > 1 or sizes[0] == 0:
@@ -334,9 +333,9 @@ def _count(stream):
 
 
 def _chain(first, rest):
-    """Yield the first batch and the rest: `fit` takes generators, but no other iterators."""
-    yield first
-    yield from rest
+    """Yield the first batch and the rest as tuples: `fit` takes generators of tuples, but no other iterators."""
+    for batch in itertools.chain([first], rest):
+        yield tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
 
 
 def _as_first_batch(x, y):

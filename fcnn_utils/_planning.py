@@ -244,12 +244,13 @@ class Planner:
         for group in self._candidates[site.node.path]:
             method, own = group[0].method, group[0].options
             sizes = [method.count_parameters(site.kernel_shape, each.ranks) for each in group]
-            losses = np.log([max(each.loss, 1e-9) for each in group])
-            for size in np.geomspace(sizes[0], sizes[-1], _STEPS if len(sizes) > 1 else 1):
+            loss = _interpolated(np.log(sizes), np.log([max(each.loss, 1e-9) for each in group]))
+            smallest = method.count_parameters(site.kernel_shape, self.ranks(site, method, _SMALLEST))
+            for size in np.geomspace(smallest, sizes[-1], _STEPS if sizes[-1] > smallest else 1):
                 ranks = self.ranks(site, method, (size + 0.5) / math.prod(site.kernel_shape))
-                exact = math.log(method.count_parameters(site.kernel_shape, ranks))
-                loss = float(np.exp(np.interp(exact, np.log(sizes), losses)))
-                options.append((Choice(method, ranks, own), costs.chain(site, method, ranks), loss))
+                exact = method.count_parameters(site.kernel_shape, ranks)
+                option = Choice(method, ranks, own), costs.chain(site, method, ranks), math.exp(loss(math.log(exact)))
+                options.append(option)
         return [option for option in options if option[0] is None or option[1] < options[0][1]]
 
     def _ladder(self, site, share):
@@ -268,6 +269,12 @@ class Planner:
             for path, ladder in ladders.items()
         }
         return sensitivity.predict_losses(self._model, self._images, full, progress=self._progress)
+
+
+def _interpolated(x, y):
+    """Return the function that is linear between the points, and below the first of them."""
+    slope = min(-0.5, (y[1] - y[0]) / (x[1] - x[0])) if len(x) > 1 else -1.0
+    return lambda at: float(np.interp(at, x, y) if at >= x[0] else y[0] + slope * (at - x[0]))
 
 
 def _rounded_up(number):

@@ -82,21 +82,21 @@ def test_patterns_choose_and_exclude_layers(wide):
 
 
 def test_the_cheapest_network_above_a_bound_is_found(wide):
-    images, calls = pictures(), []
+    """The bound is the metric of a network with 0.6 of the MACs: no more are needed, up to the steps of the search."""
+    images, dense, calls = pictures(), cost.total_costs(wide)["macs"], []
 
-    def agreement(model):
+    def closeness(model):
         calls.append(model)
-        answers = outputs_of(model, [images]).argmax(axis=1)
-        return np.mean(answers == outputs_of(wide, [images]).argmax(axis=1))
+        return -np.abs(outputs_of(model, [images]) - outputs_of(wide, [images])).max()
 
-    new, report = compress.factorize(wide, metric=(agreement, 0.98), images=images, verbose=0)
-    dense, macs = cost.total_costs(wide)["macs"], cost.total_costs(new)["macs"]
-    assert agreement(new) >= 0.98 and macs < 0.9 * dense
-    assert report.totals["metric"] == agreement(new) and report.totals["metric_calls"] == len(calls) - 2 <= 8
-    cheaper, _ = compress.factorize(wide, macs=0.7 * macs, images=images, verbose=0)
-    assert agreement(cheaper) < agreement(new)
-    with pytest.raises(ValueError, match="must be at most that of the dense network, 1; got 1.5"):
-        compress.factorize(wide, metric=(agreement, 1.5), images=images, verbose=0)
+    bound = closeness(compress.factorize(wide, macs=0.6 * dense, images=images, verbose=0)[0])
+    calls.clear()
+    new, report = compress.factorize(wide, metric=(closeness, bound), images=images, verbose=0)
+    assert report.totals["metric_calls"] == len(calls) <= 8
+    assert closeness(new) == pytest.approx(report.totals["metric"]) and report.totals["metric"] >= bound
+    assert cost.total_costs(new)["macs"] < 0.7 * dense
+    with pytest.raises(ValueError, match="must be at most that of the dense network, .*0; got 1.5"):
+        compress.factorize(wide, metric=(closeness, 1.5), images=images, verbose=0)
 
 
 def test_the_largest_loss_is_kept_and_nearly_used():
@@ -123,7 +123,7 @@ def test_targets_that_cannot_be_are_rejected(wide):
 
 
 def test_a_speedup_is_asked_of_the_engine_and_reported(wide):
-    """Whether it is met depends on the machine; that the network is timed and that its ranks fit the engine does not."""
+    """Whether it is met depends on the machine; that the network is timed and its ranks fit the engine does not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is not met, or that the machine is busy
         new, report = compress.factorize(wide, speedup=1.1, images=pictures(), threads=1, verbose=0)

@@ -88,7 +88,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
         rest.start_before(own.layer)
         first = [x[:_LOSS_IMAGES] for x in rest.images]
         moments = None
-        if _has_patches(kind) and math.prod(kind.kernel_shape[:-1]) <= _MOST_VALUES:
+        if kind.has_patches and math.prod(kind.kernel_shape[:-1]) <= _MOST_VALUES:
             mean, covariance = patch_moments(rest.model, own, rest.images)
             if not bias and not norms:  # no bias can correct the mean: measure it as a part of the error
                 mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
@@ -101,10 +101,13 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
             raise ValueError(f"layer {own.path!r}: {error}") from None
         for fraction, ranks, *parts in zip(feasible, all_ranks, *ladders, strict=True):
             if moments is None:
-                rebuilt, shift = kind.keras_kernel([part.to_kernel() for part in parts]), 0.0
+                rebuilt, shift = [part.to_kernel() for part in parts], 0.0
+                own.layer.set_weights([kind.keras_kernel(rebuilt), *bias])
             else:
-                rebuilt, shift = refit_kernel(kernel, parts[0], moments)
-            own.layer.set_weights([rebuilt, *(value + shift for value in bias)])
+                rebuilt, shift = refit_kernel(kind.kernels()[0], parts[0], moments)
+                own.layer.set_weights(
+                    [kind.keras_kernel([rebuilt]), *(value + kind.keras_bias(shift) for value in bias)]
+                )
             for norm, values in zip(norms, norm_weights, strict=True):
                 norm.moving_mean.assign(values[-2] - shift)
             curve.append((fraction, ranks, _loss(before, _outputs(rest.model, first))))
@@ -131,10 +134,11 @@ def patch_moments(model, node, images):
     Raises:
         ValueError: the layer reads values that are not finite.
     """
+    kind = layer_kinds.KernelLayer(node.layer)
     moments, whole = Moments(node.path), _Rest(model, _calibration_inputs.take(model, images))
     for read in whole.read(node, 64):
         for x in read:
-            rows = patch_rows(node.layer, x)
+            rows = patch_rows(kind, x)
             moments.add(rows, rows[:, :0])
         if moments.count > 3 * rows.shape[1]:
             break
@@ -272,12 +276,7 @@ def _is_refitted(node, chain_end):
     if chain_end is None or any(type(one.layer) not in layer_kinds.KINDS for one in (node, chain_end)):
         return False
     is_changed = node.layer.kernel.shape != chain_end.layer.kernel.shape
-    return is_changed and _has_patches(layer_kinds.KernelLayer(chain_end.layer))
-
-
-def _has_patches(kind):
-    """Return whether each output is a product of a patch and one kernel."""
-    return kind.groups == 1 and not kind.transposed
+    return is_changed and layer_kinds.KernelLayer(chain_end.layer).has_patches
 
 
 def _feasible_fractions(fractions, method, kernel_shape):
@@ -292,7 +291,10 @@ def _following_norms(node, nodes):
 
     They must read the convolution directly, and nothing else may read it.
     """
-    if node.layer.use_bias or not keras_graph.has_linear_activation(node.layer):
+    count, kind = len(node.calls[0][1]), layer_kinds.KernelLayer(node.layer)
+    if node.layer.bias is not None or not keras_graph.has_linear_activation(node.layer):
+        return []
+    if kind.output_axes(count) != {count - 1}:
         return []
     norms = {id(other.layer): other.layer for other in nodes.values() if other.is_channel_norm}
     found = [norms.get(id(consumer)) for consumer in node.consumers]
@@ -306,22 +308,24 @@ def _refit(new_rest, chain_end, rest, node, norms):
     shift of the mean (`_following_norms`).
     """
     last, dense, linear = chain_end.layer, node.layer, None
+    kind, last_kind = layer_kinds.KernelLayer(dense), layer_kinds.KernelLayer(last)
     new_rest.start_before(last)
     rest.start_before(dense)
     moments = Moments(node.path)
     for new_read, read in zip(new_rest.read(chain_end, _BATCH), rest.read(node, _BATCH), strict=True):
         linear = linear or linear_copy(dense, read[0])
-        outputs = [output_rows(linear(x)) for x in read]
-        inputs = [patch_rows(last, x) for x in new_read]
+        outputs = [output_rows(kind, linear(x)) for x in read]
+        inputs = [patch_rows(last_kind, x) for x in new_read]
         for z, y in zip(inputs, outputs, strict=True):
             moments.add(z, y)
     mean, gram, mean_output, right = moments.normal_equations()
-    if not (last.use_bias or norms):  # nothing corrects the mean separately
+    if last.bias is None and not norms:  # nothing corrects the mean separately
         gram, right = gram + np.outer(mean, mean), right + np.outer(mean, mean_output)
-    start = last.get_weights()[0].reshape(len(mean), -1).astype(np.float64)
+    start = last_kind.kernels()[0].reshape(len(mean), -1).astype(np.float64)
     weights = start + _least_squares(gram, right - gram @ start)
     missing = mean_output - mean @ weights
-    last.set_weights([weights.reshape(last.kernel.shape), *([missing] if last.use_bias else [])])
+    weights = last_kind.keras_kernel([weights.reshape(last_kind.kernel_shape)])
+    last.set_weights([weights, *([] if last.bias is None else [last_kind.keras_bias(missing)])])
     for norm in norms:
         norm.moving_mean.assign(keras.ops.convert_to_numpy(norm.moving_mean) - missing)
 

@@ -232,11 +232,30 @@ def _write(model, labels, engine, file):
     outputs = keras.tree.flatten(outputs)
     flat = keras.Model(*(x if len(x) > 1 else x[0] for x in (inputs, outputs)), name=model.name)
     signature = [keras.InputSpec(shape=(None, *x.shape[1:]), dtype=x.dtype, name=name) for x, name in named]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _inlined_functions(engine):
         warnings.simplefilter("ignore")  # the exporters warn about their own code
         signature = [signature] if len(signature) > 1 else signature
         flat.export(str(file), format=_FORMATS[engine], verbose=False, input_signature=signature)
     _engines.complete(engine, file, labels)
+
+
+@contextlib.contextmanager
+def _inlined_functions(engine):
+    """Let TensorFlow trace the functions within a model as parts of the graph, which tf2onnx needs.
+
+    Keras computes grouped convolutions in a function of their own.
+    """
+    if engine != "onnxruntime" or keras.config.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf  # Keras has no name for this setting
+
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
 
 
 def _labels(model, outputs):
@@ -296,7 +315,7 @@ def _find_culprit(model, engine):
     high = len(calls)
     while low < high and time.monotonic() < end:
         middle = (low + high) // 2
-        failure = _failure(functools.partial(keras.Model, model.inputs, calls[middle].outputs), engine)
+        failure = _failure(functools.partial(keras.Model, model.inputs, calls[middle].node.outputs), engine)
         why, low, high = (failure, low, middle) if failure else (why, middle + 1, high)
     if not why or low < high:
         return None

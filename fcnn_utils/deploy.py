@@ -232,30 +232,11 @@ def _write(model, labels, engine, file):
     outputs = keras.tree.flatten(outputs)
     flat = keras.Model(*(x if len(x) > 1 else x[0] for x in (inputs, outputs)), name=model.name)
     signature = [keras.InputSpec(shape=(None, *x.shape[1:]), dtype=x.dtype, name=name) for x, name in named]
-    with warnings.catch_warnings(), _inlined_functions(engine):
+    with warnings.catch_warnings(), _engines.inlined_functions(engine):
         warnings.simplefilter("ignore")  # the exporters warn about their own code
         signature = [signature] if len(signature) > 1 else signature
         flat.export(str(file), format=_FORMATS[engine], verbose=False, input_signature=signature)
     _engines.complete(engine, file, labels)
-
-
-@contextlib.contextmanager
-def _inlined_functions(engine):
-    """Let TensorFlow trace the functions within a model as parts of the graph, which tf2onnx needs.
-
-    Keras computes grouped convolutions in a function of their own.
-    """
-    if engine != "onnxruntime" or keras.config.backend() != "tensorflow":
-        yield
-        return
-    import tensorflow as tf  # Keras has no name for this setting
-
-    before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
-        yield
-    finally:
-        tf.config.run_functions_eagerly(before)
 
 
 def _labels(model, outputs):

@@ -129,8 +129,10 @@ class KernelLayer:
         return set(self.einsum.output_axes(count)) if self.einsum else {count - 1}
 
     def keras_bias(self, values):
-        """Return a value for each filter, (T,), in the shape of the layer's bias."""
-        return self.einsum.to_bias(values, self.layer.kernel.shape, self.layer.bias.shape) if self.einsum else values
+        """Return a value for each filter, (T,), or one for all, (), in a shape that adds to the layer's bias."""
+        if not self.einsum or not np.ndim(values):
+            return values
+        return self.einsum.to_bias(values, self.layer.kernel.shape, self.layer.bias.shape)
 
     def weights(self, decompositions, bias):
         """Return the weights of the layers of `block`, from a decomposition for each group and a bias or None."""

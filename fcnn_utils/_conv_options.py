@@ -38,6 +38,7 @@ class ConvOptions:
     groups = 1
     transposed = False
     output_padding = None
+    einsum = ()
 
     def __post_init__(self):
         for name in ("kernel_size", "strides", "dilation_rate"):
@@ -86,11 +87,14 @@ class ConvOptions:
         return kind(filters, kernel_size, **(starts | self._common(part, last) | arguments))
 
     def dense(self, part, units, *, last=False):
-        """Make a Dense layer, with the bias and the activation if it is the last of its block."""
+        """Make a Dense or an EinsumDense layer, with the bias and the activation if it is the last of its block."""
         starts = {"kernel_initializer": self.kernel_initializer, "kernel_regularizer": self.kernel_regularizer}
         common = self._common(part, last)
         del common["data_format"]
-        return layers.Dense(units, **starts, **common)
+        if not self.einsum:
+            return layers.Dense(units, **starts, **common)
+        del common["use_bias"]
+        return layers.EinsumDense(**self.einsum[last], **starts, **common)
 
     def depthwise(self, part, kernel_size, *, last=False, **arguments):
         """Make a depthwise layer, with the bias and the activation if it is the last of its block."""
@@ -133,16 +137,18 @@ class LayerOptions(ConvOptions):
     """The options of a layer of any kind.
 
     Attributes:
-        axes: number of spatial axes; without any, the layers are Dense.
+        axes: number of spatial axes; without any, the layers are Dense or EinsumDense.
         groups: number of groups of channels.
         transposed: whether the convolution is transposed.
         output_padding: of a transposed convolution, as its layer stores it.
+        einsum: if the layers are EinsumDense, their further arguments, two dicts.
     """
 
     axes: int = 2
     groups: int = 1
     transposed: bool = False
     output_padding: object = None
+    einsum: tuple = ()
 
 
 def same_padding(size, kernel_size, stride):

@@ -5,6 +5,7 @@ Each engine numbers the inputs and outputs of a file in an order of its own. A f
 """
 
 import ast
+import contextlib
 import dataclasses
 import re
 import zipfile
@@ -64,6 +65,25 @@ def start(engine, path, threads, precision):
 def run_file(engine, path, threads, precision):
     """As `start`, with the engine's own exceptions."""
     return {"onnxruntime": _onnxruntime, "openvino": _openvino, "litert": _litert}[engine](path, threads, precision)
+
+
+@contextlib.contextmanager
+def inlined_functions(engine):
+    """Let TensorFlow trace the functions within a model as parts of the graph, which tf2onnx needs.
+
+    Keras computes grouped convolutions in a function of their own.
+    """
+    if engine != "onnxruntime" or keras.config.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf  # Keras has no name for this setting
+
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
 
 
 def complete(engine, path, labels):

@@ -5,7 +5,7 @@ import math
 import keras
 import numpy as np
 
-from fcnn_utils import _graph_cut, keras_graph
+from fcnn_utils import _graph_cut, keras_graph, layer_kinds
 from fcnn_utils._calibration_inputs import batches
 
 BATCH = 128  # images at a time
@@ -63,7 +63,10 @@ def following_norms(node, nodes):
 
     They must read the convolution directly, and nothing else may read it.
     """
-    if node.layer.use_bias or not keras_graph.has_linear_activation(node.layer):
+    count, kind = len(node.calls[0][1]), layer_kinds.KernelLayer(node.layer)
+    if node.layer.bias is not None or not keras_graph.has_linear_activation(node.layer):
+        return []
+    if kind.output_axes(count) != {count - 1}:
         return []
     norms = {id(other.layer): other.layer for other in nodes.values() if other.is_channel_norm}
     found = [norms.get(id(consumer)) for consumer in node.consumers]

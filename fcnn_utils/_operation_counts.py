@@ -6,6 +6,7 @@ rule nor a graph has NaN as its MACs. The batch counts as one image.
 """
 
 import math
+import re
 
 import keras
 from keras import layers
@@ -104,9 +105,15 @@ def _dense(layer, inputs, output):
     return math.prod(output) * inputs[0][-1], math.prod(output) * _extras(layer)
 
 
+def _einsum_dense(layer, inputs, output):
+    reads, _, writes = re.split(",|->", layer.equation)  # all letters of the kernel are in the two others
+    return _einsum_macs([reads, writes], [(1, *inputs[0]), (1, *output)]), math.prod(output) * _extras(layer)
+
+
 def _extras(layer):
     """Count the operations on each output value that are not MACs: the bias and the activation."""
-    return layer.use_bias + (layer.activation is not keras.activations.linear)
+    use_bias = layer.bias_axes is not None if isinstance(layer, layers.EinsumDense) else layer.use_bias
+    return use_bias + (layer.activation is not keras.activations.linear)
 
 
 def _pooling(layer, inputs, output):
@@ -173,6 +180,7 @@ _RULES = {
     **dict.fromkeys(_ACTIVATIONS, lambda layer, inputs, output: (0, math.prod(output))),
     **dict.fromkeys([layers.LSTM, layers.GRU, layers.SimpleRNN, layers.RNN, *_kinds("ConvLSTM{}")], _recurrent),
     layers.Dense: _dense,
+    layers.EinsumDense: _einsum_dense,
     layers.Embedding: lambda layer, inputs, output: (0, 0),
     layers.Bidirectional: _bidirectional,
     layers.MultiHeadAttention: _attention,
@@ -198,9 +206,8 @@ def _count_function(operation, args, reads, outputs):
     return _UNKNOWN
 
 
-def _einsum_macs(operation, shapes, output):
+def _einsum_macs(terms, shapes):
     """Each combination of index values is one product of n operands, which takes n − 1 MACs, at least 1."""
-    terms = operation.subscripts.replace(" ", "").split("->")[0].split(",")
     sizes, batch = {}, 1
     for term, shape in zip(terms, shapes, strict=True):
         left, dots, right = term.partition("...")
@@ -235,7 +242,9 @@ _PRODUCTS = {
     "Inner": lambda operation, shapes, output: math.prod(output) * shapes[0][-1],
     "Vdot": lambda operation, shapes, output: math.prod(shapes[0]),
     "Tensordot": _tensordot_macs,
-    "Einsum": _einsum_macs,
+    "Einsum": lambda operation, shapes, output: _einsum_macs(
+        operation.subscripts.replace(" ", "").split("->")[0].split(","), shapes
+    ),
     "Conv": _conv_macs(-1),
     "DepthwiseConv": _conv_macs(-1),
     "SeparableConv": _conv_macs(-1),

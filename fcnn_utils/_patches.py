@@ -4,7 +4,6 @@ import math
 
 import keras
 import numpy as np
-from keras import layers
 
 from fcnn_utils import keras_graph
 from fcnn_utils._conv_options import same_padding
@@ -60,20 +59,26 @@ def linear_copy(layer, x):
     return copy
 
 
-def output_rows(y):
-    """Return the outputs of a layer, (N, *positions, T), at the positions of `patch_rows`, as rows (positions, T)."""
-    y = keras.ops.convert_to_numpy(y)
+def output_rows(kind, y):
+    """Return the outputs of a layer at the positions of `patch_rows`, as rows (positions, T)."""
+    y = kind.output_rows(keras.ops.convert_to_numpy(y))
     return y[_positions(y.shape[:-1])]
 
 
-def patch_rows(layer, x):
-    """Return the patches that a convolution or a Dense layer reads, as rows (positions, prod(kernel size) · S).
+def patch_rows(kind, x):
+    """Return the patches that a layer reads, as rows (positions, prod(kernel size) · S).
+
+    Args:
+        kind: `layer_kinds.KernelLayer`, neither grouped nor transposed.
+        x: what the layer reads.
 
     `keras.ops.image.extract_patches` is not used: it convolves with an identity kernel, which takes as long as a layer
     with prod(kernel size) · S filters.
     """
     x = keras.ops.convert_to_numpy(x)
-    if isinstance(layer, layers.Dense):
+    layer = kind.layer
+    if not kind.axes:
+        x = kind.input_rows(x)
         return x[_positions(x.shape[:-1])]
     geometry, axes = (layer.kernel_size, layer.strides, layer.dilation_rate), tuple(range(1, x.ndim - 1))
     spans = [(size - 1) * dilation + 1 for size, _, dilation in zip(*geometry, strict=True)]

@@ -13,7 +13,11 @@ from keras import layers as keras_layers
 from fcnn_utils import cost, factorizations, keras_graph, layer_kinds
 from fcnn_utils._conv_options import DEPTHWISE
 
-_KINDS = {"Depthwise": "depthwise", "Separable": "separable already"}
+_KINDS = {
+    "Depthwise": "depthwise",
+    "Separable": "separable already",
+    "Attention": "an attention layer, which makes its projections itself: no chain can take their place",
+}
 _FEW_CHANNELS = 4  # a layer that reads fewer is skipped by default
 
 
@@ -53,6 +57,10 @@ class Site:
         layer = self.layer
         if type(layer) not in layer_kinds.KINDS:
             return self._other_kind()
+        try:
+            self.kind  # noqa: B018  (reads the equation of an EinsumDense)
+        except ValueError as error:
+            return str(error)
         refusals = {
             "channels come first": getattr(layer, "data_format", "channels_last") != "channels_last",
             "depthwise": self.kind.groups > 1 and self.kernel_shape[-2] == 1,
@@ -64,7 +72,7 @@ class Site:
 
     def _other_kind(self):
         layer, name = self.layer, type(self.layer).__name__
-        if type(layer) is not getattr(keras_layers, name, None):
+        if type(layer) not in vars(keras_layers).values():
             return f"a {name}, not a layer of Keras"
         if isinstance(layer, keras_layers.Wrapper):
             return f"a {name}, not a layer by itself"
@@ -117,8 +125,10 @@ class Site:
         before, after = (_only_layer(found) for found in (self.node.producers, self.node.consumers))
         if before is not None:
             is_joined = keras_graph.has_linear_activation(before) and len(set(self.nodes[id(before)].consumers)) == 1
+            is_joined &= _share_channels(before, self.layer, len(self.node.calls[0][0][0]))
             before = before if is_joined else None
-        if not keras_graph.has_linear_activation(self.layer):
+        is_joined = after is not None and _share_channels(self.layer, after, len(self.node.calls[0][1]))
+        if not (is_joined and keras_graph.has_linear_activation(self.layer)):
             after = None
         for other in filter(None, (before, after)):
             own, others = _kernel_size(self.layer), _kernel_size(other)
@@ -143,7 +153,7 @@ class Site:
     @property
     def input_shape(self):
         """Shape of what the layer reads, with None for sizes in which its calls differ; of a Dense, the channels."""
-        if not self.kind.axes:
+        if not (self.kind.axes or self.kind.einsum):
             return (self.kernel_shape[0],)
         shapes = [inputs[0][1:] for inputs, _ in self.node.calls]
         return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
@@ -188,8 +198,16 @@ class Site:
 
 def _only_layer(operations):
     """Return the layer with a kernel that the operations are, if they are one and the same; else None."""
-    is_one = len(set(operations)) == 1 and type(operations[0]) in (*layer_kinds.KINDS, *DEPTHWISE.values())
-    return operations[0] if is_one else None
+    if len(set(operations)) != 1:
+        return None
+    has_kernel = type(operations[0]) in DEPTHWISE.values() or layer_kinds.read_kernel(operations[0]) is not None
+    return operations[0] if has_kernel else None
+
+
+def _share_channels(before, after, count):
+    """Return whether a layer reads along the axes of `count` that the one before it writes along."""
+    kinds = [layer_kinds.read_kernel(layer) for layer in (before, after)]
+    return None in kinds or kinds[0].output_axes(count) == kinds[1].input_axes(count)
 
 
 def _kernel_size(layer):

@@ -4,6 +4,8 @@ import warnings
 
 import keras
 
+from fcnn_utils._einsum import EinsumMatrix
+
 
 def trace_model(model):
     """Return the functional model of what a subclassed, built model computes, with the same layers; and warn.
@@ -51,6 +53,28 @@ def trace_layer(layer, args, kwargs):
     finally:
         for part, count in zip(inner, calls, strict=True):
             del part._inbound_nodes[count:]
+
+
+def output_specs(operation, args, kwargs):
+    """Return the list of Keras tensors that stand for the outputs of a call, with all sizes that are known."""
+    outputs = keras.tree.flatten(operation.compute_output_spec(*args, **kwargs))
+    matrix = matrix_of(operation)
+    if matrix:
+        x = args[0] if args else kwargs["inputs"]
+        shape = matrix.output_shape(x.shape, operation.kernel.shape)
+        outputs = [keras.KerasTensor(shape, outputs[0].dtype)]
+    return outputs
+
+
+def matrix_of(operation):
+    """Return the `EinsumMatrix` of an EinsumDense that is a product with one matrix, else None.
+
+    Keras does not know all sizes of the output of such a layer: it forgets those that the layer takes from its input.
+    """
+    try:
+        return EinsumMatrix.of(operation.equation) if type(operation) is keras.layers.EinsumDense else None
+    except ValueError:
+        return None
 
 
 def model_of_call(function, args, kwargs):

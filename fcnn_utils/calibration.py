@@ -55,10 +55,11 @@ def patch_moments(model, node, images):
     Raises:
         ValueError: the layer reads values that are not finite.
     """
+    kind = layer_kinds.KernelLayer(node.layer)
     moments, whole = Moments(node.path), Rest(model, _calibration_inputs.take(model, images))
     for read in whole.read(node, 64):
         for x in read:
-            rows = patch_rows(node.layer, x)
+            rows = patch_rows(kind, x)
             moments.add(rows, rows[:, :0])
         if moments.count > 3 * rows.shape[1]:
             break
@@ -177,22 +178,24 @@ def _refit(new_rest, chain_end, rest, node, norms):
     shift of the mean (`following_norms`).
     """
     last, dense, linear = chain_end.layer, node.layer, None
+    kind, last_kind = layer_kinds.KernelLayer(dense), layer_kinds.KernelLayer(last)
     new_rest.start_before(last)
     rest.start_before(dense)
     moments = Moments(node.path)
     for new_read, read in zip(new_rest.read(chain_end, BATCH), rest.read(node, BATCH), strict=True):
         linear = linear or linear_copy(dense, read[0])
-        outputs = [output_rows(linear(x)) for x in read]
-        inputs = [patch_rows(last, x) for x in new_read]
+        outputs = [output_rows(kind, linear(x)) for x in read]
+        inputs = [patch_rows(last_kind, x) for x in new_read]
         for z, y in zip(inputs, outputs, strict=True):
             moments.add(z, y)
     mean, gram, mean_output, right = moments.normal_equations()
-    if not (last.use_bias or norms):  # nothing corrects the mean separately
+    if last.bias is None and not norms:  # nothing corrects the mean separately
         gram, right = gram + np.outer(mean, mean), right + np.outer(mean, mean_output)
-    start = last.get_weights()[0].reshape(len(mean), -1).astype(np.float64)
+    start = last_kind.kernels()[0].reshape(len(mean), -1).astype(np.float64)
     weights = start + _least_squares(gram, right - gram @ start)
     missing = mean_output - mean @ weights
-    last.set_weights([weights.reshape(last.kernel.shape), *([missing] if last.use_bias else [])])
+    weights = last_kind.keras_kernel([weights.reshape(last_kind.kernel_shape)])
+    last.set_weights([weights, *([] if last.bias is None else [last_kind.keras_bias(missing)])])
     for norm in norms:
         norm.moving_mean.assign(keras.ops.convert_to_numpy(norm.moving_mean) - missing)
 

@@ -232,7 +232,7 @@ def _write(model, labels, engine, file):
     outputs = keras.tree.flatten(outputs)
     flat = keras.Model(*(x if len(x) > 1 else x[0] for x in (inputs, outputs)), name=model.name)
     signature = [keras.InputSpec(shape=(None, *x.shape[1:]), dtype=x.dtype, name=name) for x, name in named]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _engines.inlined_functions(engine):
         warnings.simplefilter("ignore")  # the exporters warn about their own code
         signature = [signature] if len(signature) > 1 else signature
         flat.export(str(file), format=_FORMATS[engine], verbose=False, input_signature=signature)
@@ -296,7 +296,7 @@ def _find_culprit(model, engine):
     high = len(calls)
     while low < high and time.monotonic() < end:
         middle = (low + high) // 2
-        failure = _failure(functools.partial(keras.Model, model.inputs, calls[middle].outputs), engine)
+        failure = _failure(functools.partial(keras.Model, model.inputs, calls[middle].node.outputs), engine)
         why, low, high = (failure, low, middle) if failure else (why, middle + 1, high)
     if not why or low < high:
         return None

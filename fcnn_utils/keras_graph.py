@@ -277,14 +277,14 @@ def _operation_calls(model, prefix, inputs, training):
 
 def _arguments(graph, inputs):
     """Return dict id(Keras node) -> (args, kwargs, outputs), for a graph that is called on `inputs`."""
-    same = inputs is None or [x.shape for x in inputs] == [x.shape for x in graph.inputs]
-    values = {id(x): value for x, value in zip(graph.inputs, graph.inputs if same else inputs, strict=True)}
-    found = {}
+    values, found = {id(x): value for x, value in zip(graph.inputs, inputs or graph.inputs, strict=True)}, {}
+    same = all(x.shape == values[id(x)].shape for x in graph.inputs)
+    same = same and not any(map(_trace.matrix_of, graph.operations))
     for node in keras_nodes(graph):
         if node.is_input:
             continue
         args, kwargs = node.arguments.fill_in(values)
-        outputs = node.outputs if same else keras.tree.flatten(node.operation.compute_output_spec(*args, **kwargs))
+        outputs = node.outputs if same else _trace.output_specs(node.operation, args, kwargs)
         values |= {id(x): value for x, value in zip(node.outputs, outputs, strict=True)}
         found[id(node)] = args, kwargs, outputs
     return found

@@ -143,7 +143,7 @@ class _Trial:
             if not self._bias and not self._norms:  # no bias can correct the mean: measure it as a part of the error
                 mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
             self._moments = mean, covariance
-            self._matrix = self._kernel.reshape(len(mean), -1).astype(np.float64)
+            self._matrix = self.kind.kernels()[0].reshape(len(mean), -1).astype(np.float64)
             self._outputs = self._matrix.T @ covariance @ self._matrix
 
     def fitted(self, method, options):
@@ -161,23 +161,25 @@ class _Trial:
         return [list(zip(*by_group, strict=True)) for by_group in zip(*groups, strict=True)]
 
     def refit(self, parts):
-        """Return (kernel, shift of the bias) of decompositions of all groups, refitted if it can be."""
+        """Return (kernels, shift of the bias) of decompositions of all groups, refitted if it can be."""
         if self._moments is None:
-            return self.kind.keras_kernel([part.to_kernel() for part in parts]), 0.0
-        return calibration.refit_kernel(self._kernel, parts[0], self._moments)
+            return [part.to_kernel() for part in parts], np.zeros(())
+        kernel, shift = calibration.refit_kernel(self.kind.kernels()[0], parts[0], self._moments)
+        return [kernel], shift
 
     def output_error(self, parts):
         """Return the squared error of the layer's output relative to its variance; of the kernels if not refitted."""
         if self._moments is None:
             squares = np.array([part.kernel_norm**2 for part in parts])
             return float(squares @ [part.relative_error**2 for part in parts] / max(squares.sum(), 1e-300))
-        difference = self._matrix - self.refit(parts)[0].reshape(self._matrix.shape)
+        difference = self._matrix - self.refit(parts)[0][0].reshape(self._matrix.shape)
         return float(np.sum(difference * (self._moments[1] @ difference)) / max(np.trace(self._outputs), 1e-300))
 
     def loss(self, refitted):
-        """Return the loss of the network with the kernel and the shift of `refit`."""
-        kernel, shift = refitted
-        self._layer.set_weights([kernel, *(value + shift for value in self._bias)])
+        """Return the loss of the network with the kernels and the shift of `refit`."""
+        kernels, shift = refitted
+        biases = [value + self.kind.keras_bias(shift) for value in self._bias]
+        self._layer.set_weights([self.kind.keras_kernel(kernels), *biases])
         for norm, values in zip(self._norms, self._norm_weights, strict=True):
             norm.moving_mean.assign(values[-2] - shift)
         return output_change(self._before, outputs_of(self._rest.model, [x[: self._count] for x in self._rest.images]))

@@ -42,6 +42,19 @@ class Labels:
     outputs: object
 
 
+def load_keras(path):
+    """Load a saved Keras model; if that fails, raise ValueError."""
+    path = Path(path)
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except Exception as error:  # a damaged file or a user's class may raise anything
+        is_damaged = path.suffix == ".keras" and not zipfile.is_zipfile(path)
+        why = "the file is damaged" if is_damaged else reason(error)
+        raise ValueError(
+            f"{path} cannot be loaded in Keras ({why}): save the model again, and import the classes that it uses"
+        ) from error
+
+
 def start(engine, path, threads, precision):
     """Return the function that runs a file in an engine, from inputs to outputs as in `keras.Model`.
 

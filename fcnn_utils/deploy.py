@@ -17,7 +17,6 @@ import re
 import tempfile
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import keras
@@ -105,14 +104,14 @@ def load(model, engine=None, *, precision="float32", threads=None):
     """
     is_file = isinstance(model, (str, Path))
     if engine is None:
-        engine = _ENGINE_OF.get(Path(model).suffix, "keras") if is_file else "keras"
+        engine = engine_of_file(model) if is_file else "keras"
     check_choice("engine", engine, ENGINES)
     check_choice("precision", precision, ("float32", "bfloat16") if engine == "openvino" else ("float32",))
     threads = check_number("threads", available_cores() if threads is None else threads, int, 1, 4096)
     if is_file and not Path(model).exists():
         raise ValueError(f"there is no file {model} to load")
     if engine == "keras":
-        return (_load_keras(Path(model)) if is_file else keras_graph.check_graph(model)).predict_on_batch
+        return (_engines.load_keras(model) if is_file else keras_graph.check_graph(model)).predict_on_batch
     _check_installed(engine, exports=not is_file)
     if is_file:
         return _engines.start(engine, Path(model), threads, precision)
@@ -131,6 +130,11 @@ def engine_of(path):
     engine = _ENGINE_OF[check_choice("suffix of the exported file", Path(path).suffix, _ENGINE_OF)]
     _check_installed(engine, exports=True)
     return engine
+
+
+def engine_of_file(path):
+    """Return the engine that runs files with the suffix of `path`; Keras for other suffixes."""
+    return _ENGINE_OF.get(Path(path).suffix, "keras")
 
 
 def random_inputs(model, batch=2):
@@ -359,17 +363,6 @@ def replace(folder, path):
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
-
-
-def _load_keras(path):
-    try:
-        return keras.saving.load_model(path, compile=False)
-    except Exception as error:  # a damaged file or a user's class may raise anything
-        is_damaged = path.suffix == ".keras" and not zipfile.is_zipfile(path)
-        why = "the file is damaged" if is_damaged else _engines.reason(error)
-        raise ValueError(
-            f"{path} cannot be loaded in Keras ({why}): save the model again, and import the classes that it uses"
-        ) from error
 
 
 def _check_installed(engine, exports):

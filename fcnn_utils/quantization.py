@@ -166,7 +166,6 @@ def _quantize_onnx(source, target, batches):
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             nodes_to_exclude=_last_operations(graph.graph),
-            extra_options={"CalibMaxIntermediateOutputs": 8},  # batches whose ranges are held in memory
         )
     finally:
         prepared.unlink()
@@ -191,19 +190,25 @@ def _quantize_openvino(source, target, batches):
     os.environ.setdefault("NNCF_CI", "1")  # read when NNCF is imported: it reports its use otherwise
     import nncf
     import openvino
+    from nncf.quantization import range_estimator
 
     nncf.set_log_level(logging.ERROR)
-    images = [
-        {name: values[number : number + 1] for name, values in batch.items()}
-        for batch in batches
-        for number in range(len(next(iter(batch.values()))))
-    ]
+    images = _one_by_one(batches)
     if len(images[0]) == 1:  # the only input may have no name
         images = [next(iter(image.values())) for image in images]
     core = openvino.Core()
     core.set_property({"ENABLE_MMAP": False})
     with contextlib.redirect_stdout(io.StringIO()):  # progress bars
-        quantized = nncf.quantize(core.read_model(source), nncf.Dataset(images), subset_size=len(images))
+        quantized = nncf.quantize(
+            core.read_model(source),
+            nncf.Dataset(images),
+            subset_size=len(images),
+            fast_bias_correction=False,
+            # By default the ends of the range are means over the images, which clips too much.
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                activations_range_estimator_params=range_estimator.RangeEstimatorParametersSet.MINMAX
+            ),
+        )
     openvino.save_model(quantized, target, compress_to_fp16=False)
 
 
@@ -215,9 +220,18 @@ def _quantize_litert(model, target, batches):
         "litert",
         target,
         optimizations=[tf.lite.Optimize.DEFAULT],
-        representative_dataset=lambda: iter(batches),
+        representative_dataset=lambda: iter(_one_by_one(batches)),  # of several inputs it takes no other batches
         experimental_enable_resource_variables=False,  # the calibration cannot read variables
     )
+
+
+def _one_by_one(batches):
+    """Return the batches as batches of one image."""
+    return [
+        {name: values[number : number + 1] for name, values in batch.items()}
+        for batch in batches
+        for number in range(len(next(iter(batch.values()))))
+    ]
 
 
 # --- the change of the outputs ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ The functions and classes below are imported when they are first used, so that i
     latency           times of several models, measured in turn                               benchmark
     export            write a model as .onnx, .xml (OpenVINO) or .tflite (LiteRT)             deploy
     load              a function that runs a model in one of these engines                    deploy
+    quantize          a model -> a file in int8 for one of these engines                      quantization
     decompose         a kernel -> its factors                                                 factorizations
     CP, CP4, ...      one class for each factorization                                        factorizations
 
@@ -40,6 +41,7 @@ _MODULE_OF = {
     "latency": "benchmark",
     "export": "deploy",
     "load": "deploy",
+    "quantize": "quantization",
     "decompose": "factorizations",
     "CP": "factorizations",
     "CP4": "factorizations",

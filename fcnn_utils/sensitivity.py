@@ -134,6 +134,7 @@ class _Trial:
         self.path, self.kind, self._layer = node.path, layer_kinds.KernelLayer(node.layer), node.layer
         self._rest, self._before, self._count = rest, before, count
         self._kernel, *self._bias = node.layer.get_weights()
+        self._kernels = self.kind.kernels()  # of the groups, as they are before a trial
         self._norms = following_norms(node, nodes)
         self._norm_weights = [norm.get_weights() for norm in self._norms]
         rest.start_before(node.layer)
@@ -143,7 +144,7 @@ class _Trial:
             if not self._bias and not self._norms:  # no bias can correct the mean: measure it as a part of the error
                 mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
             self._moments = mean, covariance
-            self._matrix = self.kind.kernels()[0].reshape(len(mean), -1).astype(np.float64)
+            self._matrix = self._kernels[0].reshape(len(mean), -1).astype(np.float64)
             self._outputs = self._matrix.T @ covariance @ self._matrix
 
     def fitted(self, method, options):
@@ -155,7 +156,7 @@ class _Trial:
         """Return for each (method, ladder, options) a list over its ranks, of decompositions of all groups."""
         ladders = [(method, ladder, _few_sweeps(method) | options) for method, ladder, options in ladders]
         try:
-            groups = [factorizations.decompose_ladders(kernel, ladders) for kernel in self.kind.kernels()]
+            groups = [factorizations.decompose_ladders(kernel, ladders) for kernel in self._kernels]
         except ValueError as error:
             raise ValueError(f"layer {self.path!r}: {error}") from None
         return [list(zip(*by_group, strict=True)) for by_group in zip(*groups, strict=True)]
@@ -164,7 +165,7 @@ class _Trial:
         """Return (kernels, shift of the bias) of decompositions of all groups, refitted if it can be."""
         if self._moments is None:
             return [part.to_kernel() for part in parts], np.zeros(())
-        kernel, shift = calibration.refit_kernel(self.kind.kernels()[0], parts[0], self._moments)
+        kernel, shift = calibration.refit_kernel(self._kernels[0], parts[0], self._moments)
         return [kernel], shift
 
     def output_error(self, parts):

@@ -66,7 +66,7 @@ EXAMPLES = {
         {
             RGB: 1,
             DENSE: 6,
-            "a MultiHeadAttention, which is not factorized": 2,
+            "an attention layer, which makes its projections itself: no chain can take their place": 2,
             "a LayerNormalization: it has no kernel": 5,
             "a Positions, not a layer of Keras": 1,
         },
@@ -75,7 +75,7 @@ EXAMPLES = {
         1, {"depthwise": 3, POINT: 3, NORM: 7, DENSE: 1}, (0, 7), 0.95, {"layers": "stem"}
     ),
     "video": MOBILENET,
-    "siamese": Example(1, {GREY: 1, NORM: 3, DENSE: 2}, (0, 3)),
+    "siamese": Example(1, {GREY: 1, NORM: 3, DENSE: 2}, (1, 3)),
     "multimodal": Example(1, {RGB: 1, NORM: 3, DENSE: 3}, (3, 3)),
     "pix2pix": Example(2, {RGB: 1, NORM: 4, UP: 3}, (4, 4), 0.8),
     "ddpm": Example(
@@ -201,11 +201,11 @@ def test_a_network_of_which_nothing_is_converted_says_why():
     with pytest.raises(
         ValueError, match=r"'convmixer' has no layer to factorize by cp \(stem: reads 3 channels: .*wise"
     ):
-        compress.factorize(network("convmixer"), ratio=0.5)
+        compress.factorize(network("convmixer"), "cp", ratio=0.5)
     with pytest.raises(
         ValueError, match="'video' has no layer to factorize by cp .*frames: a TimeDistributed, not a layer"
     ):
-        compress.factorize(in_video(network("video")), ratio=0.5)
+        compress.factorize(in_video(network("video")), "cp", ratio=0.5)
 
 
 def test_a_factorized_encoder_serves_in_a_video_classifier():

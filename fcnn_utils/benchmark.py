@@ -204,6 +204,9 @@ def _is_file(model):
 
 def _one_engine(models, engine):
     """Return the engine that runs all models: the given one, that of the files, or Keras."""
+    for name, model in models.items():
+        if _is_file(model) and not Path(model).exists():
+            raise ValueError(f"models must be built keras.Models or paths; {name!r}: there is no file {model}")
     found = {deploy.engine_of_file(model) for model in models.values() if _is_file(model)} - {"keras"}
     found |= {engine} - {None} if found else set()
     if len(found) > 1:

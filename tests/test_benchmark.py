@@ -50,7 +50,8 @@ def test_bad_arguments_are_rejected():
             benchmark.latency(model, **arguments)
     for models, message in (
         ({}, "give at least one model to time"),
-        ({"a": "simple"}, "models must be built keras.Models; 'a' is a str"),
+        ({"a": "simple"}, "models must be built keras.Models or paths; 'a': there is no file simple"),
+        ({"a": 3}, "models must be built keras.Models or paths; 'a' is a int"),
         ({"a": model, "b": small(size=16)}, r"one fixed size; got \(16, 16, 3\), \(8, 8, 3\)"),
         (keras.Model(any_size, layers.Conv2D(2, 3)(any_size)), "one fixed size"),
     ):

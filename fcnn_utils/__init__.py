@@ -10,11 +10,13 @@ The functions and classes below are imported when they are first used, so that i
     factorize         a trained model -> a factorized one, and a report                        compress
     fold_batch_norm   a model for inference without batch norms                               batch_norm
     reestimate        batch-norm statistics from unlabelled images                            calibration
+    fine_tune         training of a factorized model, on labels or on the dense model          fine_tuning
     layer_costs       parameters, MACs and activation bytes, layer by layer                   cost
     total_costs       the same for the whole model                                            cost
     latency           times of several models, measured in turn                               benchmark
     export            write a model as .onnx, .xml (OpenVINO) or .tflite (LiteRT)             deploy
     load              a function that runs a model in one of these engines                    deploy
+    quantize          a model -> a file in int8 for one of these engines                      quantization
     decompose         a kernel -> its factors                                                 factorizations
     CP, CP4, ...      one class for each factorization                                        factorizations
 
@@ -33,11 +35,13 @@ _MODULE_OF = {
     "factorize": "compress",
     "fold_batch_norm": "batch_norm",
     "reestimate": "calibration",
+    "fine_tune": "fine_tuning",
     "layer_costs": "cost",
     "total_costs": "cost",
     "latency": "benchmark",
     "export": "deploy",
     "load": "deploy",
+    "quantize": "quantization",
     "decompose": "factorizations",
     "CP": "factorizations",
     "CP4": "factorizations",

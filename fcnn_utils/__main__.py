@@ -1,4 +1,4 @@
-"""Command line of the course: execute its notebooks, or train one of its networks."""
+"""Factorize, count and time trained models; execute the notebooks of the course, or train one of its networks."""
 
 # Everything slow (Keras, pandas, papermill) is imported inside the commands, so that --help answers at once.
 import argparse
@@ -6,8 +6,13 @@ import contextlib
 import os
 import signal
 import sys
+from pathlib import Path
+
+from fcnn_utils import _commands
 
 _STOPPED = 130  # a shell's exit code for Ctrl-C
+_EXTRAS = dict.fromkeys(("onnx", "tf2onnx", "onnxruntime", "openvino", "ai_edge_litert"), "export")
+_EXTRAS |= {"jax": "jax", "torch": "torch", "onnxscript": "torch"}  # missing module -> extra that has it
 
 
 def main(arguments=None):
@@ -26,14 +31,20 @@ def main(arguments=None):
         print(f"fcnn_utils: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as missing:
-        print(f'fcnn_utils: this command needs {missing.name}: pip install ".[course]" in a clone', file=sys.stderr)
+        print(f"fcnn_utils: {_install(missing.name, options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
-        print(
-            f"stopped: {stopped}" if str(stopped) else "stopped; run the same command to continue from here",
-            file=sys.stderr,
-        )
+        again = "; run the same command to continue from here" if options.is_of_the_course else ""
+        print(f"stopped: {stopped}" if str(stopped) else f"stopped{again}", file=sys.stderr)
         return _STOPPED
+
+
+def _install(module, options):
+    """Say how to install what has a missing module."""
+    module = (module or "a package").split(".")[0]
+    extra = _EXTRAS.get(module, "course" if options.is_of_the_course else "")
+    what = f".[{extra}]" if extra else "."
+    return f'this command needs {module}: pip install "{what}" in a clone'
 
 
 @contextlib.contextmanager
@@ -74,10 +85,11 @@ def _setting(text):
 
 
 def _train(options):
-    from fcnn_utils.course import data, paths, runner
+    from fcnn_utils._terminal import stderr_to
+    from fcnn_utils.course import data, paths
     from fcnn_utils.course.recipes import get_recipe
 
-    with runner.stderr_to(os.devnull):  # TensorFlow writes many lines when it starts
+    with stderr_to(os.devnull):  # TensorFlow writes many lines when it starts
         from fcnn_utils.course import environment, experiments, networks
 
         if options.deterministic:
@@ -94,15 +106,18 @@ def _train(options):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m fcnn_utils", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="run | train")
+    program = "fcnn" if Path(sys.argv[0]).stem == "fcnn" else "python -m fcnn_utils"  # as it was started
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
+    parser.set_defaults(is_of_the_course=False)
+    commands = parser.add_subparsers(required=True, metavar="factorize | cost | latency | run | train")
+    _commands.add(commands)
     _add_run(commands.add_parser("run", help="execute the notebooks in order"))
     _add_train(commands.add_parser("train", help="train a network of the course without a notebook"))
     return parser
 
 
 def _add_run(run):
-    run.set_defaults(command=_run)
+    run.set_defaults(command=_run, is_of_the_course=True)
     run.add_argument("--profile", default="quick", help="smoke (few images), quick (default) or full (as published)")
     run.add_argument("--only", nargs="+", default=[], metavar="NN", help="run only these notebooks, for example 11 14")
     run.add_argument("--from", dest="start", metavar="NN", help="run this notebook and all after it")
@@ -115,7 +130,7 @@ def _add_run(run):
 
 
 def _add_train(train):
-    train.set_defaults(command=_train)
+    train.set_defaults(command=_train, is_of_the_course=True)
     train.add_argument(
         "model",
         help="simple, wider_factorized, wider_separable, deeper_dense, deeper_tucker, deeper_separable, simple_cp, "

@@ -43,6 +43,19 @@ class Labels:
     outputs: object
 
 
+def load_keras(path):
+    """Load a saved Keras model; if that fails, raise ValueError."""
+    path = Path(path)
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except Exception as error:  # a damaged file or a user's class may raise anything
+        is_damaged = path.suffix == ".keras" and not zipfile.is_zipfile(path)
+        why = "the file is damaged" if is_damaged else reason(error)
+        raise ValueError(
+            f"{path} cannot be loaded in Keras ({why}): save the model again, and import the classes that it uses"
+        ) from error
+
+
 def start(engine, path, threads, precision):
     """Return the function that runs a file in an engine, from inputs to outputs as in `keras.Model`.
 
@@ -151,10 +164,13 @@ def _onnxruntime(path, threads, precision):
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     kinds = {"float": "float32", "double": "float64"}
-    dtypes = {entry.name: entry.type.removeprefix("tensor(").removesuffix(")") for entry in session.get_inputs()}
-    dtypes = {name: kinds.get(kind, kind) for name, kind in dtypes.items()}
+    inputs = {}
+    for entry in session.get_inputs():
+        kind = entry.type.removeprefix("tensor(").removesuffix(")")
+        shape = [size if isinstance(size, int) else None for size in entry.shape]
+        inputs[entry.name] = Input(shape[1:], kinds.get(kind, kind))
     labels = session.get_modelmeta().custom_metadata_map.get(_LABELS)
-    return _runner(dtypes, len(session.get_outputs()), labels, lambda values: session.run(None, values))
+    return Runner(inputs, len(session.get_outputs()), labels, lambda values: session.run(None, values))
 
 
 def _openvino_core():
@@ -173,12 +189,15 @@ def _openvino(path, threads, precision):
     labels = read.get_rt_info([_LABELS]).astype(str) if read.has_rt_info([_LABELS]) else None
     model = core.compile_model(read, "CPU", settings)
     ports = {min(entry.names, default=f"input_{number}"): entry for number, entry in enumerate(model.inputs)}
-    dtypes = {name: entry.get_element_type().to_dtype() for name, entry in ports.items()}
+    inputs = {}
+    for name, entry in ports.items():
+        shape = [None if size.is_dynamic else size.get_length() for size in entry.get_partial_shape()]
+        inputs[name] = Input(shape[1:], entry.get_element_type().to_dtype())
 
     def call(values):
         return list(model({ports[name]: value for name, value in values.items()}).values())
 
-    return _runner(dtypes, len(model.outputs), labels, call)
+    return Runner(inputs, len(model.outputs), labels, call)
 
 
 def _litert(path, threads, precision):
@@ -211,30 +230,69 @@ def _litert(path, threads, precision):
         interpreter.invoke()
         return [interpreter.get_tensor(index) for index in leave]
 
-    return _runner({name: entry["dtype"] for name, entry in enter.items()}, len(leave), labels, call)
+    details = {entry["index"]: entry for entry in interpreter.get_input_details()}  # a signature has no free sizes
+    inputs = {}
+    for name, entry in enter.items():
+        shape = details[entry["index"]]["shape_signature"]
+        inputs[name] = Input([None if size < 0 else int(size) for size in shape[1:]], entry["dtype"])
+    return Runner(inputs, len(leave), labels, call)
 
 
-def _runner(dtypes, count, labels, call):
-    """Return the function from inputs to outputs as in Keras.
+@dataclasses.dataclass
+class Input:
+    """An input of a file: its shape without the batch axis, None for a free size, and its dtype."""
+
+    shape: list
+    dtype: object
+
+
+class Runner:
+    """Run a file, from inputs to outputs as in `keras.Model`.
 
     Args:
-        dtypes: dict name -> dtype of the file's inputs; an input that the outputs don't depend on may be missing.
+        inputs: dict name -> `Input`; one that the outputs don't depend on may be missing.
         count: number of the file's outputs.
         labels: text that `complete` has written; None: the inputs and outputs are in the file's order.
         call: function from a dict name -> array to the list of output arrays.
     """
-    if labels is None:
-        labels = Labels([*dtypes], [*dtypes], 0 if count == 1 else list(range(count)))
-    else:
-        labels = Labels(*ast.literal_eval(labels))
 
-    def run(inputs):
-        values = _in_order(inputs, labels)
-        named = zip(labels.inputs, values, strict=True)
-        found = call({name: np.asarray(value, dtypes[name]) for name, value in named if name in dtypes})
-        return keras.tree.map_structure(lambda number: found[number], labels.outputs)
+    def __init__(self, inputs, count, labels, call):
+        self._inputs, self._call = inputs, call
+        if labels is None:
+            self.labels = Labels([*inputs], [*inputs], 0 if count == 1 else list(range(count)))
+        else:
+            self.labels = Labels(*ast.literal_eval(labels))
 
-    return run
+    def __call__(self, inputs):
+        found = self._call(self.named(inputs))
+        return keras.tree.map_structure(lambda number: found[number], self.labels.outputs)
+
+    def named(self, inputs):
+        """Return dict name -> array of the inputs as the file takes them."""
+        named = zip(self.labels.inputs, _in_order(inputs, self.labels), strict=True)
+        return {name: np.asarray(value, self._inputs[name].dtype) for name, value in named if name in self._inputs}
+
+    @property
+    def input_shapes(self):
+        """Shapes of the inputs without the batch axis, None for a free size; () for one that the file lacks."""
+        return [tuple(self._inputs[name].shape) if name in self._inputs else () for name in self.labels.inputs]
+
+    def random_inputs(self, batch):
+        """Draw inputs, always the same: normally distributed floats, bytes from 0 to 127, other integers 0 or 1.
+
+        A file does not tell which integers are indices.
+        """
+        rng = np.random.default_rng(0)
+
+        def draw(name, shape):
+            dtype = np.dtype(self._inputs[name].dtype) if name in self._inputs else np.dtype("float32")
+            shape = [batch, *(64 if size is None else size for size in shape)]
+            if dtype.kind in "iub":
+                return rng.integers(0, 128 if dtype.itemsize == 1 and dtype.kind != "b" else 2, shape).astype(dtype)
+            return rng.standard_normal(shape).astype(dtype)
+
+        values = [draw(name, shape) for name, shape in zip(self.labels.inputs, self.input_shapes, strict=True)]
+        return values if len(values) > 1 else values[0]
 
 
 def _in_order(inputs, labels):

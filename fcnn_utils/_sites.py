@@ -4,6 +4,7 @@ A site refuses a method whose chain cannot be built in its place, and gives the 
 """
 
 import dataclasses
+import fnmatch
 import functools
 import math
 
@@ -93,17 +94,23 @@ class Site:
             return f"reads {channels} channel{'s' * (channels > 1)}{where}: little to save, much to lose"
         return ""
 
-    def refuse(self, method):
-        """Find out whether the chain of a method can be built here: set `obstacle` if it can't."""
+    def offer(self, methods):
+        """Keep those of the methods whose chain can be built here, as `methods`; set `obstacle` if there is none."""
+        self.methods, refusals = [], []
+        for method in methods:
+            try:
+                self._check_method(method)
+                self.methods.append(method)
+            except ValueError as error:
+                refusals.append(str(error))
+        if not self.methods:
+            self.obstacle = self.reason = refusals[0]
+
+    def _check_method(self, method):
         if self.kind.is_pointwise and not issubclass(method, factorizations.SVD):
-            what = "1×1" if self.kind.axes else "dense"
-            self.obstacle = self.reason = f"{what}: only svd factorizes it"
-            return
-        try:
-            ranks = (1,) * len(method.max_ranks(self.kernel_shape))
-            self.kind.block(self.input_shape, method.chain(self.kernel_shape, ranks), use_bias=False)
-        except ValueError as error:
-            self.obstacle = self.reason = str(error)
+            raise ValueError(f"{'1×1' if self.kind.axes else 'dense'}: only svd factorizes it")
+        ranks = (1,) * len(method.max_ranks(self.kernel_shape))
+        self.kind.block(self.input_shape, method.chain(self.kernel_shape, ranks), use_bias=False)
 
     def _other_part(self):
         """Return a layer that forms a factorization together with this one; None if there is none.
@@ -151,6 +158,11 @@ class Site:
         shapes = [inputs[0][1:] for inputs, _ in self.node.calls]
         return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
 
+    def parameters_at(self, method, ranks):
+        """Number of weights of the chain at these ranks, with the bias."""
+        dense = math.prod(self.kernel_shape)
+        return self.parameters + self.kind.groups * (method.count_parameters(self.kernel_shape, ranks) - dense)
+
     def macs_at(self, method, ranks):
         """MACs of the chain at these ranks, of all calls; NaN if they are not known."""
         if math.isnan(self.macs):
@@ -158,11 +170,18 @@ class Site:
         chain = method.chain(self.kernel_shape, ranks)
         return sum(self.kind.macs(chain, inputs[0], output) for inputs, output in self.node.calls)
 
-    def chain(self, decompositions, taken):
-        """Return the new layers with their weights; the last has the layer's name, the others names not `taken`."""
+    def chain(self, chain, taken, decompositions=None):
+        """Return the new layers; the last has the layer's name, the others names that are not `taken`.
+
+        Args:
+            chain: from `factorizations.Factorization.chain`.
+            taken: set of names, to which the new ones are added.
+            decompositions: of the kernels of all groups, for the weights; without them they are random.
+        """
         _, *bias = self.layer.get_weights()
-        block = self.kind.block(self.input_shape, decompositions[0].layers, use_bias=bool(bias))
-        block.set_weights(self.kind.weights(decompositions, *bias or [None]))
+        block = self.kind.block(self.input_shape, chain, use_bias=bool(bias))
+        if decompositions:
+            block.set_weights(self.kind.weights(decompositions, *bias or [None]))
         return [self._copy(layer, taken, last=layer is block.layers[-1]) for layer in block.layers[1:]]
 
     def _copy(self, layer, taken, last):
@@ -216,26 +235,58 @@ def find_sites(model):
     return {node.path: Site(node, macs[key], nodes) for key, node in nodes.items() if node.layer.weights}
 
 
-def choose(sites, named, model, method):
-    """Return the sites to convert, by path."""
+# parameters: what the user said, beside the model's layers
+def choose(sites, named, excluded, model, methods):
+    """Return the sites to convert, by path.
+
+    Args:
+        sites: from `find_sites`.
+        named: paths of the layers to convert, or patterns such as "block*/conv?"; None for all that can be.
+        excluded: paths or patterns of layers to leave.
+        model: they belong to.
+        methods: classes; one of them must do.
+
+    Raises:
+        ValueError: there is nothing to convert, or a layer that is named does not exist or can't be converted.
+    """
     for site in sites.values():
         if not site.obstacle:
-            site.refuse(method)
+            site.offer(methods)
+    left = set(_matching(sites, excluded, model, "exclude"))
+    for path in left:
+        sites[path].reason = sites[path].reason or "excluded"
     if named is None:
         chosen = {path: site for path, site in sites.items() if not site.reason}
-        if not chosen:
-            reasons = [f"{path}: {site.reason}" for path, site in sites.items() if "no kernel" not in site.reason][:5]
-            said = "; ".join(reasons) or "no layer has a kernel"
-            raise ValueError(f"model {model.name!r} has no layer to factorize by {method.name} ({said})")
-        return chosen
-    named = [named] if isinstance(named, str) else list(named)
-    if not named:
-        raise ValueError("name at least one layer to convert")
-    for path in named:
-        if path not in sites:
+    else:
+        if not named:
+            raise ValueError("name at least one layer to convert")
+        paths = [path for path in _matching(sites, named, model, "layers") if path not in left]
+        for path in paths:
+            if sites[path].obstacle and path in _listed(named):
+                raise ValueError(f"layer {path!r} can't be factorized: {sites[path].obstacle}")
+        chosen = {path: site for path, site in sites.items() if path in paths and not site.obstacle}
+    if not chosen:
+        reasons = [f"{path}: {site.reason}" for path, site in sites.items() if "no kernel" not in site.reason][:5]
+        said = "; ".join(reasons) or "no layer has a kernel"
+        names = " or ".join(method.name for method in methods)
+        raise ValueError(f"model {model.name!r} has no layer to factorize by {names} ({said})")
+    return chosen
+
+
+def _listed(names):
+    return [names] if isinstance(names, str) else list(names or ())
+
+
+def _matching(sites, names, model, argument):
+    """Return the paths that are named or match a pattern; each must find one."""
+    found = []
+    for name in _listed(names):
+        if not isinstance(name, str):
+            raise ValueError(f"{argument} must be paths of layers or patterns such as 'block*/conv?'; got {name!r}")
+        own = [name] if name in sites else fnmatch.filter(sites, name)
+        if not own:
             raise ValueError(
-                f"there is no layer {path!r} with weights in model {model.name!r}; it has {', '.join(sites)}"
+                f"there is no layer {name!r} with weights in model {model.name!r}; it has {', '.join(sites)}"
             )
-        if sites[path].obstacle:
-            raise ValueError(f"layer {path!r} can't be factorized: {sites[path].obstacle}")
-    return {path: site for path, site in sites.items() if path in named}
+        found += own
+    return found

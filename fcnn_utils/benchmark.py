@@ -20,13 +20,14 @@ import pandas as pd
 import psutil
 import scipy.stats
 
-from fcnn_utils import cost, deploy, keras_graph
+from fcnn_utils import _engines, cost, deploy, keras_graph
 from fcnn_utils._checks import check_number
 
 COLUMNS = ["model", "engine", "batch", "median_ms", "low_ms", "high_ms", "speedup", "speedup_low", "speedup_high"]
 
 
-def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", threads=None, environment=None):
+# long: half of it is the docstring
+def latency(models, batch=1, engine=None, *, rounds=50, precision="float32", threads=None, environment=None):
     """Time one call on `batch` images, for one model or for several that take turns.
 
     Each round calls every model once on the same random inputs, after four rounds that do not count. A change
@@ -41,11 +42,12 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
         background_load            see the module
 
     Args:
-        models: built keras.Model, or dict name -> model. The first model is the baseline. Fold the batch
-            norms (`batch_norm.fold_batch_norm`), as in a deployed network, and use one precision. A model
-            may have several inputs and outputs.
+        models: built keras.Model or path of a file for the engine, such as one in int8 (`quantization.quantize`);
+            or dict name -> model or path. The first is the baseline. Fold the batch norms
+            (`batch_norm.fold_batch_norm`), as in a deployed network, and use one precision for all Keras models.
+            A model may have several inputs and outputs.
         batch: images per call, or a list of such numbers, measured one after another.
-        engine: "keras", "onnxruntime", "openvino" or "litert".
+        engine: "keras", "onnxruntime", "openvino" or "litert"; default: the engine of the files, or Keras.
         rounds: calls of each model that count.
         precision: precision of the engine, as in `deploy.load`.
         threads: threads of the engine, as in `deploy.load`.
@@ -60,22 +62,24 @@ def latency(models, batch=1, engine="keras", *, rounds=50, precision="float32", 
         ValueError: an argument is not as above, or the engine is not installed.
         RuntimeError: the separate process failed.
     """
-    models = models if isinstance(models, dict) else {getattr(models, "name", "model"): models}
+    if not isinstance(models, dict):
+        models = {Path(models).stem if _is_file(models) else getattr(models, "name", "model"): models}
     batches = list(batch) if isinstance(batch, (tuple, list)) else [batch]
     if not models or not batches:
         raise ValueError(f"give at least one {'batch size' if models else 'model to time'}")
     for number in batches:
         check_number("batch", number, int, 1, 65536)
     check_number("rounds", rounds, int, 2, 1_000_000)
-    models = _check_inputs(models)
+    engine = _one_engine(models, engine)
+    models = _check_inputs(models, engine)
     if environment is not None:
         arguments = {"batch": batches, "engine": engine, "rounds": rounds, "precision": precision, "threads": threads}
         return _latency_in_process(models, arguments, environment)
     runs = {name: deploy.load(model, engine, precision=precision, threads=threads) for name, model in models.items()}
     tables = []
     for number in batches:
-        inputs = {name: deploy.random_inputs(model, number) for name, model in models.items()}
-        tables.append(_compare(runs, inputs, number, engine, rounds))
+        inputs = {name: _random_inputs(model, runs[name], number) for name, model in models.items()}
+        tables.append(compare(runs, inputs, number, engine, rounds))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -194,18 +198,45 @@ class BackgroundLoad:
 # --- latencies ---------------------------------------------------------------------------------------------------
 
 
-def _check_inputs(models):
-    """Return the models, traced if they are subclassed, if all read inputs of the same fixed sizes."""
+def _is_file(model):
+    return isinstance(model, (str, Path))
+
+
+def _one_engine(models, engine):
+    """Return the engine that runs all models: the given one, that of the files, or Keras."""
+    found = {deploy.engine_of_file(model) for model in models.values() if _is_file(model)} - {"keras"}
+    found |= {engine} - {None} if found else set()
+    if len(found) > 1:
+        raise ValueError(f"all models must run in one engine; got {' and '.join(sorted(found))}")
+    return engine or next(iter(found), "keras")
+
+
+def _check_inputs(models, engine):
+    """Return the models, traced if they are subclassed, if all read inputs of the same fixed sizes.
+
+    Files of Keras models are loaded, others stay paths.
+    """
     checked, sizes = {}, set()
     for name, model in models.items():
-        if not isinstance(model, keras.Model):
-            raise ValueError(f"models must be built keras.Models; {name!r} is a {type(model).__name__}")
-        checked[name] = keras_graph.check_graph(model)
-        sizes.add(tuple(tuple(x.shape[1:]) for x in checked[name].inputs))
+        if _is_file(model) and deploy.engine_of_file(model) == "keras":
+            model = _engines.load_keras(model)
+        if _is_file(model):
+            checked[name] = Path(model).absolute()
+            shapes = deploy.load(model, engine, threads=1).input_shapes
+        elif isinstance(model, keras.Model):
+            checked[name] = keras_graph.check_graph(model)
+            shapes = [tuple(x.shape[1:]) for x in checked[name].inputs]
+        else:
+            raise ValueError(f"models must be built keras.Models or paths; {name!r} is a {type(model).__name__}")
+        sizes.add(tuple(shapes))
     if len(sizes) > 1 or any(None in shape for shape in next(iter(sizes))):
         found = ", ".join(sorted(" and ".join(map(str, shapes)) for shapes in sizes))
         raise ValueError(f"models must read images of one fixed size; got {found}")
     return checked
+
+
+def _random_inputs(model, run, number):
+    return run.random_inputs(number) if _is_file(model) else deploy.random_inputs(model, number)
 
 
 def _latency_in_process(models, arguments, environment):
@@ -214,9 +245,12 @@ def _latency_in_process(models, arguments, environment):
         raise ValueError(f"environment must be a dict of strings; got {environment}")
     variables = os.environ | {"KERAS_BACKEND": keras.config.backend()} | environment
     with deploy.temporary_folder() as folder:
-        for number, model in enumerate(models.values()):
-            model.save(f"{folder}/{number}.keras")
-        Path(folder, "request.json").write_text(json.dumps({"models": list(models), "arguments": arguments}))
+        files = {}
+        for number, (name, model) in enumerate(models.items()):
+            files[name] = str(model if _is_file(model) else Path(folder, f"{number}.keras"))
+            if not _is_file(model):
+                model.save(files[name])
+        Path(folder, "request.json").write_text(json.dumps({"models": files, "arguments": arguments}))
         command = [sys.executable, "-m", "fcnn_utils.benchmark", folder]
         run = subprocess.run(command, env=variables, capture_output=True, text=True)
         if run.returncode:
@@ -227,16 +261,12 @@ def _latency_in_process(models, arguments, environment):
 def _answer(folder):
     """Measure what `_latency_in_process` asks for in `folder`, and leave the table there."""
     request = json.loads(Path(folder, "request.json").read_text())
-    models = {
-        name: keras.saving.load_model(f"{folder}/{number}.keras", compile=False)
-        for number, name in enumerate(request["models"])
-    }
-    table = latency(models, **request["arguments"])
+    table = latency(request["models"], **request["arguments"])
     table.to_json(f"{folder}/table.json", orient="split", double_precision=15)
 
 
-def _compare(runs, inputs, batch, engine, rounds):
-    """Make the table of `latency` for one batch size; `runs` are dict name -> function of `inputs[name]`."""
+def compare(runs, inputs, batch, engine, rounds):
+    """Make the table of `latency` for one batch size; `runs` is a dict name -> function of `inputs[name]`."""
     for name, run in runs.items():
         for _ in range(3):
             run(inputs[name])  # compiles, allocates memory, warms up

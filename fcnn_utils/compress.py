@@ -1,40 +1,52 @@
 """Factorize a trained Keras model: layers with kernels become chains of small layers that carry their factors.
 
-    small, report = factorize(model, "cp", ratio=0.15)                  # from the weights alone
-    small, report = factorize(model, "cp", macs=60e6, images=images)    # ranks and factors from images, too
+    small, report = factorize(model, macs=60e6, images=images)         # methods, ranks and factors from images
+    small, report = factorize(model, "cp", ratio=0.15)                 # one method, from the weights alone
 
 Functional and Sequential models are taken, with branches, shared layers and nested models. A subclassed model is traced
 first. Layers are named by their path, `inner/conv1`. The model is not changed, and the new one shares nothing with it.
 The added layers are stock layers: they are saved and loaded without custom objects.
 """
 
-import functools
 import math
 
 import numpy as np
 
-from fcnn_utils import calibration, cost, factorizations, keras_graph, rank_selection
+from fcnn_utils import _clock, _targets, calibration, factorizations, keras_graph
 from fcnn_utils._checks import check_choice, check_number
-from fcnn_utils._progress import progress
+from fcnn_utils._network_runs import outputs_of
+from fcnn_utils._planning import COSTS, Planner
+from fcnn_utils._progress import Progress
 from fcnn_utils._report import Report
 from fcnn_utils._sites import choose, find_sites
 
-_SMALLEST = 1e-9  # a fraction of the parameters that every smallest rank exceeds
+AUTO = ("svd", "spatial", "tucker", "cp")
+_RANGES = {"ratio": (1e-9, 1), "size_mb": (1e-6, math.inf), "max_loss": (1e-9, math.inf), "speedup": (1.01, 1000)}
+_COMPARED = 128  # images on which the outputs are compared in the end
 
 
-# parameters: the front door; a call sets one of ratio, ranks and macs, and few of the rest
-# long: half of it is the docstring
+# parameters: the front door; a call sets one budget and few of the rest
+# long: most of it is the docstring
 def factorize(
     model,
-    method="cp",
+    method="auto",
     *,
     ratio=None,
     ranks=None,
     macs=None,
+    params=None,
+    size_mb=None,
+    speedup=None,
+    max_loss=None,
+    metric=None,
+    engine="onnxruntime",
+    batch=1,
+    threads=None,
     layers=None,
+    exclude=None,
     images=None,
     uniform=False,
-    multiple=1,
+    multiple=None,
     seed=0,
     verbose=1,
     **options,
@@ -48,25 +60,47 @@ def factorize(
     layers before it are NAME_in, NAME_depthwise, ... Stride, padding, dilation, initializers, regularizers, dtype
     policy and `trainable` are kept. Everything else is copied.
 
+    Give one target: `ratio`, `ranks`, `macs`, `params`, `size_mb`, `speedup`, `max_loss` or `metric`. With `images`, a
+    budget is dealt out over all layers
+    and methods so that the predicted loss is smallest (`sensitivity.predict_losses`). Without them, one ratio serves
+    all layers, and of several methods each layer gets that with the smallest error of its kernel.
+
     Args:
         model: built functional or Sequential model.
-        method: "cp", "cp4", "tucker", "tt", "svd", "spatial" or "separable", or a class of `factorizations`.
-        ratio: largest share of each converted kernel's parameters that is kept, in (0, 1]. Give one of `ratio`,
-            `ranks` and `macs`.
-        ranks: dict path -> ranks of each layer to convert.
-        macs: largest number of multiply-adds of the whole network for one image. With `images` the ranks are chosen by
-            sensitivity, unless `uniform`; without them one ratio serves all layers. If the dense network needs no more,
-            all layers stay dense.
-        layers: paths of the layers to convert. Default: all that can be converted, except those that read fewer than 4
-            channels (little to save, much to lose) and those that are part of a factorization already.
+        method: "cp", "cp4", "tucker", "tt", "svd", "spatial" or "separable"; a class of `factorizations`; a list of
+            these, from which each layer gets the best; or "auto" for svd, spatial, tucker and cp.
+        ratio: largest share of each converted kernel's parameters that is kept, in (0, 1].
+        ranks: dict path -> ranks of each layer to convert, or path -> (method, ranks).
+        macs: largest number of multiply-adds of the whole network for one image. If the dense network needs no more,
+            all layers stay dense. So it is for `params` and `size_mb`.
+        params: largest number of weights of the whole network.
+        size_mb: largest size of these weights in 10⁶ bytes.
+        speedup: how many times as fast as the dense network it shall be in `engine`, both with their batch norms
+            folded (`fold_batch_norm`). Layers and chains are timed there once for each machine and kept in
+            `~/.cache/fcnn-utils` (or `FCNN_CACHE`); then whole networks are timed until the speed-up is met. Nothing
+            else should run meanwhile. If it can't be met, the nearest network is returned, with a warning.
+        max_loss: largest change of the outputs on `images`; the network with the fewest MACs is searched. The change
+            is the mean Kullback-Leibler divergence from the dense network's probabilities, in nats; for other outputs,
+            their squared change relative to their variance.
+        metric: (function, at_least): the network with the fewest MACs for which `function(network)`, such as its
+            accuracy on your validation set, is at least this. The function is called eight times.
+        engine: with `speedup`, "onnxruntime", "openvino" or "litert".
+        batch: with `speedup`, images per call.
+        threads: with `speedup`, threads of the engine; default: all processors.
+        layers: paths of the layers to convert, or patterns such as "block*/conv?". Default: all that can be converted,
+            except those that read fewer than 4 channels (little to save, much to lose) and those that are part of a
+            factorization already.
+        exclude: paths or patterns of layers to leave as they are.
         images: a few hundred inputs (N, H, W, C), normalised as in training, without labels; or a list, a dict, a
             dataset or another stream of batches (`calibration.check_images`). The factors are then fitted to what the
             layers compute on them (`calibration.refit_layers`).
-        uniform: with `macs` and `images`, use one ratio for all layers.
-        multiple: with `ratio` or `macs`, ranks are multiples of this (or the maximum rank). 16 suits processors.
+        uniform: with a budget and `images`, use one ratio for all layers.
+        multiple: ranks are multiples of this (or the maximum rank). Default: 16 with `speedup`, because engines compute
+            blocks of 16 channels; else 1.
         seed: seed of the random numbers in a CP's starts.
         verbose: 1 to print progress if it takes longer than a second, 0 to print nothing.
-        options: of the decomposition. A CP's norms are bounded by `max_norm=1.0` by default.
+        options: of the decompositions; each goes to the methods that have it. A CP's norms are bounded by
+            `max_norm=1.0` by default.
 
     Returns:
         (new model, report). The report is a DataFrame with a row for each layer with weights: layer, method, ranks,
@@ -79,136 +113,167 @@ def factorize(
             not exist or can't be converted; the budget is below the smallest possible; the model does not take the
             images; or an argument is not allowed.
     """
-    model, method = keras_graph.check_graph(model), factorizations.get(method)
+    model, methods, progress = keras_graph.check_graph(model), _methods(method), Progress(verbose)
+    kind, target = _target(
+        ratio=ratio,
+        ranks=ranks,
+        macs=macs,
+        params=params,
+        size_mb=size_mb,
+        speedup=speedup,
+        max_loss=max_loss,
+        metric=metric,
+    )
+    multiple = (_clock.MULTIPLE if kind == "speedup" else 1) if multiple is None else multiple
     check_number("multiple", multiple, int, 1, 4096)
     check_number("seed", seed, int, 0, 2**31 - 1)
     check_choice("uniform", uniform, (True, False))
-    if sum(value is not None for value in (ratio, ranks, macs)) != 1:
-        raise ValueError("give one of ratio=, ranks= and macs=")
-    if ranks is not None and layers is not None:
+    if kind == "ranks" and layers is not None:
         raise ValueError("ranks= names the layers already: leave out layers=")
-    if ranks is not None and not isinstance(ranks, dict):
-        raise ValueError(f"ranks must be a dict, path of a layer -> its ranks; got {ranks!r}")
+    options_of = _options(methods, options, seed)
+    if images is None and kind in ("speedup", "max_loss", "metric"):
+        raise ValueError(f"{kind}= needs images=: a few hundred inputs of the model, without labels")
     if images is not None:
+        (images,) = progress.over([images], "calibration images checked", name=lambda _: "")
         images = calibration.check_images(model, images)
-    if issubclass(method, factorizations.CP):
-        options = {"max_norm": 1.0, "seed": seed} | options
-    method.check_options(options)
 
     sites = find_sites(model)
-    chosen = choose(sites, layers if ranks is None else ranks, model, method)
-    if ranks is not None:
-        plan = {path: method.check_ranks(chosen[path].kernel_shape, given) for path, given in ranks.items()}
-    elif ratio is not None:
-        plan = _plan_by_ratio(chosen, method, float(check_number("ratio", ratio, float, _SMALLEST, 1)), multiple)
-    else:
-        budget = None if uniform else images
-        plan = _plan_by_macs(model, chosen, method, macs, budget, multiple, verbose, options)
-    dense_reason = (
-        f"at rank {multiple} {method.name} keeps more than the ratio" if ratio else "left dense by the budget"
-    )
-    new, report = _convert(model, sites, chosen, method, plan, options, dense_reason, verbose)
-    if images is not None:
-        calibration.refit_layers(new, model, images, verbose=verbose)
-    return new, report
+    chosen = choose(sites, target if kind == "ranks" else layers, exclude, model, methods)
+    planner = Planner(model, chosen, images, multiple, options_of, progress)
+    builder = _Builder(model, sites, chosen, images, options_of, progress)
+    if kind == "ranks":
+        return builder(planner.given(target))
+    if kind == "ratio":
+        return builder(planner.by_ratio(target), f"at rank {multiple} it keeps more than the ratio")
+    if kind == "speedup":
+        plan, measured = _targets.by_speedup(model, chosen, planner, target, engine, batch, threads, progress)
+        new, report = builder(plan)
+        return new, report.note(**measured)
+    if kind in ("max_loss", "metric"):
+        metric = _targets.Metric(*target) if kind == "metric" else _targets.Metric.of_loss(model, images, target)
+        return _targets.cheapest(model, planner, COSTS["macs"](model, chosen), metric, builder, progress)
+    return builder(planner.within(COSTS[kind](model, chosen), target, uniform))
 
 
-# parameters: what `factorize` has decided
-def _convert(model, sites, chosen, method, plan, options, dense_reason, verbose):
-    """Build the new model and the report; `dense_reason` is that of a chosen layer which is not in the plan."""
-    kernels = {
-        name: (kernel, ranks)
-        for path, ranks in plan.items()
-        for name, kernel in zip(sites[path].kernel_names, sites[path].kind.kernels(), strict=True)
+def _methods(method):
+    """Return the classes that are asked for."""
+    if isinstance(method, str) and method == "auto":
+        method = AUTO
+    named = list(method) if isinstance(method, (tuple, list)) else [method]
+    if not named:
+        raise ValueError("method must be a name, or a list of at least one")
+    return list(dict.fromkeys(factorizations.get(each) for each in named))
+
+
+def _target(**targets):
+    """Return name and value of the one target that is given."""
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        names = [f"{name}=" for name in targets]
+        raise ValueError(f"give one of {', '.join(names[:-1])} and {names[-1]}")
+    ((kind, target),) = given.items()
+    if kind == "ranks":
+        if not isinstance(target, dict):
+            raise ValueError(f"ranks must be a dict, path of a layer -> its ranks; got {target!r}")
+        return kind, target
+    if kind == "metric":
+        if not (isinstance(target, (tuple, list)) and len(target) == 2 and callable(target[0])):
+            raise ValueError(f"metric must be (function of a model, least value); got {target!r}")
+        return kind, (
+            target[0],
+            float(check_number("least value of the metric", target[1], float, -math.inf, math.inf)),
+        )
+    low, high = _RANGES.get(kind, (1, math.inf))
+    return kind, float(check_number(kind, target, float, low, high))
+
+
+def _options(methods, options, seed):
+    """Return a function from a method to the options of its decompositions."""
+    defaults = {"max_norm": 1.0, "seed": seed}
+    known = {method: method.option_names() for method in methods}
+    for name in options:
+        if not any(name in names for names in known.values()):
+            if len(methods) == 1:
+                methods[0].check_options({name: None})  # says which options it has
+            raise ValueError(f"none of {', '.join(method.name for method in methods)} has an option {name!r}")
+    given = {
+        method: {name: value for name, value in (defaults | options).items() if name in known[method]}
+        for method in methods
     }
-    results = factorizations.decompose_many(method, kernels, **options)
-    results = dict(progress(results, f"layers decomposed by {method.name}", verbose, len(kernels)))
-    taken, chains, rows = keras_graph.operation_names(model), {}, []
-    for path, site in sites.items():
-        row = {"layer": path, "params_before": site.parameters, "params_after": site.parameters}
-        row |= {"macs_before": site.macs, "macs_after": site.macs, "reason": site.reason or "not chosen"}
-        if path in chosen:
-            row["reason"] = "" if path in plan else dense_reason
-        if path in plan:
-            parts = [results[name] for name in site.kernel_names]
-            chain = chains[id(site.layer)] = site.chain(parts, taken)
-            norms = np.array([part.kernel_norm for part in parts])
-            errors = norms * [part.relative_error for part in parts]
-            row |= {
-                "method": method.name,
-                "ranks": parts[0].ranks,
-                "relative_error": float(np.linalg.norm(errors) / max(np.linalg.norm(norms), 1e-300)),
-                "degeneracy": max(getattr(part, "degeneracy", math.nan) for part in parts),
-                "params_after": sum(layer.count_params() for layer in chain),
-                "macs_after": site.macs_at(method, parts[0].ranks),
-            }
-        rows.append(row)
-    return keras_graph.rebuild(model, chains), Report.of(rows)
+    return given.__getitem__
 
 
-# --- which ranks -----------------------------------------------------------------------------------------------------
+class _Builder:
+    """Make networks from plans. Kernels that were decomposed for one plan are not decomposed again for another.
+
+    Args:
+        model, sites, chosen: the dense network, its `Site`s by path, and those that may be converted.
+        images: list of arrays to refit the factors with, or None.
+        options_of: function from a method to the options of its decompositions.
+        progress: `Progress`.
+    """
+
+    # parameters: what `factorize` has decided
+    def __init__(self, model, sites, chosen, images, options_of, progress):
+        self._model, self._sites, self._chosen, self._images = model, sites, chosen, images
+        self._options_of, self._progress, self._results = options_of, progress, {}
+
+    def __call__(self, plan, dense_reason="left dense by the budget"):
+        """Return the network and the report; `dense_reason` is that of a chosen layer which is not in the plan."""
+        self._decompose(plan)
+        taken, chains, rows = keras_graph.operation_names(self._model), {}, []
+        for path, site in self._sites.items():
+            row = {"layer": path, "params_before": site.parameters, "params_after": site.parameters}
+            row |= {"macs_before": site.macs, "macs_after": site.macs, "reason": site.reason or "not chosen"}
+            if path in self._chosen:
+                row["reason"] = "" if path in plan else dense_reason
+            if path in plan:
+                parts = [self._results[self._key(name, plan[path])] for name in site.kernel_names]
+                chain = chains[id(site.layer)] = site.chain(parts[0].layers, taken, parts)
+                row |= _row_of_chain(site, plan[path].method, parts, chain)
+            rows.append(row)
+        new, report = keras_graph.rebuild(self._model, chains), Report.of(rows)
+        if self._images is None:
+            return new, report
+        calibration.refit_layers(new, self._model, self._images, progress=self._progress)
+        return new, report.note(output_change=_output_change(self._model, new, self._images))
+
+    def _decompose(self, plan):
+        kernels = {
+            name: (choice.method, kernel, choice.ranks, self._options_of(choice.method) | choice.options)
+            for path, choice in plan.items()
+            for name, kernel in zip(self._sites[path].kernel_names, self._sites[path].kind.kernels(), strict=True)
+            if self._key(name, choice) not in self._results
+        }
+        results = factorizations.decompose_many(kernels)
+        for name, result in self._progress.over(results, "layers decomposed", len(kernels), name=_first):
+            self._results[name, kernels[name][0], result.ranks] = result
+
+    @staticmethod
+    def _key(name, choice):
+        return name, choice.method, choice.ranks
 
 
-def _plan_by_ratio(chosen, method, ratio, multiple):
-    plan = {}
-    for path, site in chosen.items():
-        if _least_fraction(site, method, multiple) <= ratio:
-            plan[path] = rank_selection.ranks_for_fraction(method, site.kernel_shape, ratio, multiple=multiple)
-    if not plan:
-        least = min(_least_fraction(site, method, multiple) for site in chosen.values())
-        raise ValueError(
-            f"ratio must be at least {math.ceil(1e4 * least) / 1e4:g}, the share of {method.name} at rank {multiple}; "
-            f"got {ratio:g}: raise it, or lower multiple="
-        )
-    return plan
+def _first(pair):
+    return pair[0]
 
 
-# parameters: what `factorize` was given
-def _plan_by_macs(model, chosen, method, macs, images, multiple, verbose, options):
-    """Return ranks at which the whole network stays within `macs`."""
-    check_number("macs", macs, float, 1, math.inf)
-    unknown = [path for path, site in chosen.items() if math.isnan(site.macs)]
-    if unknown:
-        raise ValueError("macs= needs a model with a fixed input size: use ratio= or ranks=")
-
-    def at(site, fraction):
-        """Return (ranks, MACs) at a fraction or the smallest ranks; (None, dense MACs) if the chain is not cheaper."""
-        if fraction is None:
-            return None, site.macs
-        share = max(fraction, _least_fraction(site, method, multiple))
-        ranks = rank_selection.ranks_for_fraction(method, site.kernel_shape, share, multiple=multiple)
-        count = site.macs_at(method, ranks)
-        return (ranks, count) if count < site.macs else (None, site.macs)
-
-    def total(fraction):
-        return fixed + sum(at(site, fraction)[1] for site in chosen.values())
-
-    dense = cost.total_costs(model)["macs"]  # warns if some are not known
-    if macs >= dense:
-        return {}
-    fixed = dense - sum(site.macs for site in chosen.values())
-    if macs < total(_SMALLEST):
-        raise ValueError(
-            f"macs must be at least {math.ceil(total(_SMALLEST)):,}, with {method.name} at rank {multiple} in every "
-            f"layer that is converted; got {macs:,.0f}: raise it, lower multiple=, or name more layers"
-        )
-    low, high = _SMALLEST, 1.0
-    if total(high) <= macs:
-        low = high
-    while high - low > 1e-4 * high:
-        middle = (low + high) / 2 if low > 1e-6 else high / 2  # halve first: the fraction may be very small
-        low, high = (middle, high) if total(middle) <= macs else (low, middle)
-    plan = {path: at(site, low)[0] for path, site in chosen.items()}
-    if images is not None:
-        fractions = np.geomspace(max(low / 3, _SMALLEST), min(2.5 * low, 0.9), 5).tolist()  # around the uniform one
-        nodes = [site.node for site in chosen.values()]
-        curves = calibration.layer_sensitivity(model, method, images, nodes, fractions, verbose=verbose, **options)
-        costs = {path: functools.partial(at, site) for path, site in chosen.items()}
-        plan = rank_selection.allocate(curves, costs, macs - fixed)
-    return {path: ranks for path, ranks in plan.items() if ranks is not None}
+def _row_of_chain(site, method, parts, chain):
+    """Return what the report says of a converted layer: its decompositions `parts`, its new layers `chain`."""
+    norms = np.array([part.kernel_norm for part in parts])
+    errors = norms * [part.relative_error for part in parts]
+    return {
+        "method": method.name,
+        "ranks": parts[0].ranks,
+        "relative_error": float(np.linalg.norm(errors) / max(np.linalg.norm(norms), 1e-300)),
+        "degeneracy": max(getattr(part, "degeneracy", math.nan) for part in parts),
+        "params_after": sum(layer.count_params() for layer in chain),
+        "macs_after": site.macs_at(method, parts[0].ranks),
+    }
 
 
-def _least_fraction(site, method, multiple):
-    """Return a share of the dense parameters that is just enough for the smallest ranks."""
-    least = tuple(min(multiple, high) for high in method.max_ranks(site.kernel_shape))
-    return (method.count_parameters(site.kernel_shape, least) + 0.5) / math.prod(site.kernel_shape)
+def _output_change(model, new, images):
+    """Return the root mean square of the outputs' change relative to that of the outputs, on some of the images."""
+    images = [x[:_COMPARED] for x in images]
+    before, after = (outputs_of(keras_graph.in_float32(each), images) for each in (model, new))
+    return float(np.linalg.norm(after - before) / max(np.linalg.norm(before), 1e-300))

@@ -17,7 +17,6 @@ import re
 import tempfile
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import keras
@@ -77,11 +76,10 @@ def export(model, path):
             cannot be written. What was at `path` before stays.
     """
     path = Path(path)
-    engine = _ENGINE_OF[check_choice("suffix of the exported file", path.suffix, _ENGINE_OF)]
-    _check_installed(engine, exports=True)
+    engine = engine_of(path)
     with temporary_folder() as folder:
         _export(keras_graph.check_graph(model), engine, folder / path.name)
-        _replace(folder, path)
+        replace(folder, path)
     return path
 
 
@@ -98,7 +96,7 @@ def load(model, engine=None, *, precision="float32", threads=None):
     Returns:
         A function from images (N, H, W, C) to the model's output (N, ...), both NumPy arrays. If the model has
         several inputs or outputs: it takes a list or dict of arrays and returns the structure of the model's outputs.
-        The inputs are cast to the dtypes that the model reads.
+        The inputs are cast to the dtypes that the model reads. Outside Keras it is an `_engines.Runner`.
 
     Raises:
         ValueError: an argument is not as above, the file does not exist or is damaged, the engine is not
@@ -106,14 +104,14 @@ def load(model, engine=None, *, precision="float32", threads=None):
     """
     is_file = isinstance(model, (str, Path))
     if engine is None:
-        engine = _ENGINE_OF.get(Path(model).suffix, "keras") if is_file else "keras"
+        engine = engine_of_file(model) if is_file else "keras"
     check_choice("engine", engine, ENGINES)
     check_choice("precision", precision, ("float32", "bfloat16") if engine == "openvino" else ("float32",))
     threads = check_number("threads", available_cores() if threads is None else threads, int, 1, 4096)
     if is_file and not Path(model).exists():
         raise ValueError(f"there is no file {model} to load")
     if engine == "keras":
-        return (_load_keras(Path(model)) if is_file else keras_graph.check_graph(model)).predict_on_batch
+        return (_engines.load_keras(model) if is_file else keras_graph.check_graph(model)).predict_on_batch
     _check_installed(engine, exports=not is_file)
     if is_file:
         return _engines.start(engine, Path(model), threads, precision)
@@ -121,6 +119,22 @@ def load(model, engine=None, *, precision="float32", threads=None):
         file = folder / f"model{_SUFFIXES[engine]}"
         _export(keras_graph.check_graph(model), engine, file)
         return _engines.start(engine, file, threads, precision)
+
+
+def engine_of(path):
+    """Return the engine to which `export` exports a file with the suffix of `path`.
+
+    Raises:
+        ValueError: there is none, a package is not installed, or Keras cannot write the format from this backend.
+    """
+    engine = _ENGINE_OF[check_choice("suffix of the exported file", Path(path).suffix, _ENGINE_OF)]
+    _check_installed(engine, exports=True)
+    return engine
+
+
+def engine_of_file(path):
+    """Return the engine that runs files with the suffix of `path`; Keras for other suffixes."""
+    return _ENGINE_OF.get(Path(path).suffix, "keras")
 
 
 def random_inputs(model, batch=2):
@@ -209,7 +223,7 @@ def _write_and_compare(model, engine, file):
             "cannot be checked"
         ) from error
     try:
-        _write(model, _labels(model, expected), engine, file)
+        write(model, engine, file)
         outputs = _engines.run_file(engine, file, available_cores(), "float32")(inputs)
     except Exception as error:  # each exporter and each engine has exceptions of its own
         if getattr(error, "errno", None) in _NOT_WRITTEN:
@@ -221,36 +235,47 @@ def _write_and_compare(model, engine, file):
         _compare(wanted, np.asarray(found))
 
 
-def _write(model, labels, engine, file):
-    """Export a model by Keras, with its inputs and outputs in lists."""
+def write(model, engine, file, **settings):
+    """Export a checked model in float32 by Keras, with its inputs and outputs in lists; compare nothing.
+
+    Args:
+        model, engine, file: as in `export`.
+        settings: of Keras's exporter to this format.
+    """
+    names = _input_names(model)
     model = _without_normalization(model) if engine == "onnxruntime" else model
-    named = list(zip(model.inputs, labels.inputs, strict=True))
+    named = list(zip(model.inputs, names, strict=True))
     # From a dict Keras would give OpenVINO the names of the inputs in another order.
     inputs = [keras.Input(batch_shape=x.shape, dtype=x.dtype, name=name) for x, name in named]
     # Without `training` some exporters would trace what augmentation does in training.
     outputs = model(keras.tree.pack_sequence_as(_input_structure(model), inputs), training=False)
-    outputs = keras.tree.flatten(outputs)
+    labels, outputs = _labels(model, names, outputs), keras.tree.flatten(outputs)
     flat = keras.Model(*(x if len(x) > 1 else x[0] for x in (inputs, outputs)), name=model.name)
     signature = [keras.InputSpec(shape=(None, *x.shape[1:]), dtype=x.dtype, name=name) for x, name in named]
     with warnings.catch_warnings(), _engines.inlined_functions(engine):
         warnings.simplefilter("ignore")  # the exporters warn about their own code
         signature = [signature] if len(signature) > 1 else signature
-        flat.export(str(file), format=_FORMATS[engine], verbose=False, input_signature=signature)
+        flat.export(str(file), format=_FORMATS[engine], verbose=False, input_signature=signature, **settings)
     _engines.complete(engine, file, labels)
 
 
-def _labels(model, outputs):
-    """Return the labels of a file. Its names of the inputs are those of Keras, in letters that all engines take."""
-    inputs = []
+def _input_names(model):
+    """Return a file's names of the inputs: those of Keras, in letters that all engines take."""
+    names = []
     for x in model.inputs:
         name = re.sub(r"\W", "_", x.name, flags=re.ASCII)
         name = name if name[:1].isalpha() else f"input_{name}"
-        inputs.append(f"{name}_{len(inputs)}" if name in inputs else name)
+        names.append(f"{name}_{len(names)}" if name in names else name)
+    return names
+
+
+def _labels(model, names, outputs):
+    """Return the labels of a file with these names of the inputs."""
     read = _input_structure(model)
-    is_flat = isinstance(read, dict) and len(read) == len(inputs)
+    is_flat = isinstance(read, dict) and len(read) == len(names)
     keys = sorted(read) if is_flat else [x.name for x in model.inputs]
     count = len(keras.tree.flatten(outputs))
-    return _engines.Labels(inputs, keys, keras.tree.pack_sequence_as(outputs, list(range(count))))
+    return _engines.Labels(names, keys, keras.tree.pack_sequence_as(outputs, list(range(count))))
 
 
 def _input_structure(model):
@@ -316,7 +341,7 @@ def _failure(build, engine):
     return ""
 
 
-def _replace(folder, path):
+def replace(folder, path):
     """Copy all files of `folder` beside `path`, then rename them one by one."""
     staged = {}
     try:
@@ -338,17 +363,6 @@ def _replace(folder, path):
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
-
-
-def _load_keras(path):
-    try:
-        return keras.saving.load_model(path, compile=False)
-    except Exception as error:  # a damaged file or a user's class may raise anything
-        is_damaged = path.suffix == ".keras" and not zipfile.is_zipfile(path)
-        why = "the file is damaged" if is_damaged else _engines.reason(error)
-        raise ValueError(
-            f"{path} cannot be loaded in Keras ({why}): save the model again, and import the classes that it uses"
-        ) from error
 
 
 def _check_installed(engine, exports):

@@ -1,7 +1,7 @@
 """Choose ranks: for a share of the dense cost, from the noise in a kernel, and within a budget over all layers.
 
 This module works on shapes, kernels and numbers; it does not use Keras. The losses that `allocate` weighs come from
-`calibration.layer_sensitivity`.
+`sensitivity.predict_losses`.
 """
 
 import functools
@@ -154,28 +154,26 @@ def vbmf_tucker_ranks(kernel):
     return min(first, area * second), min(second, area * first)
 
 
-def allocate(curves, costs, budget):
-    """Choose a size for every layer within a budget, so that the sum of the predicted losses is smallest.
+def allocate(options, budget):
+    """Choose one option for every layer within a budget, so that the sum of the predicted losses is smallest.
 
-    Between its measured points a loss curve is interpolated on logarithmic axes. The losses of different layers are
-    assumed to add up. This is the multiple-choice knapsack problem; SciPy's `milp` solves it to 0.01% of the sum.
+    The losses of different layers are assumed to add up. This is the multiple-choice knapsack problem; SciPy's `milp`
+    solves it to 0.01% of the sum.
 
     Args:
-        curves: dict path -> list of (fraction, ranks, loss), from `calibration.layer_sensitivity`.
-        costs: dict path -> function. `costs[path](fraction)` returns (ranks, cost), `costs[path](None)` returns
-            (None, cost of the dense layer).
+        options: dict path -> list of (choice, cost, loss), with at least one. A choice may be anything.
         budget: largest sum of the costs.
 
     Returns:
-        dict path -> ranks, without the layers that stay dense.
+        dict path -> choice.
 
     Raises:
         ValueError: even the cheapest choices exceed the budget.
     """
-    options = {path: _options(curve, costs[path]) for path, curve in curves.items()}
     cheapest = sum(min(cost for _, cost, _ in choices) for choices in options.values())
     if cheapest > budget:
         raise ValueError(f"budget must be at least {cheapest:,}, the cost of the cheapest choices; got {budget:,}")
+    options = {path: _undominated(choices) for path, choices in options.items()}
     one_each = block_diag([np.ones((1, len(choices))) for choices in options.values()])
     # The solver tolerates 1e-6 in constraints and objective. Scaled like this, that is far less than one MAC.
     cost = np.array([cost * (1e8 / budget) for choices in options.values() for _, cost, _ in choices])
@@ -185,20 +183,15 @@ def allocate(curves, costs, budget):
     taken = milp(loss, integrality=np.ones(len(loss)), bounds=Bounds(0, 1), constraints=limits).x > 0.5
     plan, start = {}, 0
     for path, choices in options.items():
-        ranks, _, _ = choices[int(np.argmax(taken[start : start + len(choices)]))]
+        plan[path] = choices[int(np.argmax(taken[start : start + len(choices)]))][0]
         start += len(choices)
-        if ranks is not None:
-            plan[path] = ranks
     return plan
 
 
-def _options(curve, cost):
-    """Return the choices of one layer, a list of (ranks, cost, loss); ranks None is the dense layer."""
-    options = [(*cost(None), 0.0)]
-    if curve:
-        fractions, losses = np.array([(fraction, loss) for fraction, _, loss in curve]).T
-        losses = np.maximum(losses, 1e-9)
-        for fraction in np.geomspace(fractions[0], fractions[-1], 80):
-            loss = np.exp(np.interp(np.log(fraction), np.log(fractions), np.log(losses)))
-            options.append((*cost(float(fraction)), float(loss)))
-    return options
+def _undominated(choices):
+    """Return the choices without those that cost as much as another one and lose as much."""
+    kept = []
+    for choice in sorted(choices, key=lambda choice: choice[1:]):
+        if not kept or choice[2] < kept[-1][2]:
+            kept.append(choice)
+    return kept

@@ -15,6 +15,7 @@ def output(tmp_path, monkeypatch):
     """Let everything that a test writes go to a folder of its own; returns the folder."""
     folder = tmp_path / "out"
     monkeypatch.setenv("FCNN_OUTPUT", str(folder))
+    monkeypatch.setenv("FCNN_CACHE", str(tmp_path / "cache"))
     return folder
 
 

@@ -21,6 +21,7 @@ MAY_IMPORT_A_BACKEND = {
     "course.environment.deterministic",
     "course.environment.gpu",
     "course.environment.has_bfloat16",
+    "quantization._quantize_litert",  # an enumeration that TensorFlow's converter takes
     "course.environment.setup",  # no function is compiled in the smoke profile
 }
 

@@ -7,69 +7,18 @@ import numpy as np
 import pytest
 from keras import layers
 
-from fcnn_utils import calibration, compress, factorizations, keras_graph, rank_selection
-
-
-def network(activation="relu", use_bias=True, nested=False):
-    """Two convolutions with batch norms and random weights; the second can be in a nested model, `inner`."""
-
-    def block(x, number):
-        x = layers.Conv2D(8, 3, padding="same", use_bias=use_bias, name=f"conv{number}")(x)
-        return layers.Activation(activation)(layers.BatchNormalization(name=f"bn{number}")(x))
-
-    inputs = keras.Input((10, 9, 6))
-    x = block(inputs, 1)
-    if nested:
-        inner_in = keras.Input(x.shape[1:])
-        x = keras.Model(inner_in, block(inner_in, 2), name="inner")(x)
-    else:
-        x = block(x, 2)
-    x = layers.Dense(5, activation="softmax")(layers.GlobalAveragePooling2D()(x))
-    model = with_random_weights(keras.Model(inputs, x))
-    calibration.reestimate(model, pictures())  # statistics that training on such images would have left
-    return model
-
-
-def with_random_weights(model):
-    rng = np.random.default_rng(0)
-    for weight in model.trainable_variables:
-        scale = 0.1 if "kernel" in weight.path else 0.3
-        weight.assign(rng.normal(1.0 if "gamma" in weight.path else 0.0, scale, weight.shape))
-    return model
-
-
-def pictures(count=64, seed=1):
-    """Make smooth images: neighbouring pixels and channels resemble each other."""
-    noise = np.random.default_rng(seed).standard_normal((count, 12, 11, 6))
-    smooth = sum(noise[:, i : i + 10, j : j + 9] for i, j in itertools.product(range(3), range(3)))
-    return (smooth + 2 * smooth.mean(axis=-1, keepdims=True)).astype("float32")
-
-
-def convolutions(model):
-    return [node for node in keras_graph.layer_nodes(model) if isinstance(node.layer, layers.Conv2D)]
-
-
-def numpy_outputs(model, images):
-    return keras.ops.convert_to_numpy(model(images, training=False))
-
-
-def reads(model, name, images):
-    return numpy_outputs(keras.Model(model.input, model.get_layer(name).input), images)
-
-
-def makes(model, name, images):
-    return numpy_outputs(keras.Model(model.input, model.get_layer(name).output), images)
-
-
-def patches(x):
-    """Return what a 3×3 kernel with `same` padding reads, (N h w, 9 S)."""
-    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))  # (N, h, w, S, 3, 3)
-    return windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 9 * x.shape[-1]).astype(float)
-
-
-def least_squares_fit(features, target):
-    return features @ np.linalg.lstsq(features, target, rcond=None)[0]
+from fcnn_utils import calibration, compress, factorizations, keras_graph, rank_selection, sensitivity
+from tests.calibration_networks import (
+    convolutions,
+    least_squares_fit,
+    makes,
+    network,
+    numpy_outputs,
+    patches,
+    pictures,
+    reads,
+    with_random_weights,
+)
 
 
 def with_ones(rows):
@@ -256,11 +205,25 @@ def test_moments_are_those_of_the_patches_that_a_layer_reads():
 def test_moments_of_the_patches_predict_those_of_the_outputs_in_every_geometry(kernel, strides, dilation, padding):
     image = keras.Input((11, 10, 3))
     layer = layers.Conv2D(4, kernel, strides, padding, dilation_rate=dilation)
-    model, images = keras.Model(image, layer(image)), np.random.default_rng(0).standard_normal((8, 11, 10, 3))
+    model, images = keras.Model(image, layer(image)), np.random.default_rng(0).standard_normal((24, 11, 10, 3))
     mean, covariance = calibration.patch_moments(model, convolutions(model)[0], images)
     weights, outputs = layer.get_weights()[0].reshape(-1, 4), numpy_outputs(model, images).reshape(-1, 4)
     assert np.allclose(mean @ weights, outputs.mean(axis=0), atol=1e-5)
     assert np.allclose(weights.T @ covariance @ weights, np.cov(outputs.T, bias=True), atol=1e-4)
+
+
+def test_a_covariance_of_few_rows_is_shrunk():
+    """As scikit-learn's OAS does: rows that are fewer than their values say nothing about most directions."""
+    from sklearn.covariance import OAS
+
+    inputs = keras.Input((30,))
+    model, rows = keras.Model(inputs, layers.Dense(4, name="dense")(inputs)), np.random.default_rng(0)
+    rows = rows.standard_normal((20, 30)) * np.arange(1, 31)
+    (node,) = [node for node in keras_graph.layer_nodes(model) if node.path == "dense"]
+    mean, covariance = calibration.patch_moments(model, node, rows)
+    expected = OAS(assume_centered=True).fit(rows - rows.mean(axis=0)).covariance_
+    assert np.allclose(mean, rows.mean(axis=0), atol=1e-5) and np.allclose(covariance, expected, rtol=1e-4, atol=1e-3)
+    assert np.linalg.eigvalsh(covariance)[0] > 1
 
 
 def test_moments_of_large_images_come_from_all_columns():
@@ -358,7 +321,7 @@ def test_a_nested_model_is_calibrated_as_a_flat_one(use_bias):
     for nested in (False, True):
         model = network(use_bias=use_bias, nested=nested)
         paths = ["conv1", "inner/conv2" if nested else "conv2"]
-        curves = calibration.layer_sensitivity(model, "spatial", images, convolutions(model), [0.3, 0.6])
+        curves = sensitivity.layer_sensitivity(model, "spatial", images, convolutions(model), [0.3, 0.6])
         assert list(curves) == paths
         new, _ = compress.factorize(model, "cp", ranks=dict.fromkeys(paths, 5), images=images)
         refitted = numpy_outputs(new, images)
@@ -369,63 +332,3 @@ def test_a_nested_model_is_calibrated_as_a_flat_one(use_bias):
     assert np.allclose([loss for curve in flat for *_, loss in curve], [loss for curve in nested for *_, loss in curve])
     for one, other in zip(flat_outputs, nested_outputs, strict=True):
         assert np.allclose(one, other, atol=1e-5)
-
-
-# --- sensitivity -------------------------------------------------------------------------------------------------
-
-
-def test_layer_sensitivity_is_the_divergence_after_replacing_one_kernel():
-    """Each kernel alone replaced by what the module says, in a model of its own."""
-    model, images = network(), pictures()
-    before = model.get_weights()
-    curves = calibration.layer_sensitivity(model, "spatial", images, convolutions(model), [0.001, 0.3, 0.6])
-    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
-    assert list(curves) == ["conv1", "conv2"]
-    fractions = [[fraction for fraction, _, _ in curve] for curve in curves.values()]
-    assert fractions == [[0.3, 0.6]] * 2  # 0.001 is below rank 1
-    assert all(curve[0][2] > curve[1][2] > 0 for curve in curves.values())
-
-    other, node = network(), convolutions(model)[1]
-    kernel, bias = node.layer.get_weights()
-    result = factorizations.decompose(kernel, "spatial", curves["conv2"][0][1])
-    kernel, shift = calibration.refit_kernel(kernel, result, calibration.patch_moments(model, node, images))
-    other.get_layer("conv2").set_weights([kernel, bias + shift])
-    p, q = (numpy_outputs(one, images).astype(float) for one in (model, other))
-    assert curves["conv2"][0][2] == pytest.approx(np.mean(np.sum(p * np.log(p / q), axis=1)), rel=1e-3)
-
-
-def test_without_a_bias_the_mean_of_the_batch_norm_takes_the_shift():
-    with_bias, without = network(), network(use_bias=False)
-    for layer, other in zip(without.layers, with_bias.layers, strict=True):
-        other.set_weights([*layer.get_weights(), *([np.zeros(8)] if isinstance(layer, layers.Conv2D) else [])])
-    curves = []
-    for model in (with_bias, without):
-        before = model.get_weights()
-        curves.append(calibration.layer_sensitivity(model, "spatial", pictures(), convolutions(model), [0.3, 0.6]))
-        assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
-    for path in ("conv1", "conv2"):
-        for one, other in zip(curves[0][path], curves[1][path], strict=True):
-            assert one[2] == pytest.approx(other[2], rel=1e-3) and one[:2] == other[:2]
-
-
-@pytest.mark.parametrize("container", [list, dict])
-def test_without_probabilities_the_loss_is_the_relative_squared_change_of_all_outputs(container):
-    """Without a bias or a norm, the output itself is fitted, with its mean."""
-    inputs = keras.Input((10, 9, 6))
-    y = layers.Conv2D(8, 3, padding="same", use_bias=False, name="conv")(inputs)
-    outputs = {"a": y, "b": layers.GlobalAveragePooling2D()(y)}
-    model = with_random_weights(keras.Model(inputs, outputs if container is dict else list(outputs.values())))
-    (node, *_), images = convolutions(model), pictures(16) + 1  # whose mean counts; one batch, which is read whole
-    ((_, ranks, loss),) = calibration.layer_sensitivity(model, "spatial", images, [node], [0.3])["conv"]
-    kernel = node.layer.get_weights()[0]
-    rows, basis = patches(images), factorizations.decompose(kernel, "spatial", ranks).basis()
-    y = rows @ kernel.reshape(-1, 8)
-    fit = least_squares_fit(rows @ basis, y)
-    y, fit = (np.c_[x.reshape(16, -1), x.reshape(16, 90, 8).mean(axis=1)] for x in (y, fit))
-    assert loss == pytest.approx(np.mean((fit - y) ** 2) / np.var(y), rel=1e-3)
-
-
-def test_rank_one_is_tried_where_all_fractions_are_too_small():
-    model = network()
-    curves = calibration.layer_sensitivity(model, "tt", pictures(8), convolutions(model)[:1], [1e-6, 1e-5])
-    assert [ranks for _, ranks, _ in curves["conv1"]] == [(1, 1, 1)]

@@ -424,11 +424,11 @@ def test_progress_is_shown_if_it_takes_longer_than_a_second(capsys):
     from fcnn_utils import _progress
 
     for seconds, verbose, shown in ((0.0, 1, False), (0.6, 1, True), (0.6, 0, False)):
-        for _ in _progress.progress(range(3), "work", verbose):
+        for _ in _progress.Progress(verbose).over(range(3), "work"):
             time.sleep(seconds)
         text = capsys.readouterr().out
         assert ("work" in text and "3/3" in text) == shown
-    for _ in _progress.progress([0], "slow", 1):
+    for _ in _progress.Progress(1).over([0], "slow"):
         time.sleep(1.2)
         assert "slow: 0/1, 1 s" in capsys.readouterr().out  # before the first item is done
 
@@ -458,9 +458,9 @@ def test_a_budget_is_kept_and_used(zoo):
     untouched, report = compress.factorize(zoo, "cp", macs=1e12)
     assert distance(zoo, untouched) == 0 and (report["reason"] != "").all()
     smallest = smallest_budget(zoo)
-    assert macs(compress.factorize(zoo, macs=smallest)[0]) == smallest
+    assert macs(compress.factorize(zoo, "cp", macs=smallest)[0]) == smallest
     with pytest.raises(ValueError, match="macs must be at least"):
-        compress.factorize(zoo, macs=smallest - 1)
+        compress.factorize(zoo, "cp", macs=smallest - 1)
 
 
 def test_a_budget_that_leaves_no_choice_is_kept_with_images_too():
@@ -476,7 +476,7 @@ def test_a_budget_that_leaves_no_choice_is_kept_with_images_too():
 def test_a_budget_needs_images_of_a_fixed_size():
     inputs = keras.Input((None, None, 8))
     model = keras.Model(inputs, layers.Conv2D(8, 3, name="conv")(inputs))
-    with pytest.raises(ValueError, match="a fixed input size: use ratio= or ranks="):
+    with pytest.raises(ValueError, match="a fixed input size: use params=, ratio= or ranks="):
         compress.factorize(model, macs=1e6)
     new, report = compress.factorize(model, ratio=0.5)
     assert np.isnan(report["macs_after"][0]) and new(np.zeros((1, 9, 7, 8), "float32")).shape == (1, 7, 5, 8)
@@ -511,14 +511,13 @@ def test_ranks_are_multiples_of_a_step(zoo):
 
 def test_invalid_arguments_are_rejected_with_what_is_allowed(zoo):
     for arguments, message in (
-        ({}, "give one of ratio=, ranks= and macs="),
-        ({"ratio": 0.5, "macs": 1e6}, "give one of ratio=, ranks= and macs="),
+        ({}, "give one of ratio=, ranks=, macs=, .* and metric="),
+        ({"ratio": 0.5, "macs": 1e6}, "give one of ratio=, ranks=, macs=, .* and metric="),
         ({"ratio": 0}, "ratio must be a number between"),
         ({"ratio": 0.001}, "ratio must be at least [0-9.]+, the share of cp at rank 1; got 0.001"),
         ({"method": "qr", "ratio": 0.5}, "method must be one of"),
         ({"ratio": 0.5, "layers": ["shared", "nope"]}, "no layer 'nope' with weights in model 'zoo'.*inner/conv"),
         ({"ratio": 0.5, "layers": []}, "name at least one layer"),
-        ({"ratio": 0.5, "layers": "point"}, "layer 'point' can't be factorized: 1×1"),
         ({"ratio": 0.5, "layers": "point"}, "layer 'point' can't be factorized: 1×1: only svd factorizes it"),
         ({"ranks": {"shared": 1000}}, "rank of cp for a .* kernel must be a whole number between 1 and"),
         ({"ranks": {"shared": 3}, "layers": ["shared"]}, "leave out layers="),
@@ -531,6 +530,13 @@ def test_invalid_arguments_are_rejected_with_what_is_allowed(zoo):
         ({"ratio": 0.5, "max_norm": 0.1}, "max_norm must be a number"),
         ({"ratio": 0.5, "seed": -1}, "seed must be a whole number"),
         ({"ratio": 0.5, "speed": 3}, "cp has no option 'speed'; it has .*n_starts"),
+        ({"ratio": 0.5, "speed": 3, "method": "auto"}, "none of svd, spatial, tucker, cp has an option 'speed'"),
+        ({"method": [], "ratio": 0.5}, "method must be a name, or a list of at least one"),
+        ({"ratio": 0.5, "exclude": "nope*"}, "no layer 'nope.' with weights in model 'zoo'"),
+        ({"ratio": 0.5, "exclude": "*"}, "no layer to factorize by cp .*: excluded"),
+        ({"ranks": {"shared": 3}, "method": ["cp", "svd"]}, "must name the method .*: {'shared': .'cp', 3.}"),
+        ({"ranks": {"shared": ("tt", 3)}}, "layer 'shared' can't be factorized by tt"),
+        ({"size_mb": 1e-5}, "size_mb must be at least [0-9.]+ MB, with cp at rank 1"),
         ({"ratio": 0.5, "model": keras.Sequential([layers.Conv2D(4, 3)])}, "is not built"),
         ({"ratio": 0.5, "model": small_model(layers.Flatten())}, "no layer to factorize by cp .no layer has a kernel"),
         (
@@ -539,7 +545,7 @@ def test_invalid_arguments_are_rejected_with_what_is_allowed(zoo):
         ),
     ):
         with pytest.raises(ValueError, match=message) as refusal:
-            compress.factorize(**{"model": zoo} | arguments)
+            compress.factorize(**{"model": zoo, "method": "cp"} | arguments)
         assert "\n" not in str(refusal.value)
 
 

@@ -399,9 +399,9 @@ def test_of_two_files_both_are_replaced_or_none(monkeypatch, tmp_path):
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(ValueError, match=r"cannot write .*target/model.xml: the disk is full"):
-        deploy._replace(source, target / "model.xml")
+        deploy.replace(source, target / "model.xml")
     assert {file.name: file.read_text() for file in target.iterdir()} == {"model.bin": "old", "model.xml": "old"}
-    deploy._replace(source, target / "model.xml")
+    deploy.replace(source, target / "model.xml")
     assert {file.name: file.read_text() for file in target.iterdir()} == {"model.bin": "new", "model.xml": "new"}
 
 

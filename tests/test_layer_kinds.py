@@ -212,7 +212,14 @@ def test_moments_of_patches_are_those_of_what_each_kind_computes():
 
 
 def test_a_budget_is_dealt_out_over_every_kind():
+    """The kernels' singular values fall fast in some layers, slowly in others: one ratio wastes ranks on the former."""
     model, _ = network()
+    for name, fall in {"conv": 0.2, "grouped": 0.2, "point": 0.8, "up": 0.4, "hidden": 0.2, "head": 0.8}.items():
+        kernel, bias = model.get_layer(name).get_weights()
+        kernel = np.swapaxes(kernel, -1, -2) if name == "up" else kernel
+        u, sigma, vt = np.linalg.svd(kernel.reshape(-1, kernel.shape[-1]), full_matrices=False)
+        kernel = (u * sigma[0] * fall ** np.arange(len(sigma)) @ vt).reshape(kernel.shape)
+        model.get_layer(name).set_weights([np.swapaxes(kernel, -1, -2) if name == "up" else kernel, bias])
     x = np.random.default_rng(1).normal(0.5, 1, (200, 20, 8)).astype("float32")
     dense, errors = cost.total_costs(model)["macs"], {}
     for uniform in (False, True):
@@ -220,7 +227,7 @@ def test_a_budget_is_dealt_out_over_every_kind():
         errors[uniform] = np.mean((outputs(small, x) - outputs(model, x)) ** 2)
         assert 0.35 * dense < cost.total_costs(small)["macs"] == report["macs_after"].sum() <= 0.4 * dense
     assert set(report.loc[report["reason"] == "", "layer"]) >= {"conv", "grouped", "point", "up"}
-    assert errors[False] < errors[True]
+    assert errors[False] < 0.5 * errors[True]
 
 
 def test_a_dense_layer_that_is_shared_by_vectors_and_sequences_is_converted():

@@ -135,6 +135,10 @@ def choices(curve, cost):
     return found
 
 
+def listed(found):
+    return [(choice, *values) for choice, values in found.items()]
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_allocation_is_the_best_of_all_combinations(seed):
     """Brute force over three layers, with budgets from a hundred to ten billion."""
@@ -148,9 +152,8 @@ def test_allocation_is_the_best_of_all_combinations(seed):
     total_cost = cost_a[:, None, None] + cost_b[:, None] + cost_c
     total_loss = loss_a[:, None, None] + loss_b[:, None] + loss_c
     best = total_loss[total_cost <= budget].min()
-    plan = allocate(curves, costs, budget)
-    assert None not in plan.values()
-    taken = [found[path][plan.get(path)] for path in curves]
+    plan = allocate({path: listed(each) for path, each in found.items()}, budget)
+    taken = [found[path][plan[path]] for path in curves]
     assert sum(cost for cost, _ in taken) <= budget
     assert sum(loss for _, loss in taken) <= best * (1 + 1e-4) + 1e-12
 
@@ -158,20 +161,14 @@ def test_allocation_is_the_best_of_all_combinations(seed):
 @pytest.mark.parametrize("dense", [101, 1_000_001, 10**12 + 1])
 def test_a_budget_is_kept_to_the_last_unit(dense):
     """Solvers take small differences for rounding; a budget that one more unit would meet is not met."""
-    curves = {"a": [(0.5, None, 0.5)], "b": [(0.5, None, 0.4)]}
-    costs = dict.fromkeys(curves, lambda fraction: (None, dense) if fraction is None else ((1,), dense // 2))
-    assert allocate(curves, costs, 2 * dense) == {}
-    assert allocate(curves, costs, 2 * dense - 1) == allocate(curves, costs, dense + dense // 2) == {"b": (1,)}
-    assert (
-        allocate(curves, costs, dense + dense // 2 - 1)
-        == allocate(curves, costs, dense - 1)
-        == dict.fromkeys("ab", (1,))
-    )
+    layers = {"a": [(None, dense, 0.0), ("low", dense // 2, 0.5)], "b": [(None, dense, 0.0), ("low", dense // 2, 0.4)]}
+    assert allocate(layers, 2 * dense) == {"a": None, "b": None}
+    assert allocate(layers, 2 * dense - 1) == allocate(layers, dense + dense // 2) == {"a": None, "b": "low"}
+    assert allocate(layers, dense + dense // 2 - 1) == allocate(layers, dense - 1) == {"a": "low", "b": "low"}
 
 
 def test_a_budget_that_no_choice_meets_is_rejected_with_the_smallest():
-    curves = {"a": [(0.1, None, 0.5)], "b": []}
-    costs = {"a": lambda f: (None, 100.0) if f is None else ((1,), 60.0), "b": lambda f: (None, 50.0)}
+    layers = {"a": [(None, 100.0, 0.0), ("low", 60.0, 0.5)], "b": [(None, 50.0, 0.0)]}
     with pytest.raises(ValueError, match="budget must be at least 110"):
-        allocate(curves, costs, 100.0)
-    assert allocate(curves, costs, 110.0) == {"a": (1,)}
+        allocate(layers, 100.0)
+    assert allocate(layers, 110.0) == {"a": "low", "b": None}

@@ -5,8 +5,9 @@ No other module derives the course's folder from the location of the package.
 
 import os
 import re
-import sys
 from pathlib import Path
+
+from fcnn_utils._terminal import say  # noqa: F401  (part of the interface)
 
 _MARK = Path("notebooks") / "profiles.toml"  # the folder of the course has this file
 _SEPARATORS = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]')  # on any system
@@ -54,9 +55,3 @@ def check_name(what, name):
             f'or contain a line break or one of / \\ : * ? " < > |; got {name!r}'
         )
     return name
-
-
-def say(line):
-    """Print a line at once. What the terminal cannot show becomes a question mark: it must not end a training."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(line.encode(encoding, "replace").decode(encoding), flush=True)

@@ -25,6 +25,7 @@ import fcnn_utils
 from fcnn_utils import _files
 from fcnn_utils._checks import check_choice
 from fcnn_utils._processors import available_cores
+from fcnn_utils._terminal import stderr_to
 from fcnn_utils.course import data, parameters, paths, records
 
 _CELL_TIMEOUT = 6 * 3600  # seconds; a training on a slow machine is a long cell
@@ -143,21 +144,6 @@ def source_hash(notebook):
     cells = [cell for cell in notebook.cells if "colab" not in cell.metadata.get("tags", [])]
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     return hashlib.sha256("\x00".join(code).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def stderr_to(path):
-    """Send what this process and its children write to standard error to the file `path`: backends are noisy."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(path, "ab") as file:
-            os.dup2(file.fileno(), 2)
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 # --- what to run -------------------------------------------------------------------------------------------------

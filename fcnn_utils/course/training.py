@@ -15,13 +15,10 @@ import numpy as np
 
 from fcnn_utils import benchmark
 from fcnn_utils.course import augmentation, environment, optimizers
+from fcnn_utils.fine_tuning import Diverged, check_finite, one_cycle  # noqa: F401, `experiments` names training.Diverged
 
 _EVALUATION_BATCH = 500
 _PROBABILITY_FLOOR = 1e-12  # keeps the logarithm of a probability of 0 finite
-
-
-class Diverged(ArithmeticError):
-    """The loss or a weight is not finite."""
 
 
 def fit(model, data, recipe, *, first_epoch=0, teacher=None):
@@ -143,12 +140,6 @@ def fit_epoch(model, batches, steps, epoch=0):
     }
 
 
-def check_finite(loss, where):
-    """Raise `Diverged` if `loss` is not finite; `where` says at which point of the training."""
-    if not math.isfinite(loss):
-        raise Diverged(f"the loss is {loss} {where}: try a lower learning rate, a longer warm-up, or float32")
-
-
 def predict(model, split, scale):
     """Predict class probabilities (N, classes) float64 for the images of `split`; arguments as in `evaluate`."""
     images = augmentation.normalize(split.images, scale)
@@ -232,10 +223,7 @@ def learning_rate_schedule(recipe, steps):
         decay = recipe.learning_rate / recipe.epochs
         return keras.optimizers.schedules.InverseTimeDecay(recipe.learning_rate, decay_steps=1, decay_rate=decay)
     cycle = recipe.epochs_a_cycle * steps
-    warmup = round(recipe.warmup * cycle)
-    once = keras.optimizers.schedules.CosineDecay(
-        0.0, max(1, cycle - warmup), warmup_target=recipe.learning_rate, warmup_steps=warmup
-    )
+    once = one_cycle(recipe.learning_rate, cycle, recipe.warmup)
     return once if recipe.cycles == 1 else _Repeated(once, cycle)
 
 

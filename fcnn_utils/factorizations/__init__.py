@@ -21,12 +21,11 @@ from fcnn_utils.factorizations.base import (
     check_kernel,
     check_kernel_shape,
     decompose,
-    decompose_ladder,
-    decompose_many,
     get,
 )
 from fcnn_utils.factorizations.chain import ChainLayer, place_strides
 from fcnn_utils.factorizations.cp import CP, CP4, error_preserving_correction
+from fcnn_utils.factorizations.many import decompose_ladder, decompose_ladders, decompose_many
 from fcnn_utils.factorizations.svd import SVD, DepthwiseSeparable, SpatialSVD
 from fcnn_utils.factorizations.tensor_train import TensorTrain
 from fcnn_utils.factorizations.tucker import Tucker2

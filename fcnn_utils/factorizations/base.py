@@ -26,12 +26,11 @@ This module does not use Keras.
 import dataclasses
 import inspect
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from fcnn_utils._checks import check_number
-from fcnn_utils._processors import available_cores, one_blas_thread
+from fcnn_utils._processors import one_blas_thread
 from fcnn_utils.factorizations.chain import SPATIAL, ChainLayer, place_strides
 
 FACTORIZATIONS = {}  # name -> class; a subclass that sets a name registers itself
@@ -109,11 +108,16 @@ class Factorization:
         return cls.from_factors(kernel, cls._factors(kernel, cls.check_ranks(kernel.shape, ranks), **options))
 
     @classmethod
-    def check_options(cls, options):
-        """Raise ValueError if a key of the dict `options` is not an option of `decompose`."""
+    def option_names(cls):
+        """Return the names of the options of `decompose`."""
         overridden = cls.decompose.__func__ is not Factorization.decompose.__func__
         parameters = inspect.signature(cls.decompose if overridden else cls._factors).parameters.values()
-        allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+    @classmethod
+    def check_options(cls, options):
+        """Raise ValueError if a key of the dict `options` is not an option of `decompose`."""
+        allowed = cls.option_names()
         for name in options:
             if name not in allowed:
                 raise ValueError(f"{cls.name} has no option {name!r}; it has {', '.join(allowed) or 'none'}")
@@ -319,61 +323,6 @@ def decompose(kernel, method, ranks, **options):
     method = get(method)
     method.check_options(options)
     return method.decompose(kernel, ranks, **options)
-
-
-def decompose_many(method, kernels, **options):
-    """Decompose several kernels at a time, one on each processor.
-
-    Args:
-        method: a class.
-        kernels: dict name, such as "layer 'conv1'", -> (kernel, ranks).
-        options: of the method.
-
-    Yields:
-        (name, `Factorization`), in the order of `kernels`.
-
-    Raises:
-        ValueError: an argument is not allowed; the message names the kernel.
-    """
-    with one_blas_thread(), ThreadPoolExecutor(available_cores()) as pool:
-        running = {name: pool.submit(method.decompose, *given, **options) for name, given in kernels.items()}
-        for name, future in running.items():
-            try:
-                yield name, future.result()
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-
-
-def decompose_ladder(method, kernel, ladder, **options):
-    """Decompose one kernel at several ranks, from one decomposition if the method is nested.
-
-    Args:
-        method: a class.
-        kernel: (*spatial, S, T) array.
-        ladder: list of ranks, each as in `Factorization.decompose`.
-        options: of the method.
-
-    Returns:
-        list of `Factorization`, in the order of `ladder`.
-
-    Raises:
-        ValueError: an argument is not allowed.
-    """
-    kernel = check_kernel(kernel)
-    method.check_options(options)
-    ladder = [method.check_ranks(kernel.shape, ranks) for ranks in ladder]
-    if not (method.is_nested and ladder):
-        kernels = {f"ranks {number}": (kernel, ranks) for number, ranks in enumerate(ladder)}
-        return [result for _, result in decompose_many(method, kernels, **options)]
-    whole = method.decompose(kernel, max(ladder), **options)
-    (rank,) = {letter for layer in whole.layers for letter in layer.letters} - set(SPATIAL + "st")
-    axes = [layer.letters[::-1].index(rank) for layer in whole.layers]  # merged spatial axes come first: from the end
-    return [
-        method.from_factors(
-            kernel, [np.take(f, range(count), -1 - axis) for f, axis in zip(whole.factors, axes, strict=True)]
-        )
-        for (count,) in ladder
-    ]
 
 
 def check_kernel(kernel):

@@ -13,12 +13,15 @@ from fcnn_utils.factorizations.gram import truncated_svd
 
 
 class SVD(Factorization):
-    """k×k S→R, 1×1 R→T (Zhang, Zou, He & Sun 2016, arXiv 1505.06798, without its fit to the outputs).
+    """k×k S→R, 1×1 R→T (Zhang, Zou, He & Sun 2016, arXiv 1505.06798).
 
         K[i, j, s, t] = Σ_r  U[i, j, s, r] · V[r, t]
 
     The truncated SVD of the kernel as a (prod(spatial) · S, T) matrix. For a 1×1 or a dense layer this is the SVD of
     its matrix. Factors: U (*spatial, S, R), V (R, T).
+
+    With the option `outputs`, the (T, T) covariance of what the layer computes, the error of these outputs is
+    smallest instead of that of the kernel: the rows of V are the leading eigenvectors of the covariance.
     """
 
     name = "svd"
@@ -33,8 +36,15 @@ class SVD(Factorization):
         return (min(math.prod(kernel_shape[:-1]), kernel_shape[-1]),)
 
     @classmethod
-    def _factors(cls, kernel, ranks):
-        left, right = _truncated(kernel.reshape(-1, kernel.shape[-1]), ranks[0])
+    def _factors(cls, kernel, ranks, *, outputs=None):
+        matrix = kernel.reshape(-1, kernel.shape[-1])
+        if outputs is None:
+            left, right = _truncated(matrix, ranks[0])
+        else:
+            right = np.linalg.eigh(_check_covariance(outputs, len(matrix.T)))[1][:, ::-1][:, : ranks[0]].T
+            left = matrix @ right.T
+            root = np.sqrt(np.linalg.norm(left, axis=0))
+            left, right = left / np.where(root > 0, root, 1.0), right * root[:, None]
         return [left.reshape(*kernel.shape[:-1], -1), right]
 
 
@@ -105,3 +115,10 @@ def _truncated(matrix, rank):
     u, sigma, vt = truncated_svd(matrix, rank)
     root = np.sqrt(sigma)
     return u * root[..., None, :], root[..., :, None] * vt
+
+
+def _check_covariance(outputs, size):
+    outputs = np.asarray(outputs, np.float64)
+    if outputs.shape != (size, size) or not np.isfinite(outputs).all():
+        raise ValueError(f"outputs must be a finite covariance of the shape {(size, size)}; got {outputs.shape}")
+    return outputs

@@ -1,5 +1,6 @@
 """Training without files: `fcnn_utils.course.training`, compared with formulas in double precision."""
 
+import inspect
 import itertools
 
 import keras
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+from fcnn_utils import fine_tuning
 from fcnn_utils.course import augmentation, data, networks, training
 from fcnn_utils.course.recipes import RECIPES
 
@@ -101,6 +103,24 @@ def test_teacher_has_its_share_of_the_target(dataset, scale):
     list(training.fit(model, dataset, recipe, teacher=teacher))
     assert_equal_weights(model, expected, atol=1e-6)
     assert not np.allclose(model.get_weights()[0], linear(1).get_weights()[0], atol=1e-6)
+
+
+def test_recipe_tune_is_fine_tuning_by_the_library(dataset, scale):
+    """With the same images, it makes the same steps; without other settings, it has the same ones."""
+    recipe = RECIPES["tune"].replace(epochs=2, batch_size=20, distillation=0.4, label_smoothing=0, precision="float32")
+    model, student, teacher = linear(1), linear(1), linear(2)
+    list(training.fit(model, dataset, recipe, teacher=teacher))
+    batches = (
+        batch for epoch in range(2) for batch in augmentation.batches(dataset.everything, recipe, epoch, scale, 10)
+    )
+    options = {"epochs": 2, "steps_per_epoch": 5, "distillation": 0.4, "verbose": 0}
+    fine_tuning.fine_tune(student, batches, teacher=teacher, **options)
+    assert_equal_weights(student, model, atol=1e-5)
+    assert not np.allclose(student.get_weights()[0], linear(1).get_weights()[0], atol=1e-4)
+    arguments = inspect.signature(fine_tuning.fine_tune).parameters
+    for setting in ("epochs", "learning_rate", "warmup", "clip_norm"):
+        assert arguments[setting].default == getattr(RECIPES["tune"], setting)
+    assert RECIPES["tune"].batch_size == 128 and "default 128" in fine_tuning.fine_tune.__doc__
 
 
 def test_epoch_figures_are_means_over_its_images(dataset, scale):

@@ -1,0 +1,179 @@
+"""Find the plan that meets a measured target: a speed-up in an engine, or a bound on the network's own metric."""
+
+import math
+import numbers
+import warnings
+
+from fcnn_utils import batch_norm, benchmark, deploy, keras_graph
+from fcnn_utils._clock import Clock
+from fcnn_utils._network_runs import output_change, outputs_of
+
+_ROUNDS = 4  # networks that are timed
+_TOLERANCE = 0.05  # a speed-up that exceeds what was asked by more is too much
+_CALLS = 40  # of each network
+_EVALUATIONS = 6  # networks whose metric is computed, beside the dense one
+_RANGE = 0.04, 0.7  # shares of a kernel's parameters whose chains are timed
+
+
+class Seconds:
+    """Time of a call of the whole network in an engine; see `_planning.Macs`."""
+
+    name, unit = "time", " s"
+
+    def __init__(self, clock, total):
+        self._clock, self.total = clock, total
+
+    def dense(self, site):
+        return self._clock.seconds(site)
+
+    def chain(self, site, method, ranks):
+        return self._clock.seconds(site, method, ranks)
+
+
+class Timer:
+    """Time networks in turn with the dense one, batch norms folded.
+
+    Attributes:
+        seconds: median time of the dense network in the last comparison.
+        table: of the last comparison, from `benchmark.compare`.
+    """
+
+    # parameters: the model and how it is timed
+    def __init__(self, model, sites, engine, batch, threads):
+        self._model, self._sites = model, sites
+        self._engine, self._batch, self._threads = engine, batch, threads
+        self._dense = self._load(model)
+        self._inputs = deploy.random_inputs(model, batch)
+        self.speedup({})
+
+    def speedup(self, plan):
+        """Return how many times faster the network of a plan is; its weights are random, as they do not matter."""
+        runs = {"dense": self._dense}
+        if plan:
+            runs["factorized"] = self._load(self._skeleton(plan))
+        inputs = dict.fromkeys(runs, self._inputs)
+        self.table = benchmark.compare(runs, inputs, self._batch, self._engine, _CALLS)
+        self.seconds = self.table["median_ms"].iloc[0] / 1e3
+        return float(self.table["speedup"].iloc[-1])
+
+    def _load(self, model):
+        return deploy.load(batch_norm.fold_batch_norm(model), self._engine, threads=self._threads)
+
+    def _skeleton(self, plan):
+        taken = keras_graph.operation_names(self._model)
+        chains = {
+            id(self._sites[path].layer): self._sites[path].chain(
+                choice.method.chain(self._sites[path].kernel_shape, choice.ranks), taken
+            )
+            for path, choice in plan.items()
+        }
+        return keras_graph.rebuild(self._model, chains)
+
+
+# parameters: what `factorize` was given
+def by_speedup(model, chosen, planner, speedup, engine, batch, threads, progress):
+    """Return the plan whose network is at least `speedup` times as fast as the dense one, and what was measured.
+
+    The costs of the candidates are measured layer by layer (`_clock`). The network of the plan is then timed as a
+    whole, and the limit corrected, until the measured speed-up is met. If it cannot be met, the nearest plan is
+    returned with a warning.
+    """
+    timer = Timer(model, chosen, engine, batch, threads)
+    planner.predict(0.25)  # widely: a share of the time is not one of the parameters
+    clock = Clock(engine, batch, threads, weight_bytes=4 * model.count_params())
+    requests = [(site, None, None) for site in chosen.values()]
+    for site in chosen.values():
+        for method in site.methods:
+            low, high = (planner.ranks(site, method, share) for share in _RANGE)
+            requests += [(site, method, ranks) for ranks in clock.ladder(site, method, low, high)]
+    clock.measure(requests, progress)
+    costs = Seconds(clock, timer.seconds)
+    least, limit, tried = planner.smallest(costs), costs.total / speedup, []
+    for _ in progress.over(range(_ROUNDS), "networks timed", name=lambda _: f"{tried[-1][0]:.2f} times as fast"):
+        plan = planner.within(costs, max(limit, least + 1e-9 * abs(least)))
+        tried.append((timer.speedup(plan), plan))
+        if speedup <= tried[-1][0] <= (1 + _TOLERANCE) * speedup or (limit <= least and tried[-1][0] < speedup):
+            break
+        limit += costs.total / (speedup * (1 + _TOLERANCE / 3)) - costs.total / tried[-1][0]
+    enough = [pair for pair in tried if pair[0] >= speedup]
+    reached, plan = min(enough, key=_first) if enough else max(tried, key=_first)
+    if not enough and reached < (1 - _TOLERANCE) * speedup:
+        fixed = max(0.0, 1 - sum(costs.dense(site) for site in chosen.values()) / costs.total)
+        warnings.warn(
+            f"the network is {reached:.2f} times as fast in {engine}, not {speedup:g} times"
+            + (", with the smallest ranks" if limit <= least else "")
+            + f": {fixed:.0%} of the dense network's time is outside the layers that are converted",
+            stacklevel=3,
+        )
+    timer.speedup(plan)
+    before, after = timer.table["median_ms"].iloc[[0, -1]]
+    return plan, {
+        "latency_before_ms": before,
+        "latency_after_ms": after,
+        "speedup": timer.table["speedup"].iloc[-1],
+        "engine": engine,
+        "batch": batch,
+    }
+
+
+def _first(pair):
+    return pair[0]
+
+
+class Metric:
+    """A number of the network that must stay above a bound; it counts how often it is computed.
+
+    Args:
+        function: from a keras.Model to a number, higher is better.
+        at_least: the bound.
+    """
+
+    def __init__(self, function, at_least):
+        self._function, self.at_least, self.calls = function, at_least, 0
+
+    @classmethod
+    def of_loss(cls, model, images, max_loss):
+        """Make the metric whose bound is a largest change of the outputs on these images."""
+        before = outputs_of(keras_graph.in_float32(model), images)
+        return cls(lambda new: -output_change(before, outputs_of(keras_graph.in_float32(new), images)), -max_loss)
+
+    def __call__(self, model):
+        value = self._function(model)
+        self.calls += 1
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise ValueError(f"the metric must return a finite number; got {value!r}")
+        return float(value)
+
+
+def cheapest(model, planner, costs, metric, build, progress):
+    """Return the cheapest network, by bisection on the costs, whose metric is at least the bound.
+
+    Args:
+        model: the dense network.
+        planner: `_planning.Planner`.
+        costs: `_planning.Macs` or another.
+        metric: `Metric`.
+        build: function from a plan to (network, report).
+        progress: `Progress`.
+
+    Returns:
+        (network, report).
+
+    Raises:
+        ValueError: the dense network does not have the metric.
+    """
+    value = metric(model)
+    if value < metric.at_least:
+        raise ValueError(f"the metric must be at most that of the dense network, {value:g}; got {metric.at_least:g}")
+    planner.predict(0.2)
+    low, high, best = planner.smallest(costs), costs.total, None
+    for _ in progress.over(range(_EVALUATIONS), "networks tried"):
+        middle = math.sqrt(low * high)
+        new, report = build(planner.within(costs, middle))
+        value = metric(new)
+        if value >= metric.at_least:
+            best, high = (new, report, value), middle
+        else:
+            low = middle
+    new, report, value = best or (*build({}), value)
+    return new, report.note(metric=value, metric_calls=metric.calls)

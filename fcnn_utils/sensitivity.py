@@ -1,0 +1,252 @@
+"""Predict how much a network's outputs change when one of its layers is factorized.
+
+The losses come from a few hundred unlabelled images; see `calibration` for their forms. Each layer is tried by itself:
+its kernel is replaced by a decomposition, and all other layers stay as they are. The last factor is refitted to the
+layer's output on these images (`calibration.refit_kernel`). The kernels of grouped and of transposed convolutions are
+not refitted, nor those of layers that read more than 10,000 values for one output.
+
+The loss is the mean Kullback-Leibler divergence from the probabilities of the unchanged model, if the outputs of an
+image sum to 1 (one softmax). For other models it is the squared change of the outputs relative to their variance.
+
+`layer_sensitivity` measures this loss for one method. `predict_losses` takes any number of methods and ranks: it
+computes the error of the layer's output for each of them from the patches' covariance, measures the loss for a few, and
+interpolates the others by their output errors.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+
+from fcnn_utils import _calibration_inputs, calibration, cost, factorizations, keras_graph, layer_kinds, rank_selection
+from fcnn_utils._network_runs import Rest, following_norms, output_change, outputs_of
+from fcnn_utils._progress import Progress
+
+_IMAGES = 256  # to refit a kernel with
+_LOSS_IMAGES = 16, 128  # to measure a loss with; with 256, the accuracy of the factorized networks is the same
+_MEASURED_MACS = 3e12  # all measurements of losses should not take many more
+_MEASURED = 3  # losses that are measured of each layer
+_MOST_VALUES = 10_000  # of a patch whose covariance is estimated: that takes about 24 bytes times the square of this
+_FEW_SWEEPS = {"n_iter": 5}  # of CP and Tucker: the last factor is refitted anyway
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to factorize a layer.
+
+    Attributes:
+        method: class of the factorization.
+        ranks: tuple of ints.
+        loss: predicted loss of the network.
+        options: dict, options of the decomposition that come from the images.
+    """
+
+    method: type
+    ranks: tuple
+    loss: float
+    options: dict
+
+
+def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **options):
+    """Measure how much the network's outputs change when one layer is factorized, for every layer and size.
+
+    Args:
+        model: built functional or Sequential model. It is not changed.
+        method: name or class of a factorization.
+        images: see `calibration.check_images`. The first 256 are used for the refits, the first 128 for the losses.
+        nodes: `keras_graph.LayerNode` of each layer, of one of the `layer_kinds.KINDS`.
+        fractions: shares of a kernel's parameters to try, rising. Those below rank 1 are left out; if none is left,
+            rank 1 is tried.
+        verbose: 1 to print progress.
+        options: of the decomposition. CP and Tucker make 5 sweeps here unless told otherwise.
+
+    Returns:
+        dict path -> list of (fraction, ranks, loss).
+
+    Raises:
+        ValueError: the model does not take the images, or there is no such method.
+    """
+    method, curves = factorizations.get(method), {}
+    for trial in _trials(model, images, nodes, _LOSS_IMAGES[1], Progress(verbose)):
+        shape = trial.kind.kernel_shape
+        feasible = feasible_fractions(fractions, method, shape)
+        ladder = [rank_selection.ranks_for_fraction(method, shape, fraction) for fraction in feasible]
+        steps = trial.decompose([(method, ladder, options)])[0]
+        losses = [trial.loss(trial.refit(step)) for step in steps]
+        curves[trial.path] = list(zip(feasible, ladder, losses, strict=True))
+    return curves
+
+
+def predict_losses(model, images, ladders, *, progress=None):
+    """Predict the loss for several methods and ranks of every layer.
+
+    Args:
+        model: built functional or Sequential model. It is not changed.
+        images: see `calibration.check_images`. The first 256 are used for the output errors, the first 16 to 128,
+            fewer for larger networks, for the losses.
+        ladders: dict path -> list of (method, list of ranks, options of the decomposition). With at least one rank.
+        progress: `Progress` to print with, or None.
+
+    Returns:
+        dict path -> list of lists of `Candidate`, one for each method in the order of its ranks.
+
+    Raises:
+        ValueError: the model does not take the images, or an argument is not allowed.
+    """
+    nodes = [node for node in keras_graph.layer_nodes(model) if node.path in ladders]
+    found = {}
+    for trial in _trials(model, images, nodes, _affordable_images(model, len(nodes)), progress):
+        own = [(method, ranks, trial.fitted(method, options)) for method, ranks, options in ladders[trial.path]]
+        groups = trial.decompose(own)
+        errors = [[trial.output_error(step) for step in group] for group in groups]
+        curve = _measured_curve(trial, groups, errors)
+        found[trial.path] = [
+            [
+                Candidate(method, step[0].ranks, curve(error), {k: v for k, v in options.items() if k == "outputs"})
+                for step, error in zip(group, own_errors, strict=True)
+            ]
+            for (method, _, options), group, own_errors in zip(own, groups, errors, strict=True)
+        ]
+    return found
+
+
+def feasible_fractions(fractions, method, kernel_shape):
+    """Return the fractions at which the ranks are at least 1; if there is none, that of rank 1."""
+    ones = (1,) * len(method.max_ranks(kernel_shape))
+    least = (method.count_parameters(kernel_shape, ones) + 0.5) / np.prod(kernel_shape)
+    return [fraction for fraction in fractions if fraction >= least] or [least]
+
+
+# --- one layer -------------------------------------------------------------------------------------------------------
+
+
+class _Trial:
+    """A layer in a copy of the network, whose kernel is replaced to see what becomes of the outputs.
+
+    Attributes:
+        path: of the layer.
+        kind: `layer_kinds.KernelLayer`.
+    """
+
+    # parameters: what the trials of all layers share
+    def __init__(self, node, nodes, rest, before, count):
+        self.path, self.kind, self._layer = node.path, layer_kinds.KernelLayer(node.layer), node.layer
+        self._rest, self._before, self._count = rest, before, count
+        self._kernel, *self._bias = node.layer.get_weights()
+        self._norms = following_norms(node, nodes)
+        self._norm_weights = [norm.get_weights() for norm in self._norms]
+        rest.start_before(node.layer)
+        self._moments = None
+        if self.kind.has_patches and math.prod(self.kind.kernel_shape[:-1]) <= _MOST_VALUES:
+            mean, covariance = calibration.patch_moments(rest.model, node, rest.images)
+            if not self._bias and not self._norms:  # no bias can correct the mean: measure it as a part of the error
+                mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
+            self._moments = mean, covariance
+            self._matrix = self.kind.kernels()[0].reshape(len(mean), -1).astype(np.float64)
+            self._outputs = self._matrix.T @ covariance @ self._matrix
+
+    def fitted(self, method, options):
+        """Return the options with those that come from the images."""
+        is_fitted = self._moments is not None and issubclass(method, factorizations.SVD)
+        return options | {"outputs": self._outputs} if is_fitted else options
+
+    def decompose(self, ladders):
+        """Return for each (method, ladder, options) a list over its ranks, of decompositions of all groups."""
+        ladders = [(method, ladder, _few_sweeps(method) | options) for method, ladder, options in ladders]
+        try:
+            groups = [factorizations.decompose_ladders(kernel, ladders) for kernel in self.kind.kernels()]
+        except ValueError as error:
+            raise ValueError(f"layer {self.path!r}: {error}") from None
+        return [list(zip(*by_group, strict=True)) for by_group in zip(*groups, strict=True)]
+
+    def refit(self, parts):
+        """Return (kernels, shift of the bias) of decompositions of all groups, refitted if it can be."""
+        if self._moments is None:
+            return [part.to_kernel() for part in parts], np.zeros(())
+        kernel, shift = calibration.refit_kernel(self.kind.kernels()[0], parts[0], self._moments)
+        return [kernel], shift
+
+    def output_error(self, parts):
+        """Return the squared error of the layer's output relative to its variance; of the kernels if not refitted."""
+        if self._moments is None:
+            squares = np.array([part.kernel_norm**2 for part in parts])
+            return float(squares @ [part.relative_error**2 for part in parts] / max(squares.sum(), 1e-300))
+        difference = self._matrix - self.refit(parts)[0][0].reshape(self._matrix.shape)
+        return float(np.sum(difference * (self._moments[1] @ difference)) / max(np.trace(self._outputs), 1e-300))
+
+    def loss(self, refitted):
+        """Return the loss of the network with the kernels and the shift of `refit`."""
+        kernels, shift = refitted
+        biases = [value + self.kind.keras_bias(shift) for value in self._bias]
+        self._layer.set_weights([self.kind.keras_kernel(kernels), *biases])
+        for norm, values in zip(self._norms, self._norm_weights, strict=True):
+            norm.moving_mean.assign(values[-2] - shift)
+        return output_change(self._before, outputs_of(self._rest.model, [x[: self._count] for x in self._rest.images]))
+
+    def restore(self):
+        """Give the layer its own weights again."""
+        self._layer.set_weights([self._kernel, *self._bias])
+        for norm, values in zip(self._norms, self._norm_weights, strict=True):
+            norm.set_weights(values)
+
+
+def _trials(model, images, nodes, count, progress):
+    """Yield a `_Trial` of each layer in turn, in the order of the model; losses are of the first `count` images."""
+    images = [x[:_IMAGES] for x in _calibration_inputs.take(model, images)]
+    copy = keras_graph.rebuild(keras_graph.in_float32(model), {})
+    copies = {node.path: node for node in keras_graph.layer_nodes(copy)}
+    before, rest = outputs_of(copy, [x[:count] for x in images]), Rest(copy, images)
+    wanted = {node.path for node in nodes}
+    in_order = [node for path, node in copies.items() if path in wanted]
+    for node in (progress or Progress(0)).over(in_order, "layers whose sensitivity is measured", name=_path):
+        trial = _Trial(node, copies, rest, before, count)
+        yield trial
+        trial.restore()
+
+
+def _path(node):
+    return node.path
+
+
+def _few_sweeps(method):
+    return _FEW_SWEEPS if issubclass(method, (factorizations.CP, factorizations.Tucker2)) else {}
+
+
+def _affordable_images(model, count):
+    """Return with how many images to measure the losses of `count` layers."""
+    least, most = _LOSS_IMAGES
+    try:
+        macs = cost.total_costs(model)["macs"]
+    except ValueError:  # the size of the images is not fixed
+        return least
+    return int(np.clip(_MEASURED_MACS / max(macs * count * _MEASURED / 2, 1), least, most))
+
+
+def _measured_curve(trial, groups, errors):
+    """Measure the loss of a few decompositions of a layer; return the function from an output error to a loss.
+
+    Between them, and beyond them, it is linear on logarithmic axes. Those are taken whose errors are nearest to the
+    smallest and the largest that may be chosen, and to the middle.
+    """
+    steps = dict(zip(itertools.chain(*errors), itertools.chain(*groups), strict=True))
+    known = sorted(error for error in steps if error > 1e-12)
+    if not known:
+        return lambda error: 0.0
+    lowest, highest = max(known[0], 1e-4 * known[-1]), min(known[-1], max(0.5, known[0]))
+    chosen = {
+        min(known, key=lambda error: abs(math.log(error / aim))) for aim in np.geomspace(lowest, highest, _MEASURED)
+    }
+    x = np.array(sorted(chosen))
+    y = np.log(np.maximum([trial.loss(trial.refit(steps[error])) for error in x], 1e-9))
+    x = np.log(x)
+
+    def loss(error):
+        position = math.log(max(error, 1e-12))
+        if len(x) == 1 or x[0] <= position <= x[-1]:
+            return float(np.exp(np.interp(position, x, y) + (position - x[0] if len(x) == 1 else 0)))
+        ends = (0, 1) if position < x[0] else (-1, -2)
+        slope = np.clip((y[ends[0]] - y[ends[1]]) / (x[ends[0]] - x[ends[1]]), 0.5, 2)
+        return float(np.exp(y[ends[0]] + slope * (position - x[ends[0]])))
+
+    return loss

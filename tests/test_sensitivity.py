@@ -1,0 +1,138 @@
+"""Predicted losses, compared with losses of networks whose kernels are replaced by hand."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from fcnn_utils import calibration, factorizations, sensitivity
+from tests.calibration_networks import (
+    convolutions,
+    least_squares_fit,
+    network,
+    numpy_outputs,
+    patches,
+    pictures,
+    with_random_weights,
+)
+
+
+def test_layer_sensitivity_is_the_divergence_after_replacing_one_kernel():
+    """Each kernel alone replaced by what the module says, in a model of its own."""
+    model, images = network(), pictures()
+    before = model.get_weights()
+    curves = sensitivity.layer_sensitivity(model, "spatial", images, convolutions(model), [0.001, 0.3, 0.6])
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+    assert list(curves) == ["conv1", "conv2"]
+    fractions = [[fraction for fraction, _, _ in curve] for curve in curves.values()]
+    assert fractions == [[0.3, 0.6]] * 2  # 0.001 is below rank 1
+    assert all(curve[0][2] > curve[1][2] > 0 for curve in curves.values())
+
+    other, node = network(), convolutions(model)[1]
+    kernel, bias = node.layer.get_weights()
+    result = factorizations.decompose(kernel, "spatial", curves["conv2"][0][1])
+    kernel, shift = calibration.refit_kernel(kernel, result, calibration.patch_moments(model, node, images))
+    other.get_layer("conv2").set_weights([kernel, bias + shift])
+    p, q = (numpy_outputs(one, images).astype(float) for one in (model, other))
+    assert curves["conv2"][0][2] == pytest.approx(np.mean(np.sum(p * np.log(p / q), axis=1)), rel=1e-3)
+
+
+def test_without_a_bias_the_mean_of_the_batch_norm_takes_the_shift():
+    with_bias, without = network(), network(use_bias=False)
+    for layer, other in zip(without.layers, with_bias.layers, strict=True):
+        other.set_weights([*layer.get_weights(), *([np.zeros(8)] if isinstance(layer, layers.Conv2D) else [])])
+    curves = []
+    for model in (with_bias, without):
+        before = model.get_weights()
+        curves.append(sensitivity.layer_sensitivity(model, "spatial", pictures(), convolutions(model), [0.3, 0.6]))
+        assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+    for path in ("conv1", "conv2"):
+        for one, other in zip(curves[0][path], curves[1][path], strict=True):
+            assert one[2] == pytest.approx(other[2], rel=1e-3) and one[:2] == other[:2]
+
+
+@pytest.mark.parametrize("container", [list, dict])
+def test_without_probabilities_the_loss_is_the_relative_squared_change_of_all_outputs(container):
+    """Without a bias or a norm, the output itself is fitted, with its mean."""
+    inputs = keras.Input((10, 9, 6))
+    y = layers.Conv2D(8, 3, padding="same", use_bias=False, name="conv")(inputs)
+    outputs = {"a": y, "b": layers.GlobalAveragePooling2D()(y)}
+    model = with_random_weights(keras.Model(inputs, outputs if container is dict else list(outputs.values())))
+    (node, *_), images = convolutions(model), pictures(16) + 1  # whose mean counts; one batch, which is read whole
+    ((_, ranks, loss),) = sensitivity.layer_sensitivity(model, "spatial", images, [node], [0.3])["conv"]
+    kernel = node.layer.get_weights()[0]
+    rows, basis = patches(images), factorizations.decompose(kernel, "spatial", ranks).basis()
+    y = rows @ kernel.reshape(-1, 8)
+    fit = least_squares_fit(rows @ basis, y)
+    y, fit = (np.c_[x.reshape(16, -1), x.reshape(16, 90, 8).mean(axis=1)] for x in (y, fit))
+    assert loss == pytest.approx(np.mean((fit - y) ** 2) / np.var(y), rel=1e-3)
+
+
+def test_rank_one_is_tried_where_all_fractions_are_too_small():
+    model = network()
+    curves = sensitivity.layer_sensitivity(model, "tt", pictures(8), convolutions(model)[:1], [1e-6, 1e-5])
+    assert [ranks for _, ranks, _ in curves["conv1"]] == [(1, 1, 1)]
+
+
+def ladders(nodes, *methods, ranks=(2, 4, 8)):
+    return {
+        node.path: [(factorizations.get(method), [(r,) for r in ranks], {}) for method in methods] for node in nodes
+    }
+
+
+def test_predicted_losses_are_close_to_measured_ones():
+    """Of nine candidates a layer three are measured. The others are interpolated by the error of the layer's output."""
+    model, images = network(), pictures()
+    nodes = convolutions(model)
+    found = sensitivity.predict_losses(model, images, ladders(nodes, "spatial", "svd", "cp"))
+    assert list(found) == ["conv1", "conv2"]
+    for node in nodes:
+        kernel = node.layer.get_weights()[0]
+        for group in found[node.path]:
+            sizes = [candidate.method.count_parameters(kernel.shape, candidate.ranks) for candidate in group]
+            measured = sensitivity.layer_sensitivity(
+                model, group[0].method, images, [node], [(size + 0.5) / kernel.size for size in sizes]
+            )[node.path]
+            for candidate, (_, ranks, loss) in zip(group, measured, strict=True):
+                assert candidate.ranks == ranks
+                if not candidate.options:  # with options from the images a candidate is better than the measured one
+                    assert 0.5 < candidate.loss / loss < 2
+                else:
+                    assert candidate.loss < 2 * loss + 1e-6
+
+
+def test_prediction_leaves_the_model_as_it_was():
+    model = network()
+    before = model.get_weights()
+    sensitivity.predict_losses(model, pictures(), ladders(convolutions(model), "spatial"))
+    assert all(np.array_equal(one, other) for one, other in zip(before, model.get_weights(), strict=True))
+
+
+def test_a_layer_that_is_kept_exactly_loses_nothing():
+    model = network()
+    node = convolutions(model)[0]
+    full = factorizations.SpatialSVD.max_ranks(node.layer.kernel.shape)
+    ((group,),) = sensitivity.predict_losses(
+        model, pictures(), {node.path: [(factorizations.SpatialSVD, [full], {})]}
+    ).values()
+    assert group[0].loss < 1e-6
+
+
+def test_svd_with_outputs_has_the_smallest_output_error():
+    """Against the truncated SVD of the outputs themselves, which no kernel of that rank can beat."""
+    model, images = network(), pictures()
+    node = convolutions(model)[0]
+    kernel = node.layer.get_weights()[0]
+    _, covariance = calibration.patch_moments(model, node, images)
+    matrix = kernel.reshape(-1, 8).astype(float)
+    outputs = matrix.T @ covariance @ matrix
+    for rank in (1, 3, 6):
+        errors = []
+        for options in ({}, {"outputs": outputs}):
+            difference = matrix - factorizations.SVD.decompose(kernel, rank, **options).to_kernel().reshape(
+                matrix.shape
+            )
+            errors.append(np.trace(difference.T @ covariance @ difference))
+        assert errors[1] == pytest.approx(np.linalg.eigvalsh(outputs)[:-rank].sum(), rel=1e-6) and errors[1] < errors[0]
+    with pytest.raises(ValueError, match="outputs must be a finite covariance of the shape .8, 8."):
+        factorizations.SVD.decompose(kernel, 1, outputs=np.eye(3))

@@ -1,0 +1,136 @@
+"""Targets of `factorize` beside MACs: parameters, megabytes, a metric, a largest loss, several methods."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from fcnn_utils import compress, cost, factorizations
+from fcnn_utils._network_runs import output_change, outputs_of
+from tests.calibration_networks import network, pictures, with_random_weights
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A network with 3×3, 1×1 and dense layers whose kernels have singular values that fall."""
+    x = inputs = keras.Input((10, 9, 6))
+    x = layers.Conv2D(24, 3, padding="same", activation="relu", name="block_conv1")(x)
+    x = layers.Conv2D(24, 3, strides=2, padding="same", activation="relu", name="block_conv2")(x)
+    x = layers.Conv2D(32, 1, activation="relu", name="point")(x)
+    x = layers.Dense(16, activation="relu", name="hidden")(layers.GlobalAveragePooling2D()(x))
+    model = with_random_weights(keras.Model(inputs, layers.Dense(5, activation="softmax", name="head")(x)))
+    for layer in model.layers:
+        if layer.weights:
+            kernel, bias = layer.get_weights()
+            u, sigma, vt = np.linalg.svd(kernel.reshape(-1, kernel.shape[-1]), full_matrices=False)
+            layer.set_weights([(u * sigma * 0.8 ** np.arange(len(sigma)) @ vt).reshape(kernel.shape), bias])
+    return model
+
+
+def change(model, new, images):
+    return output_change(outputs_of(model, [images]), outputs_of(new, [images]))
+
+
+@pytest.mark.parametrize("images", [None, pictures()], ids=["weights alone", "images"])
+def test_a_budget_of_parameters_or_megabytes_is_kept_and_used(wide, images):
+    weights = wide.count_params()
+    for limit, count in (({"params": 0.5 * weights}, 0.5), ({"size_mb": 0.4 * 4 * weights / 1e6}, 0.4)):
+        new, report = compress.factorize(wide, images=images, verbose=0, **limit)
+        assert 0.9 * count * weights < new.count_params() <= count * weights
+        assert report["params_after"].sum() == new.count_params()
+
+
+def test_auto_takes_several_methods_and_loses_no_more_than_any_of_them(wide):
+    images, budget = pictures(), 0.4 * cost.total_costs(wide)["macs"]
+    layer = ["block_conv1", "block_conv2"]
+    losses, methods = {}, {}
+    for method in ("auto", "svd", "spatial", "tucker", "cp"):
+        new, report = compress.factorize(wide, method, macs=budget, images=images, layers=layer, verbose=0)
+        losses[method] = change(wide, new, images)
+        methods[method] = set(report["method"].dropna())
+    assert methods["auto"] <= {"svd", "spatial", "tucker", "cp"}
+    assert losses["auto"] < 1.3 * min(losses.values())  # the losses are predicted, from three measurements a layer
+    _, report = compress.factorize(wide, macs=budget, images=images, verbose=0)
+    assert set(report[report["reason"] == ""]["layer"]) - set(layer)  # 1×1 and dense layers, by svd
+
+
+def test_without_images_each_layer_gets_the_method_with_the_smallest_error(wide):
+    _, both = compress.factorize(wide, ["cp", "spatial"], ratio=0.3, layers="block_*", verbose=0)
+    errors = [
+        compress.factorize(wide, method, ratio=0.3, layers="block_*", verbose=0)[1]["relative_error"]
+        for method in ("cp", "spatial")
+    ]
+    assert np.allclose(both["relative_error"].dropna(), np.minimum(*errors).dropna())
+
+
+def test_ranks_may_name_the_method_of_each_layer(wide):
+    new, report = compress.factorize(
+        wide, ranks={"block_conv1": ("cp", 5), "block_conv2": ("tucker", (6, 7)), "hidden": ("svd", 3)}, verbose=0
+    )
+    found = report[report["reason"] == ""].set_index("layer")
+    assert found["method"].to_dict() == {"block_conv1": "cp", "block_conv2": "tucker", "hidden": "svd"}
+    assert found["ranks"].tolist() == [(5,), (6, 7), (3,)] and new.output_shape == wide.output_shape
+
+
+def test_patterns_choose_and_exclude_layers(wide):
+    _, report = compress.factorize(wide, ratio=0.5, layers=["block_*", "hidden"], exclude="*2", verbose=0)
+    reasons = report.set_index("layer")["reason"]
+    assert reasons[reasons == ""].index.tolist() == ["block_conv1", "hidden"]
+    assert reasons["block_conv2"] == "excluded" and reasons["point"] == "not chosen"
+
+
+def test_the_cheapest_network_above_a_bound_is_found(wide):
+    """The bound is the metric of a network with 0.6 of the MACs: no more are needed, up to the steps of the search."""
+    images, dense, calls = pictures(), cost.total_costs(wide)["macs"], []
+
+    def closeness(model):
+        calls.append(model)
+        return -np.abs(outputs_of(model, [images]) - outputs_of(wide, [images])).max()
+
+    bound = closeness(compress.factorize(wide, macs=0.6 * dense, images=images, verbose=0)[0])
+    calls.clear()
+    new, report = compress.factorize(wide, metric=(closeness, bound), images=images, verbose=0)
+    assert report.totals["metric_calls"] == len(calls) <= 8
+    assert closeness(new) == pytest.approx(report.totals["metric"]) and report.totals["metric"] >= bound
+    assert cost.total_costs(new)["macs"] < 0.7 * dense
+    with pytest.raises(ValueError, match="must be at most that of the dense network, .*0; got 1.5"):
+        compress.factorize(wide, metric=(closeness, 1.5), images=images, verbose=0)
+
+
+def test_the_largest_loss_is_kept_and_nearly_used():
+    model, images = network(), pictures()
+    found = {}
+    for bound in (1e-3, 1e-2):
+        new, _ = compress.factorize(model, max_loss=bound, images=images, verbose=0)
+        assert change(model, new, images) <= bound
+        found[bound] = cost.total_costs(new)["macs"]
+    assert found[1e-2] < found[1e-3] < cost.total_costs(model)["macs"]
+
+
+def test_targets_that_cannot_be_are_rejected(wide):
+    for arguments, message in (
+        ({"speedup": 2}, "speedup= needs images="),
+        ({"max_loss": 0.1}, "max_loss= needs images="),
+        ({"metric": 3, "images": pictures()}, "metric must be .function of a model, least value.; got 3"),
+        ({"metric": (lambda model: "high", 0), "images": pictures()}, "must return a finite number; got 'high'"),
+        ({"speedup": 0.5, "images": pictures()}, "speedup must be a number between 1.01 and 1000"),
+        ({"params": 10}, "params must be at least [0-9,]+, with"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compress.factorize(wide, verbose=0, **arguments)
+
+
+def test_a_speedup_is_asked_of_the_engine_and_reported(wide):
+    """Whether it is met depends on the machine; that the network is timed and its ranks fit the engine does not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is not met, or that the machine is busy
+        new, report = compress.factorize(wide, speedup=1.1, images=pictures(), threads=1, verbose=0)
+    totals = report.totals
+    assert totals["engine"] == "onnxruntime" and totals["batch"] == 1
+    assert totals["latency_before_ms"] > 0 and totals["latency_after_ms"] > 0 and totals["speedup"] > 0
+    for row in report[report["reason"] == ""].itertuples():
+        largest = factorizations.get(row.method).max_ranks(wide.get_layer(row.layer).kernel.shape)
+        assert all(rank % 16 == 0 or rank == high for rank, high in zip(row.ranks, largest, strict=True))
+    assert new.output_shape == wide.output_shape

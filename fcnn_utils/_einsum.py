@@ -78,7 +78,9 @@ class EinsumMatrix:
         Returns:
             dict of the arguments of the first layer, equation of the second.
         """
-        free = (letter for letter in "r" + string.ascii_letters if letter not in self.reads + self.writes)
+        free = (
+            letter for letter in dict.fromkeys("r" + string.ascii_letters) if letter not in self.reads + self.writes
+        )
         new, first = next(free), next(letter for letter in self.reads if letter in self.contracted)
         between = "".join(letter for letter in self.reads if letter not in self.contracted or letter == first)
         between = between.replace(first, new)

@@ -97,7 +97,8 @@ def refit_layers(new, model, images, *, progress=None):
     before it compute, so it corrects their errors, too (asymmetric reconstruction: Zhang et al. 2015, arXiv
     1505.06798). If a layer has no bias, the means of the batch norms behind it are shifted instead; without these
     the mean is part of the fit. A layer is taken for factorized if its kernel has another shape than in `model`.
-    Grouped and transposed layers at the end of a chain are not refitted. `new` is changed in place.
+    Grouped and transposed layers at the end of a chain are not refitted, nor EinsumDense layers with a bias that is not
+    one value for each column of their matrix. `new` is changed in place.
 
     Args:
         new: a factorized copy of `model`, from `compress.factorize`, whose layers keep their names.

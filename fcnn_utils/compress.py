@@ -53,8 +53,8 @@ def factorize(
 ):
     """Replace layers of a trained model by factorized ones that carry its weights.
 
-    Dense layers, convolutions and transposed convolutions of one to three axes are taken, grouped ones group by group
-    (`layer_kinds`). Dense and 1×1 layers have only the method "svd".
+    Dense and EinsumDense layers, convolutions and transposed convolutions of one to three axes are taken, grouped ones
+    group by group (`layer_kinds`). Dense, EinsumDense and 1×1 layers have only the method "svd".
 
     A converted layer becomes a chain (see `blocks`). Its last layer keeps the name, the bias and the activation; the
     layers before it are NAME_in, NAME_depthwise, ... Stride, padding, dilation, initializers, regularizers, dtype

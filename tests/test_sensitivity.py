@@ -98,7 +98,7 @@ def test_predicted_losses_are_close_to_measured_ones():
                 if not candidate.options:  # with options from the images a candidate is better than the measured one
                     assert 0.5 < candidate.loss / loss < 2
                 else:
-                    assert candidate.loss < 2 * loss + 1e-6
+                    assert candidate.loss < 3 * loss + 1e-6
 
 
 def test_prediction_leaves_the_model_as_it_was():

@@ -25,7 +25,7 @@ def wide():
         if layer.weights:
             kernel, bias = layer.get_weights()
             u, sigma, vt = np.linalg.svd(kernel.reshape(-1, kernel.shape[-1]), full_matrices=False)
-            layer.set_weights([(u * sigma * 0.8 ** np.arange(len(sigma)) @ vt).reshape(kernel.shape), bias])
+            layer.set_weights([(u * 4 * sigma * 0.8 ** np.arange(len(sigma)) @ vt).reshape(kernel.shape), bias])
     return model
 
 

@@ -24,7 +24,7 @@ from fcnn_utils._network_runs import Rest, following_norms, output_change, outpu
 from fcnn_utils._progress import Progress
 
 _IMAGES = 256  # to refit a kernel with
-_LOSS_IMAGES = 16, 128  # to measure a loss with; with 256, the accuracy of the factorized networks is the same
+_LOSS_IMAGES = 16, 64  # to measure a loss with; with 256, the accuracy of the factorized networks is the same
 _MEASURED_MACS = 3e12  # all measurements of losses should not take many more
 _MEASURED = 3  # losses that are measured of each layer
 _MOST_VALUES = 10_000  # of a patch whose covariance is estimated: that takes about 24 bytes times the square of this
@@ -69,7 +69,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
         ValueError: the model does not take the images, or there is no such method.
     """
     method, curves = factorizations.get(method), {}
-    for trial in _trials(model, images, nodes, _LOSS_IMAGES[1], Progress(verbose)):
+    for trial in _trials(model, images, nodes, 128, Progress(verbose)):
         shape = trial.kind.kernel_shape
         feasible = feasible_fractions(fractions, method, shape)
         ladder = [rank_selection.ranks_for_fraction(method, shape, fraction) for fraction in feasible]
@@ -84,7 +84,7 @@ def predict_losses(model, images, ladders, *, progress=None):
 
     Args:
         model: built functional or Sequential model. It is not changed.
-        images: see `calibration.check_images`. The first 256 are used for the output errors, the first 16 to 128,
+        images: see `calibration.check_images`. The first 256 are used for the output errors, the first 16 to 64,
             fewer for larger networks, for the losses.
         ladders: dict path -> list of (method, list of ranks, options of the decomposition). With at least one rank.
         progress: `Progress` to print with, or None.
@@ -262,10 +262,27 @@ def _scales(trial, groups, errors, curve):
     """Return for each method by how much its losses differ from the curve of all methods, at its middle size."""
     if len(groups) == 1:
         return [1.0]
-    scales = []
-    for group, own in zip(groups, errors, strict=True):
+    scales, sizes = [], [[sum(part.parameters for part in step) for step in group] for group in groups]
+    for number, (group, own) in enumerate(zip(groups, errors, strict=True)):
         middle = len(group) // 2
-        predicted = curve(own[middle])
-        measured = trial.loss(trial.refit(group[middle])) if predicted > 1e-7 else predicted
-        scales.append(float(np.clip(measured / max(predicted, 1e-300), 0.5, 2)))
+        predicted, measured = curve(own[middle]), None
+        if predicted > 1e-7 and not _is_beaten(number, sizes, errors):
+            measured = trial.loss(trial.refit(group[middle]))
+        scales.append(1.0 if measured is None else float(np.clip(measured / predicted, 0.5, 2)))
     return scales
+
+
+def _is_beaten(number, sizes, errors):
+    """Return whether a method has at all sizes over 1.5 times the error of another, which has no more weights."""
+    pairs = [
+        list(zip(own_sizes, own, strict=True))
+        for n, (own_sizes, own) in enumerate(zip(sizes, errors, strict=True))
+        if n != number
+    ]
+    return any(
+        all(
+            any(other_size <= size and 1.5 * other < error for other_size, other in others)
+            for size, error in zip(sizes[number], errors[number], strict=True)
+        )
+        for others in pairs
+    )

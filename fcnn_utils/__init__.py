@@ -2,7 +2,7 @@
 
     import fcnn_utils as fcnn
 
-    small, report = fcnn.factorize(model, "cp", macs=fcnn.total_costs(model)["macs"] / 4, images=images)
+    small, report = fcnn.factorize(model, macs=fcnn.total_costs(model)["macs"] / 4, images=images)
     fcnn.export(fcnn.fold_batch_norm(small), "small.onnx")
 
 The functions and classes below are imported when they are first used, so that importing the package is fast.

@@ -1,4 +1,4 @@
-"""Show the progress of work that takes longer than a second.
+"""Show the progress of work that takes longer than half a second.
 
 tqdm is not used: it shows nothing before the first item is done, which may take long, and fills a log with its bars.
 """
@@ -8,8 +8,11 @@ import threading
 import time
 
 
+_QUIET = 0.5  # seconds
+
+
 class Progress:
-    """Print how far the steps of a piece of work are. Nothing is printed in its first second.
+    """Print how far the steps of a piece of work are. Nothing is printed in its first half second.
 
     In a terminal the lines of a step overwrite each other.
 
@@ -41,14 +44,16 @@ class Progress:
                 f"{line:<78}" if in_terminal else line, end="\r" if in_terminal and number < count else "\n", flush=True
             )
 
-        first = threading.Timer(max(0.0, self._start + 1 - time.monotonic()), show, (0,))  # if the first takes long
+        first = threading.Timer(
+            max(0.0, self._start + _QUIET - time.monotonic()), show, (0,)
+        )  # if the first takes long
         first.daemon = True
         first.start()
         try:
             for number, item in enumerate(items, 1):
                 yield item
                 first.cancel()
-                if time.monotonic() - self._start > 1:
+                if time.monotonic() - self._start > _QUIET:
                     show(number, f" ({name(item)})")
         finally:
             first.cancel()

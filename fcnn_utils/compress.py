@@ -98,7 +98,7 @@ def factorize(
         multiple: ranks are multiples of this (or the maximum rank). Default: 16 with `speedup`, because engines compute
             blocks of 16 channels; else 1.
         seed: seed of the random numbers in a CP's starts.
-        verbose: 1 to print progress if it takes longer than a second, 0 to print nothing.
+        verbose: 1 to print progress if it takes longer than half a second, 0 to print nothing.
         options: of the decompositions; each goes to the methods that have it. A CP's norms are bounded by
             `max_norm=1.0` by default.
 

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 
-
 _QUIET = 0.5  # seconds
 
 

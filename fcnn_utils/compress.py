@@ -134,8 +134,8 @@ def factorize(
     if images is None and kind in ("speedup", "max_loss", "metric"):
         raise ValueError(f"{kind}= needs images=: a few hundred inputs of the model, without labels")
     if images is not None:
-        (images,) = progress.over([images], "calibration images checked", name=lambda _: "")
-        images = calibration.check_images(model, images)
+        for given in progress.over([images], "calibration images checked", name=lambda _: "done"):
+            images = calibration.check_images(model, given)
 
     sites = find_sites(model)
     chosen = choose(sites, target if kind == "ranks" else layers, exclude, model, methods)

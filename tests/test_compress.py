@@ -430,7 +430,7 @@ def test_progress_is_shown_if_it_takes_longer_than_half_a_second(capsys):
         assert ("work" in text and "3/3" in text) == shown
     for _ in _progress.Progress(1).over([0], "slow"):
         time.sleep(0.8)
-        assert "slow: 0/1, 0 s" in capsys.readouterr().out  # before the first item is done
+        assert "slow: 0/1, " in capsys.readouterr().out  # before the first item is done
 
 
 @pytest.mark.parametrize("method", ["cp", "tucker", "spatial"])

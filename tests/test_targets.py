@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from fcnn_utils import compress, cost, factorizations
+from fcnn_utils import compress, cost, deploy, factorizations
 from fcnn_utils._network_runs import output_change, outputs_of
 from tests.calibration_networks import network, pictures, with_random_weights
 
@@ -124,6 +124,8 @@ def test_targets_that_cannot_be_are_rejected(wide):
 
 def test_a_speedup_is_asked_of_the_engine_and_reported(wide):
     """Whether it is met depends on the machine; that the network is timed and its ranks fit the engine does not."""
+    if "onnxruntime" not in deploy.available():
+        pytest.skip("ONNX Runtime and its exporter are not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is not met, or that the machine is busy
         new, report = compress.factorize(wide, speedup=1.1, images=pictures(), threads=1, verbose=0)

@@ -1,5 +1,6 @@
 """Rows for least squares: the patches that a layer reads, what it computes from them, and their moments."""
 
+import itertools
 import math
 
 import keras
@@ -57,6 +58,16 @@ def linear_copy(layer, x):
     copy.build(tuple(x.shape))
     copy.set_weights(layer.get_weights())
     return copy
+
+
+def mean_output(layer, reads):
+    """Return the mean (T,) of what a layer computes before its activation, from an iterable of lists of inputs."""
+    total, count, linear = 0, 0, None
+    for x in itertools.chain.from_iterable(reads):
+        linear = linear or linear_copy(layer, x)
+        y = keras.ops.convert_to_numpy(linear(x))
+        total, count = total + y.sum(axis=tuple(range(y.ndim - 1)), dtype=np.float64), count + math.prod(y.shape[:-1])
+    return total / count
 
 
 def output_rows(kind, y):

@@ -12,7 +12,7 @@ from keras import layers
 from fcnn_utils import _calibration_inputs, keras_graph, layer_kinds
 from fcnn_utils._calibration_inputs import batches
 from fcnn_utils._network_runs import BATCH, Rest, following_norms
-from fcnn_utils._patches import Moments, linear_copy, output_rows, patch_rows
+from fcnn_utils._patches import Moments, linear_copy, mean_output, output_rows, patch_rows
 from fcnn_utils._progress import Progress
 
 
@@ -97,8 +97,9 @@ def refit_layers(new, model, images, *, progress=None):
     before it compute, so it corrects their errors, too (asymmetric reconstruction: Zhang et al. 2015, arXiv
     1505.06798). If a layer has no bias, the means of the batch norms behind it are shifted instead; without these
     the mean is part of the fit. A layer is taken for factorized if its kernel has another shape than in `model`.
-    Grouped and transposed layers at the end of a chain are not refitted, nor EinsumDense layers with a bias that is not
-    one value for each column of their matrix. `new` is changed in place.
+    Grouped and transposed layers at the end of a chain keep their weights; only their mean output is corrected, by the
+    bias or the batch norms. EinsumDense layers with a bias that is not one value for each column of their matrix are
+    left. `new` is changed in place.
 
     Args:
         new: a factorized copy of `model`, from `compress.factorize`, whose layers keep their names.
@@ -113,10 +114,12 @@ def refit_layers(new, model, images, *, progress=None):
     single, model = keras_graph.in_float32(new), keras_graph.in_float32(model)
     nodes = {node.path: node for node in keras_graph.layer_nodes(model)}
     new_nodes = {node.path: node for node in keras_graph.layer_nodes(single)}
-    chains = [path for path, node in nodes.items() if _is_refitted(node, new_nodes.get(path))]
+    chains = [path for path, node in nodes.items() if _is_factorized(node, new_nodes.get(path))]
     new_rest, rest = Rest(single, images), Rest(model, images)
     for path in (progress or Progress(0)).over(chains, "layers refitted to the images"):
-        _refit(new_rest, new_nodes[path], rest, nodes[path], following_norms(new_nodes[path], new_nodes))
+        chain_end = new_nodes[path]
+        fit = _refit if layer_kinds.KernelLayer(chain_end.layer).has_patches else _match_means
+        fit(new_rest, chain_end, rest, nodes[path], following_norms(chain_end, new_nodes))
     _copy_weights(single, new)
 
 
@@ -164,12 +167,11 @@ def _copy_weights(one, other):
             target.layer.set_weights(source.layer.get_weights())
 
 
-def _is_refitted(node, chain_end):
-    """Return whether the nodes of one path are a layer with a kernel and the end of its chain, to be refitted."""
+def _is_factorized(node, chain_end):
+    """Return whether the nodes of one path are a layer with a kernel and the end of its chain."""
     if chain_end is None or any(type(one.layer) not in layer_kinds.KINDS for one in (node, chain_end)):
         return False
-    is_changed = node.layer.kernel.shape != chain_end.layer.kernel.shape
-    return is_changed and layer_kinds.KernelLayer(chain_end.layer).has_patches
+    return node.layer.kernel.shape != chain_end.layer.kernel.shape
 
 
 def _refit(new_rest, chain_end, rest, node, norms):
@@ -197,6 +199,24 @@ def _refit(new_rest, chain_end, rest, node, norms):
     missing = mean_output - mean @ weights
     weights = last_kind.keras_kernel([weights.reshape(last_kind.kernel_shape)])
     last.set_weights([weights, *([] if last.bias is None else [last_kind.keras_bias(missing)])])
+    _shift_norms(norms, missing)
+
+
+def _match_means(new_rest, chain_end, rest, node, norms):
+    """Give the output of a chain the mean of the dense layer's output; the arguments are those of `_refit`."""
+    last = chain_end.layer
+    if layer_kinds.KernelLayer(last).einsum or (last.bias is None and not norms):
+        return
+    new_rest.start_before(last)
+    rest.start_before(node.layer)
+    means = [mean_output(each.layer, part.read(each, BATCH)) for each, part in ((node, rest), (chain_end, new_rest))]
+    missing = means[0] - means[1]
+    if last.bias is not None:
+        last.bias.assign(keras.ops.convert_to_numpy(last.bias) + missing)
+    _shift_norms(norms, missing)
+
+
+def _shift_norms(norms, missing):
     for norm in norms:
         norm.moving_mean.assign(keras.ops.convert_to_numpy(norm.moving_mean) - missing)
 

@@ -2,8 +2,8 @@
 
 The losses come from a few hundred unlabelled images; see `calibration` for their forms. Each layer is tried by itself:
 its kernel is replaced by a decomposition, and all other layers stay as they are. The last factor is refitted to the
-layer's output on these images (`calibration.refit_kernel`). The kernels of grouped and of transposed convolutions are
-not refitted, nor those of layers that read more than 10,000 values for one output.
+layer's output on these images (`calibration.refit_kernel`). Grouped and transposed convolutions, and layers that read
+more than 10,000 values for one output, are not refitted: only the mean of their output is corrected.
 
 The loss is the mean Kullback-Leibler divergence from the probabilities of the unchanged model, if the outputs of an
 image sum to 1 (one softmax). For other models it is the squared change of the outputs relative to their variance.
@@ -21,12 +21,14 @@ import numpy as np
 
 from fcnn_utils import _calibration_inputs, calibration, cost, factorizations, keras_graph, layer_kinds, rank_selection
 from fcnn_utils._network_runs import Rest, following_norms, output_change, outputs_of
+from fcnn_utils._patches import mean_output
 from fcnn_utils._progress import Progress
 
 _IMAGES = 256  # to refit a kernel with
 _LOSS_IMAGES = 16, 64  # to measure a loss with; with 256, the accuracy of the factorized networks is the same
 _MEASURED_MACS = 3e12  # all measurements of losses should not take many more
-_MEASURED = 3  # losses that are measured of each layer
+_MEASURED = 3  # losses that are measured of each layer, and one more of each method
+_EXACT = 1e-12  # an output error that is due to rounding
 _MOST_VALUES = 10_000  # of a patch whose covariance is estimated: that takes about 24 bytes times the square of this
 # Sweeps of CP and Tucker: the errors of refitted outputs are then within 5% of those after 100 (on trained kernels).
 _SWEEPS = {factorizations.CP: 20, factorizations.Tucker2: 5}
@@ -98,19 +100,15 @@ def predict_losses(model, images, ladders, *, progress=None):
     nodes = [node for node in keras_graph.layer_nodes(model) if node.path in ladders]
     found = {}
     for trial in _trials(model, images, nodes, _affordable_images(model, len(nodes)), progress):
-        own = [(method, ranks, trial.fitted(method, options)) for method, ranks, options in ladders[trial.path]]
-        groups = trial.decompose(own)
-        errors = [[trial.output_error(step) for step in group] for group in groups]
-        curve = _measured_curve(trial, groups, errors)
+        own = ladders[trial.path]
+        fitted = [trial.fitted_options(method) for method, _, _ in own]
+        groups = trial.decompose(
+            [(method, ranks, options | more) for (method, ranks, options), more in zip(own, fitted, strict=True)]
+        )
         found[trial.path] = [
-            [
-                Candidate(
-                    method, step[0].ranks, scale * curve(error), {k: v for k, v in given.items() if k == "outputs"}
-                )
-                for step, error in zip(group, own_errors, strict=True)
-            ]
-            for (method, _, given), group, own_errors, scale in zip(
-                own, groups, errors, _scales(trial, groups, errors, curve), strict=True
+            [Candidate(method, step[0].ranks, loss, kept) for step, loss in zip(group, losses, strict=True)]
+            for method, kept, group, losses in zip(
+                (method for method, _, _ in own), fitted, groups, _losses(trial, groups), strict=True
             )
         ]
     return found
@@ -143,7 +141,7 @@ class _Trial:
         self._norms = following_norms(node, nodes)
         self._norm_weights = [norm.get_weights() for norm in self._norms]
         rest.start_before(node.layer)
-        self._moments = None
+        self._moments = self._reads = None
         if self.kind.has_patches and math.prod(self.kind.kernel_shape[:-1]) <= _MOST_VALUES:
             mean, covariance = calibration.patch_moments(rest.model, node, rest.images)
             if not self._bias and not self._norms:  # no bias can correct the mean: measure it as a part of the error
@@ -151,11 +149,17 @@ class _Trial:
             self._moments = mean, covariance
             self._matrix = self._kernels[0].reshape(len(mean), -1).astype(np.float64)
             self._outputs = self._matrix.T @ covariance @ self._matrix
+        elif (self._bias or self._norms) and not self.kind.einsum:
+            self._reads = [next(rest.read(node, count))]
+            self._mean = mean_output(node.layer, self._reads)
 
-    def fitted(self, method, options):
-        """Return the options with those that come from the images."""
-        is_fitted = self._moments is not None and issubclass(method, factorizations.SVD)
-        return options | {"outputs": self._outputs} if is_fitted else options
+    @property
+    def is_refitted(self):
+        return self._moments is not None
+
+    def fitted_options(self, method):
+        """Return the options of the decomposition that come from the images."""
+        return {"outputs": self._outputs} if self.is_refitted and issubclass(method, factorizations.SVD) else {}
 
     def decompose(self, ladders):
         """Return for each (method, ladder, options) a list over its ranks, of decompositions of all groups."""
@@ -168,16 +172,21 @@ class _Trial:
 
     def refit(self, parts):
         """Return (kernels, shift of the bias) of decompositions of all groups, refitted if it can be."""
-        if self._moments is None:
-            return [part.to_kernel() for part in parts], np.zeros(())
+        if not self.is_refitted:
+            kernels = [part.to_kernel() for part in parts]
+            return kernels, self._missing_mean(kernels)
         kernel, shift = calibration.refit_kernel(self._kernels[0], parts[0], self._moments)
         return [kernel], shift
 
+    def _missing_mean(self, kernels):
+        """Return what the mean of the layer's output lacks with other kernels, if a bias or a norm can correct it."""
+        if self._reads is None:
+            return np.zeros(())
+        self._layer.set_weights([self.kind.keras_kernel(kernels), *self._bias])
+        return self._mean - mean_output(self._layer, self._reads)
+
     def output_error(self, parts):
-        """Return the squared error of the layer's output relative to its variance; of the kernels if not refitted."""
-        if self._moments is None:
-            squares = np.array([part.kernel_norm**2 for part in parts])
-            return float(squares @ [part.relative_error**2 for part in parts] / max(squares.sum(), 1e-300))
+        """Return the squared error of the output of a layer that is refitted, relative to its variance."""
         difference = self._matrix - self.refit(parts)[0][0].reshape(self._matrix.shape)
         return float(np.sum(difference * (self._moments[1] @ difference)) / max(np.trace(self._outputs), 1e-300))
 
@@ -229,31 +238,37 @@ def _affordable_images(model, count):
     return int(np.clip(_MEASURED_MACS / max(macs * count * _MEASURED / 2, 1), least, most))
 
 
+def _losses(trial, groups):
+    """Return the losses of the decompositions of a layer, a list for each method."""
+    if not trial.is_refitted:  # the kernel's error says little about the loss: measure each
+        return [[trial.loss(trial.refit(step)) for step in group] for group in groups]
+    errors = [[trial.output_error(step) for step in group] for group in groups]
+    curve = _measured_curve(trial, groups, errors)
+    scales = _scales(trial, groups, errors, curve)
+    return [[scale * curve(error) for error in own] for scale, own in zip(scales, errors, strict=True)]
+
+
 def _measured_curve(trial, groups, errors):
     """Measure the loss of a few decompositions of a layer; return the function from an output error to a loss.
 
-    Between them, and beyond them, it is linear on logarithmic axes. Those are taken whose errors are nearest to the
-    smallest and the largest that may be chosen, and to the middle.
+    Those are taken whose errors are nearest to the smallest and the largest that may be chosen, and to the middle. The
+    function is linear on logarithmic axes between them. Below them its slope is 1: the loss is then proportional to the
+    squared error of the output. Above them it goes on as it rose, with a slope of 1 to 2.
     """
     steps = dict(zip(itertools.chain(*errors), itertools.chain(*groups), strict=True))
-    known = sorted(error for error in steps if error > 1e-12)
+    known = sorted(error for error in steps if error > _EXACT)
     if not known:
         return lambda error: 0.0
     lowest, highest = max(known[0], 1e-4 * known[-1]), min(known[-1], max(0.5, known[0]))
-    chosen = {
-        min(known, key=lambda error: abs(math.log(error / aim))) for aim in np.geomspace(lowest, highest, _MEASURED)
-    }
-    x = np.array(sorted(chosen))
+    aims = np.geomspace(lowest, highest, _MEASURED)
+    x = np.array(sorted({min(known, key=lambda error: abs(math.log(error / aim))) for aim in aims}))
     y = np.log(np.maximum([trial.loss(trial.refit(steps[error])) for error in x], 1e-9))
     x = np.log(x)
+    steep = np.clip((y[-1] - y[-2]) / (x[-1] - x[-2]), 1, 2) if len(x) > 1 else 1
 
     def loss(error):
-        position = math.log(max(error, 1e-12))
-        if len(x) == 1 or x[0] <= position <= x[-1]:
-            return float(np.exp(np.interp(position, x, y) + (position - x[0] if len(x) == 1 else 0)))
-        ends = (0, 1) if position < x[0] else (-1, -2)
-        slope = np.clip((y[ends[0]] - y[ends[1]]) / (x[ends[0]] - x[ends[1]]), 0.5, 2)
-        return float(np.exp(y[ends[0]] + slope * (position - x[ends[0]])))
+        position = math.log(max(error, _EXACT))
+        return math.exp(np.interp(position, x, y) + min(position - x[0], 0) + steep * max(position - x[-1], 0))
 
     return loss
 
@@ -265,24 +280,18 @@ def _scales(trial, groups, errors, curve):
     scales, sizes = [], [[sum(part.parameters for part in step) for step in group] for group in groups]
     for number, (group, own) in enumerate(zip(groups, errors, strict=True)):
         middle = len(group) // 2
-        predicted, measured = curve(own[middle]), None
+        predicted, scale = curve(own[middle]), 1.0
         if predicted > 1e-7 and not _is_beaten(number, sizes, errors):
-            measured = trial.loss(trial.refit(group[middle]))
-        scales.append(1.0 if measured is None else float(np.clip(measured / predicted, 0.5, 2)))
+            scale = float(np.clip(trial.loss(trial.refit(group[middle])) / predicted, 0.5, 2))
+        scales.append(scale)
     return scales
 
 
 def _is_beaten(number, sizes, errors):
     """Return whether a method has at all sizes over 1.5 times the error of another, which has no more weights."""
-    pairs = [
-        list(zip(own_sizes, own, strict=True))
-        for n, (own_sizes, own) in enumerate(zip(sizes, errors, strict=True))
-        if n != number
-    ]
+    steps = [list(zip(*each, strict=True)) for each in zip(sizes, errors, strict=True)]
+    own = steps.pop(number)
     return any(
-        all(
-            any(other_size <= size and 1.5 * other < error for other_size, other in others)
-            for size, error in zip(sizes[number], errors[number], strict=True)
-        )
-        for others in pairs
+        all(any(less <= size and 1.5 * lower < error for less, lower in other) for size, error in own)
+        for other in steps
     )

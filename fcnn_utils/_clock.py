@@ -45,7 +45,7 @@ MULTIPLE = 16
 _LADDER = 5  # ranks
 _TOGETHER = 24  # pieces that are measured in turn
 _COPIES, _COPIED_MACS, _COPIED_BYTES = 4, 1e8, 8e6  # most copies of a piece; MACs and bytes of weights of all of them
-_STREAM = Piece((1,), 1024, 1024)  # by its copies the time of weights from memory is measured
+_STREAM = Piece((1,), 1024, 1024)  # copies of it measure the time of reading weights from memory
 _UNKNOWN_CACHE = 16 * 2**20  # bytes
 _AGREEMENT = 0.1, 2e-6  # times agree if they differ by less than this share and these seconds
 _ATTEMPTS = 5  # to measure a piece until two times agree
@@ -89,7 +89,8 @@ class Clock:
         digest = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()[:16]
         self.path = Path(cache_folder() if cache is None else cache) / f"clock-{engine}-{digest}.json"
         self._times = self._read()  # text of a piece -> seconds
-        # The share of the weights that come from memory. Networks of 0.5 to 3 times the cache were timed.
+        # Share of the weights that are read from memory and not from the cache. The formula was fitted to the times of
+        # networks whose weights take 0.5 to 3 times the cache.
         self._missing = float(np.clip(weight_bytes / _last_cache() - 0.25, 0, 1))
         self._families = None  # family -> list of pieces with their times, made when it is needed
 
@@ -201,7 +202,7 @@ class Clock:
             return _small_models.start(self.engine, piece, copies, self.batch, self.threads, empty=empty)
         except Exception as error:  # each engine has exceptions of its own
             raise ValueError(
-                f"{_engines.TITLES[self.engine]} cannot run a layer that shall be timed, {piece}: "
+                f"{_engines.TITLES[self.engine]} cannot run a layer that must be timed, {piece}: "
                 f"{_engines.reason(error)}"
             ) from error
 

@@ -14,6 +14,7 @@ from fcnn_utils._terminal import say, stderr_to
 ENGINES = ("keras", "onnxruntime", "openvino", "litert")
 _ENGINE_OF = {".onnx": "onnxruntime", ".xml": "openvino", ".tflite": "litert"}
 _MODELS = (".keras", ".h5")
+_TARGETS = ("ratio", "macs", "params", "size_mb", "speedup", "max_loss")
 _UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
 _BUSY = 0.05  # share of the processor from which on the load by other programs is mentioned
 _EXAMPLES = """examples:
@@ -46,25 +47,33 @@ def _add_factorize(parser):
         help="write the new model for an engine: .onnx, .xml (OpenVINO) or .tflite (LiteRT); batch norms are folded",
     )
     result.add_argument("--report", type=Path, metavar="FILE", help="write the report, .html")
-    budget = parser.add_argument_group("budget")
-    budget.add_argument("--ratio", type=float, help="share of each kernel's parameters that is kept")
-    budget.add_argument("--macs", type=_count, metavar="N", help="multiply-adds of one image, for example 60M")
-    budget.add_argument("--params", type=_count, metavar="N", help="parameters, for example 500k")
-    budget.add_argument("--size-mb", type=float, metavar="MB", help="size of the weights, in millions of bytes")
-    budget.add_argument("--speedup", type=float, metavar="X", help="measured speed-up in the engine, for example 2")
-    budget.add_argument("--max-loss", type=float, metavar="X", help="largest loss that is accepted")
+    budget = parser.add_argument_group("target, exactly one; --speedup and --max-loss need --images")
+    budget.add_argument("--ratio", type=float, help="largest share of each kernel's parameters that is kept")
+    budget.add_argument("--macs", type=_count, metavar="N", help="most multiply-adds for one image, for example 60M")
+    budget.add_argument("--params", type=_count, metavar="N", help="most parameters, for example 500k")
+    budget.add_argument("--size-mb", type=float, metavar="MB", help="largest size of the weights, in millions of bytes")
+    budget.add_argument("--speedup", type=float, metavar="X", help="least measured speed-up, for example 2")
+    budget.add_argument(
+        "--max-loss",
+        type=float,
+        metavar="X",
+        help="largest change of the outputs on the images, for example 0.01 (mean Kullback-Leibler divergence, nats)",
+    )
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--method", type=_names, help="cp, cp4, tucker, tt, svd, spatial, separable, or several: cp,tucker"
+        "--method",
+        type=_names,
+        help="cp, cp4, tucker, tt, svd, spatial, separable, or several: cp,tucker (default: svd,spatial,tucker,cp)",
     )
     how.add_argument("--layers", type=_names, metavar="A,B", help="convert only these layers, named by their paths")
     how.add_argument("--exclude", type=_names, metavar="A,B", help="leave these layers as they are")
     how.add_argument("--multiple", type=int, metavar="N", help="make ranks multiples of this; 16 suits processors")
     how.add_argument("--uniform", action="store_true", default=None, help="use one ratio for all layers")
     how.add_argument("--seed", type=int, help="seed of the random numbers")
-    how.add_argument("--engine", choices=ENGINES, help="engine that measures")
-    how.add_argument("--batch", type=int, metavar="N", help="images per measured call")
-    how.add_argument("--threads", type=int, metavar="N", help="threads of the engine")
+    engines = ENGINES[1:]  # `_clock` has no times for Keras
+    how.add_argument("--engine", choices=engines, help="with --speedup: engine that is timed (default: onnxruntime)")
+    how.add_argument("--batch", type=int, metavar="N", help="with --speedup: images per call (default: 1)")
+    how.add_argument("--threads", type=int, metavar="N", help="with --speedup: threads (default: all processors)")
     how.add_argument("--quiet", action="store_const", const=0, dest="verbose", help="show no progress")
     _add_images(parser.add_argument_group("images, without labels, that ranks and factors are fitted to"))
 
@@ -82,17 +91,17 @@ def _add_images(images):
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="what the pixel values 0 to 255 became in training: 0 1, -1 1, or 0 255. Needed for pictures, unless the "
-        "model begins with a Rescaling layer",
+        help="what the pixel values 0 to 255 became in training: 0 1, -1 1, or 0 255. Needed for pictures, unless you "
+        "give --preprocess or the model begins with a Rescaling layer for values of 0 to 255",
     )
     images.add_argument(
-        "--mean", type=_numbers, metavar="M", help="subtracted after that, for example 0.485,0.456,0.406"
+        "--mean", type=_numbers, metavar="M", help="subtract this after --range, for example 0.485,0.456,0.406"
     )
-    images.add_argument("--std", type=_numbers, metavar="S", help="divided by after that")
+    images.add_argument("--std", type=_numbers, metavar="S", help="then divide by this, for example 0.229,0.224,0.225")
     images.add_argument(
         "--preprocess",
         metavar="NAME",
-        help="instead: the preprocess_input of keras.applications.NAME, such as resnet50",
+        help="instead of --range, --mean and --std: use preprocess_input of keras.applications.NAME, such as resnet50",
     )
 
 
@@ -120,12 +129,27 @@ def _add_latency(parser):
 def _factorize(options):
     from fcnn_utils import _images
 
-    given = ("method", "ratio", "macs", "params", "size_mb", "speedup", "max_loss", "engine", "batch", "threads")
-    given += ("layers", "exclude", "uniform", "multiple", "seed", "verbose")
+    given = (
+        *_TARGETS,
+        "method",
+        "engine",
+        "batch",
+        "threads",
+        "layers",
+        "exclude",
+        "uniform",
+        "multiple",
+        "seed",
+        "verbose",
+    )
     arguments = {key: getattr(options, key) for key in given if getattr(options, key) is not None}
     if len(options.method or []) == 1:
         arguments["method"] = options.method[0]
     pixels = _images.Pixels(options.range and tuple(options.range), options.mean, options.std, options.preprocess)
+    if sum(key in arguments for key in _TARGETS) != 1:
+        raise ValueError("give one of --ratio, --macs, --params, --size-mb, --speedup and --max-loss")
+    if options.images is None and (options.speedup or options.max_loss) is not None:
+        raise ValueError("--speedup and --max-loss need --images")
     _check_model_file(options.model)
     _check_results(options)
     if options.images is not None:
@@ -202,7 +226,10 @@ def _latency(options):
             rows.append((row.model, row.engine, str(row.batch), *times, *ratios))
     _print_table(rows, left=2)
     if len(engines) > 1:
-        say("A speed-up is over the first model in the same engine; the engines were measured one after another.")
+        say(
+            "Each speed-up is relative to the first model in the same engine. The engines were measured one after "
+            "another, so small differences between them may be noise."
+        )
     if load > _BUSY:
         say(f"Other programs took {load:.0%} of the processors meanwhile: measure again on a quiet machine.")
     return 0
@@ -271,7 +298,10 @@ def _why_not(path, error, reason):
             "in Python, and call fcnn_utils.factorize there"
         )
     if "custom_objects" in text or "register_keras_serializable" in text:
-        return f"it needs a class or function that is not Keras's own. Load it in Python, and work there ({reason})"
+        return (
+            "it needs a class or function that is not Keras's own. Load it in Python, where you can import it, "
+            f"and call fcnn_utils.factorize there ({reason})"
+        )
     return f"{reason}. Save it again by model.save"
 
 

@@ -114,7 +114,7 @@ class EinsumMatrix:
         return kernel.transpose([letters.index(letter) for letter in self.kernel])
 
     def to_bias(self, values, kernel_shape, bias_shape):
-        """Return a value for each column of the matrix, (T,), as the bias of the layer."""
+        """Reshape `values` (T,), one for each column of the matrix, to the bias of the layer, `bias_shape`."""
         in_output = sorted(self.new, key=self.writes.index)
         values = values.reshape(self.sizes(self.new, kernel_shape))
         return values.transpose([self.new.index(letter) for letter in in_output]).reshape(bias_shape)

@@ -36,7 +36,7 @@ class Pixels:
     def check(self):
         """Raise ValueError if the attributes contradict each other."""
         if self.preprocess is not None and (self.range, self.mean, self.std) != (None, None, None):
-            raise ValueError("give --preprocess, or --range with --mean and --std, not both")
+            raise ValueError("give either --preprocess, or --range (with --mean and --std if you need them), not both")
         if (self.mean is None) != (self.std is None) or self.mean is not None and self.range is None:
             raise ValueError(
                 "--mean and --std go together, with the --range that they refer to, for example --range 0 1 "
@@ -83,10 +83,10 @@ def read(path, model, limit, pixels, say=print):
     """Read images for a model.
 
     Args:
-        path: of a folder; its pictures, those of the folders in it included, are cut to the proportions of the model's
-            input around the centre, and resized. Or of an .npy or .npz file, which is used as it is.
+        path: path of a folder, or of an .npy or .npz file. Pictures in the folder and its subfolders are cropped around
+            the centre to the proportions of the model's input, and resized. The arrays of a file are used unchanged.
         model: built keras.Model.
-        limit: number of images to take, evenly spread over those in order of their names.
+        limit: largest number of images; they are spread evenly over all images, in the order of their names.
         pixels: `Pixels`, of pictures.
         say: function that is called with a line on what was read.
 
@@ -162,7 +162,7 @@ def _read_pictures(folder, model, limit, pixels, say):
         raise ValueError(f"no picture in {folder} can be read, for example {bad[0]}")
     if bad:
         named = ", ".join(str(path) for path in bad[:3]) + (", ..." if len(bad) > 3 else "")
-        say(f"left out, because they cannot be read as pictures of 8 bits: {len(bad)}, {named}")
+        say(f"left out {len(bad)} files that cannot be read as 8-bit pictures: {named}")
     pictures = np.stack(pictures).reshape(-1, height, width, channels)  # grey pictures have no axis of channels
     return scale(pictures.astype("float32"))
 

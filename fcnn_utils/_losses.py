@@ -53,7 +53,7 @@ def choose(student, teacher, shapes, labels, loss, from_logits):
     Args:
         student: keras.Model.
         teacher: keras.Model or None.
-        shapes: list of the shapes of its outputs, with the batch axis.
+        shapes: list of the shapes of the student's outputs, with the batch axis.
         labels: list of arrays, the labels of one batch; None if there are none.
         loss: of the labels, as in `keras.Model.compile`; None for that of the compiled student or teacher, or else one
             that fits the labels.
@@ -114,9 +114,12 @@ def distance(outputs, teacher_outputs, found, wanted, temperature):
     Args:
         outputs: list of `Output` of the student.
         teacher_outputs: the same of the teacher.
-        found: what the student gives, in any structure of tensors.
-        wanted: what the teacher gives.
+        found: the student's outputs, any structure of tensors (N, ..., classes).
+        wanted: the teacher's outputs, in the same structure and shapes.
         temperature: T.
+
+    Returns:
+        scalar float32 tensor.
     """
     total = 0.0
     pairs = zip(keras.tree.flatten(found), keras.tree.flatten(wanted), strict=True)

@@ -21,6 +21,12 @@ class Choice:
     options: dict = dataclasses.field(default_factory=dict)
 
 
+def named_method(value):
+    """Return the class of a pair (method, ranks); None if the value is ranks alone."""
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], (str, type))
+    return factorizations.get(value[0]) if is_pair else None
+
+
 class Macs:
     """Multiply-adds of the whole network for one image."""
 
@@ -28,7 +34,10 @@ class Macs:
 
     def __init__(self, model, chosen):
         if any(math.isnan(site.macs) for site in chosen.values()):
-            raise ValueError("macs= needs a model with a fixed input size: use params=, ratio= or ranks=")
+            raise ValueError(
+                "macs=, max_loss= and metric= need a model with a fixed input size: use params=, size_mb=, ratio= or "
+                "ranks="
+            )
         self.total = cost.total_costs(model)["macs"]  # warns if some are not known
 
     def dense(self, site):
@@ -59,13 +68,18 @@ class Megabytes(Parameters):
     name, unit = "size_mb", " MB"
 
     def __init__(self, model, chosen):
-        self.total = sum(_megabytes(weight.dtype) * math.prod(weight.shape) for weight in model.weights)
+        self.total = megabytes(model)
 
     def dense(self, site):
         return super().dense(site) * _megabytes(site.layer.variable_dtype)
 
     def chain(self, site, method, ranks):
         return super().chain(site, method, ranks) * _megabytes(site.layer.variable_dtype)
+
+
+def megabytes(model):
+    """Return the size of a model's weights in 10⁶ bytes."""
+    return sum(_megabytes(weight.dtype) * math.prod(weight.shape) for weight in model.weights)
 
 
 def _megabytes(dtype):
@@ -90,22 +104,30 @@ class Planner:
         self._multiple, self._options, self._progress = multiple, options, progress
         self._candidates = {}  # path -> list of lists of `Candidate`
 
-    def given(self, ranks):
-        """Return the plan of the user: dict path -> ranks, or path -> (method, ranks)."""
-        return {path: self._given(self._chosen[path], value) for path, value in ranks.items()}
+    def given(self, ranks, methods):
+        """Return the plan of the user.
+
+        Args:
+            ranks: dict path -> ranks, or path -> (method, ranks).
+            methods: classes of which an unnamed method is one.
+        """
+        for path in ranks:
+            if path not in self._chosen:
+                raise ValueError(f"ranks= takes exact paths of layers that are not excluded; got {path!r}")
+        return {path: self._given(self._chosen[path], value, methods) for path, value in ranks.items()}
 
     @staticmethod
-    def _given(site, value):
-        named = isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], (str, type))
-        method, ranks = (factorizations.get(value[0]), value[1]) if named else (site.methods[0], value)
-        if method not in site.methods:
-            raise ValueError(f"layer {site.node.path!r} can't be factorized by {method.name}")
-        if not named and len(site.methods) > 1:
+    def _given(site, value, methods):
+        path, named = site.node.path, named_method(value)
+        allowed = [method for method in site.methods if method is named or (named is None and method in methods)]
+        if not allowed:
+            names = " or ".join(method.name for method in ([named] if named else methods))
+            raise ValueError(f"layer {path!r} can't be factorized by {names}")
+        if len(allowed) > 1:
             raise ValueError(
-                f"ranks must name the method where several are allowed: {{{site.node.path!r}: "
-                f"({method.name!r}, {value!r})}}"
+                f"ranks must name the method where several are allowed: {{{path!r}: ({allowed[0].name!r}, {value!r})}}"
             )
-        return Choice(method, method.check_ranks(site.kernel_shape, ranks))
+        return Choice(allowed[0], allowed[0].check_ranks(site.kernel_shape, value[1] if named else value))
 
     def by_ratio(self, ratio):
         """Return the plan at which each kernel keeps at most this share of its parameters.

@@ -12,7 +12,7 @@ from fcnn_utils._report_page import change
 COSTS = ["params_before", "params_after", "macs_before", "macs_after"]
 COLUMNS = ["layer", "method", "ranks", "relative_error", "degeneracy", *COSTS, "reason"]
 MEASURED = ["size_mb_before", "size_mb_after", "latency_before_ms", "latency_after_ms", "speedup", "engine", "batch"]
-MEASURED += ["output_change", "metric", "metric_calls"]
+MEASURED += ["output_change", "loss", "metric", "metric_calls"]
 _BYTES = 4  # of a parameter in float32
 
 
@@ -46,6 +46,7 @@ class Report(pd.DataFrame):
                 speedup: of the new network; default: the ratio of the two times.
                 engine, batch: what was timed.
                 output_change: relative change of the outputs, as a fraction.
+                loss: what `max_loss` bounds.
                 metric, metric_calls: the user's metric of the network, and how often it was computed.
 
         Returns:
@@ -141,6 +142,8 @@ def _measurements(totals):
         parts.append(_report_page.time_change(totals))
     if "output_change" in totals:
         parts.append(f"output change {totals['output_change']:.2%}")
+    if "loss" in totals:
+        parts.append(f"loss {totals['loss']:.3g}")
     if "metric" in totals:
         parts.append(f"metric {totals['metric']:.4g} (computed {totals['metric_calls']} times)")
     return parts

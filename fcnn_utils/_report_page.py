@@ -174,6 +174,8 @@ def _totals_table(totals):
         rows.append((what, f"{before:.3g} ms", f"{after:.3g} ms", faster))
     if "output_change" in totals:
         rows.append(("Change of the outputs", "", f"{totals['output_change']:.2%}", ""))
+    if "loss" in totals:
+        rows.append(("Loss", "", f"{totals['loss']:.3g}", ""))
     if "metric" in totals:
         rows.append((f"Metric, computed {totals['metric_calls']} times", "", f"{totals['metric']:.4g}", ""))
     body = "".join(

@@ -65,7 +65,7 @@ class Site:
             "channels come first": getattr(layer, "data_format", "channels_last") != "channels_last",
             "depthwise": self.kind.groups > 1 and self.kernel_shape[-2] == 1,
             "its kernel has a constraint": layer.kernel_constraint is not None,
-            "its weights are quantized or have a LoRA": keras_graph.is_quantized(layer)
+            "its weights are quantized or have a LoRA adapter": keras_graph.is_quantized(layer)
             or getattr(layer, "lora_enabled", False),
         }
         return next((reason for reason, holds in refusals.items() if holds), "")

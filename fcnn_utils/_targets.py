@@ -78,15 +78,15 @@ def by_speedup(model, chosen, planner, speedup, engine, batch, threads, progress
     whole, and the limit corrected, until the measured speed-up is met. If it cannot be met, the nearest plan is
     returned with a warning.
     """
+    clock = Clock(engine, batch, threads, weight_bytes=4 * model.count_params())  # first: it checks what it is given
     timer = Timer(model, chosen, engine, batch, threads)
-    planner.predict(0.25)  # widely: a share of the time is not one of the parameters
-    clock = Clock(engine, batch, threads, weight_bytes=4 * model.count_params())
     requests = [(site, None, None) for site in chosen.values()]
     for site in chosen.values():
         for method in site.methods:
             low, high = (planner.ranks(site, method, share) for share in _RANGE)
             requests += [(site, method, ranks) for ranks in clock.ladder(site, method, low, high)]
     clock.measure(requests, progress)
+    planner.predict(0.25)  # widely: a share of the time is not one of the parameters
     costs = Seconds(clock, timer.seconds)
     least, limit, tried = planner.smallest(costs), costs.total / speedup, []
     for _ in progress.over(range(_ROUNDS), "networks timed", name=lambda _: f"{tried[-1][0]:.2f} times as fast"):
@@ -126,16 +126,25 @@ class Metric:
     Args:
         function: from a keras.Model to a number, higher is better.
         at_least: the bound.
+        is_loss: whether the number is minus a loss.
     """
 
-    def __init__(self, function, at_least):
-        self._function, self.at_least, self.calls = function, at_least, 0
+    def __init__(self, function, at_least, is_loss=False):
+        self._function, self.at_least, self._is_loss, self.calls = function, at_least, is_loss, 0
 
     @classmethod
     def of_loss(cls, model, images, max_loss):
         """Make the metric whose bound is a largest change of the outputs on these images."""
         before = outputs_of(keras_graph.in_float32(model), images)
-        return cls(lambda new: -output_change(before, outputs_of(keras_graph.in_float32(new), images)), -max_loss)
+
+        def minus_loss(new):
+            return -output_change(before, outputs_of(keras_graph.in_float32(new), images))
+
+        return cls(minus_loss, -max_loss, is_loss=True)
+
+    def note(self, value):
+        """Return what the report notes of the final network."""
+        return {"loss": -value} if self._is_loss else {"metric": value, "metric_calls": self.calls}
 
     def __call__(self, model):
         value = self._function(model)
@@ -162,9 +171,12 @@ def cheapest(model, planner, costs, metric, build, progress):
     Raises:
         ValueError: the dense network does not have the metric.
     """
-    value = metric(model)
-    if value < metric.at_least:
-        raise ValueError(f"the metric must be at most that of the dense network, {value:g}; got {metric.at_least:g}")
+    dense_value = metric(model)
+    if dense_value < metric.at_least:
+        raise ValueError(
+            f"the least value of the metric must be at most that of the dense network, {dense_value:g}; got "
+            f"{metric.at_least:g}"
+        )
     planner.predict(0.2)
     low, high, best = planner.smallest(costs), costs.total, None
     for _ in progress.over(range(_EVALUATIONS), "networks tried"):
@@ -175,5 +187,5 @@ def cheapest(model, planner, costs, metric, build, progress):
             best, high = (new, report, value), middle
         else:
             low = middle
-    new, report, value = best or (*build({}), value)
-    return new, report.note(metric=value, metric_calls=metric.calls)
+    new, report, value = best or (*build({}), dense_value)
+    return new, report.note(**metric.note(value))

@@ -31,7 +31,7 @@ def trace_model(model):
             "layers and keras.ops, or make it functional"
         ) from error
     warnings.warn(
-        f"model {model.name!r} is subclassed: it was traced, keras.Model(x, model.call(x)), and is functional here",
+        f"model {model.name!r} is subclassed: it was traced, and the functional keras.Model(x, model.call(x)) is used",
         stacklevel=4,
     )
     return traced

@@ -24,16 +24,16 @@ def fold_batch_norm(model, dtype=None, *, report=False):
         y = γ (W x + b − μ) / √(σ² + ε) + β  =  (γ / √(σ² + ε)) W x + γ (b − μ) / √(σ² + ε) + β
 
     The layer must be a channels-last convolution or Dense of Keras, without activation, LoRA and quantization.
-    Only the normalisation may read its output. Each is called once, and the normalisation, which is over the
-    last axis, not with `training=True`. Several normalisations in a row fold one after another.
+    Only the normalisation may read its output. Both must be called exactly once. The normalisation must be over the
+    last axis, and must not be called with `training=True`. Several normalisations in a row fold one after another.
 
-    Where that is not possible, a normalisation becomes part of such a layer behind it, which may have an activation:
+    If that is not possible, a normalisation is folded into such a layer after it, which may have an activation:
 
         W (a x + s) + b  =  (W a) x + (W s + b),    a = γ / √(σ² + ε),    s = β − a μ
 
-    It must be the only layer that reads the normalisation. The zeros that a convolution adds at the border are not
-    shifted by s, so it must add none, or s must be 0. The outputs of a transposed convolution meet different parts of
-    the kernel, so s must be 0, unless its kernel and strides are 1.
+    This layer must be the only one that reads the normalisation. A convolution does not shift its padding zeros by s.
+    Therefore it must have no padding, or s must be 0. The outputs of a transposed convolution use different parts of
+    its kernel. Therefore s must be 0, unless its kernel size and strides are 1.
 
     Other normalisations stay. The outputs are equal up to rounding. Do not train the new model.
 

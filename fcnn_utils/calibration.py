@@ -22,16 +22,18 @@ def check_images(model, images):
     Args:
         model: built functional or Sequential model.
         images: (N, H, W, C) for a model with one input; a list or a dict (by input name) of arrays for several.
-            Or an iterable of such batches: a tf.data.Dataset, a generator, a PyTorch DataLoader, a
-            keras.utils.PyDataset; at most 2,000 inputs are taken from it. Pairs (inputs, labels) are taken without the
-            labels.
+            Or an iterable of such batches: a tf.data.Dataset, a generator, a PyTorch DataLoader or a
+            keras.utils.PyDataset, of which at most 2,000 inputs are used. Labels in pairs (inputs, labels) are ignored.
+
+    Returns:
+        list of arrays (N, ...), in the dtypes and the order of the model's inputs.
 
     Raises:
-        ValueError: the shapes or types do not fit the model's inputs, there are none, or they are not finite.
-            Also if the images are integers, but the model has neither integer inputs nor a layer that rescales them.
+        ValueError: the images do not have the shapes or types of the model's inputs, there are none, or they are not
+            finite. Or they are integers, and the model has neither integer inputs nor a layer that rescales them.
 
     Warns:
-        UserWarning: they are unlike the images of the training, by the statistics of the first batch norm.
+        UserWarning: the images differ from those of the training, by the statistics of the first batch norm.
     """
     inputs = _calibration_inputs.take(model, images)
     _calibration_inputs.warn_if_unlike_training(model, inputs)
@@ -95,11 +97,11 @@ def refit_layers(new, model, images, *, progress=None):
     The chains are refitted in their order in the model. In each, only the last layer changes: it gets the weights
     and the bias at which its output is nearest to that of the original layer. It reads what the refitted layers
     before it compute, so it corrects their errors, too (asymmetric reconstruction: Zhang et al. 2015, arXiv
-    1505.06798). If a layer has no bias, the means of the batch norms behind it are shifted instead; without these
-    the mean is part of the fit. A layer is taken for factorized if its kernel has another shape than in `model`.
-    Grouped and transposed layers at the end of a chain keep their weights; only their mean output is corrected, by the
-    bias or the batch norms. EinsumDense layers with a bias that is not one value for each column of their matrix are
-    left. `new` is changed in place.
+    1505.06798). If a layer has no bias, the moving means of the batch norms after it are shifted instead. If there are
+    no such batch norms, the mean is part of the fit. A layer counts as factorized if its kernel has another shape than
+    in `model`. Grouped and transposed layers at the end of a chain keep their weights. Only their mean output is
+    corrected, by the bias or by the batch norms after them. An EinsumDense layer stays as it is if its bias is not one
+    value for each column of its matrix. `new` is changed in place.
 
     Args:
         new: a factorized copy of `model`, from `compress.factorize`, whose layers keep their names.

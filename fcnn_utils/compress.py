@@ -15,7 +15,7 @@ import numpy as np
 from fcnn_utils import _clock, _targets, calibration, factorizations, keras_graph
 from fcnn_utils._checks import check_choice, check_number
 from fcnn_utils._network_runs import outputs_of
-from fcnn_utils._planning import COSTS, Planner
+from fcnn_utils._planning import COSTS, Planner, megabytes, named_method
 from fcnn_utils._progress import Progress
 from fcnn_utils._report import Report
 from fcnn_utils._sites import choose, find_sites
@@ -60,30 +60,35 @@ def factorize(
     layers before it are NAME_in, NAME_depthwise, ... Stride, padding, dilation, initializers, regularizers, dtype
     policy and `trainable` are kept. Everything else is copied.
 
-    Give one target: `ratio`, `ranks`, `macs`, `params`, `size_mb`, `speedup`, `max_loss` or `metric`. With `images`, a
-    budget is dealt out over all layers
-    and methods so that the predicted loss is smallest (`sensitivity.predict_losses`). Without them, one ratio serves
-    all layers, and of several methods each layer gets that with the smallest error of its kernel.
+    Give exactly one target: `ratio`, `ranks`, `macs`, `params`, `size_mb`, `speedup`, `max_loss` or `metric`. With
+    `images`, a budget is distributed over all layers and methods so that the predicted loss is smallest
+    (`sensitivity.predict_losses`). Without `images`, all layers keep the same ratio, and each layer gets the method
+    with the smallest error of its kernel.
 
     Args:
         model: built functional or Sequential model.
         method: "cp", "cp4", "tucker", "tt", "svd", "spatial" or "separable"; a class of `factorizations`; a list of
             these, from which each layer gets the best; or "auto" for svd, spatial, tucker and cp.
         ratio: largest share of each converted kernel's parameters that is kept, in (0, 1].
-        ranks: dict path -> ranks of each layer to convert, or path -> (method, ranks).
+        ranks: dict path -> ranks of each layer to convert, for one `method`; or path -> (method, ranks), with any
+            method. Paths must be exact, and none may be in `exclude`.
         macs: largest number of multiply-adds of the whole network for one image. If the dense network needs no more,
-            all layers stay dense. So it is for `params` and `size_mb`.
+            all layers stay dense. The same holds for `params` and `size_mb`.
         params: largest number of weights of the whole network.
-        size_mb: largest size of these weights in 10⁶ bytes.
-        speedup: how many times as fast as the dense network it shall be in `engine`, both with their batch norms
-            folded (`fold_batch_norm`). Layers and chains are timed there once for each machine and kept in
-            `~/.cache/fcnn-utils` (or `FCNN_CACHE`); then whole networks are timed until the speed-up is met. Nothing
-            else should run meanwhile. If it can't be met, the nearest network is returned, with a warning.
-        max_loss: largest change of the outputs on `images`; the network with the fewest MACs is searched. The change
-            is the mean Kullback-Leibler divergence from the dense network's probabilities, in nats; for other outputs,
-            their squared change relative to their variance.
-        metric: (function, at_least): the network with the fewest MACs for which `function(network)`, such as its
-            accuracy on your validation set, is at least this. The function is called eight times.
+        size_mb: largest size of these weights in 10⁶ bytes, in the precision in which the model stores them.
+        speedup: how many times as fast as the dense network the new one must be in `engine`, both with their batch
+            norms folded (`fold_batch_norm`). `images` and a fixed input size are required. Layers and chains are timed
+            once for each machine; these times are kept in `~/.cache/fcnn-utils` (or `FCNN_CACHE`). Then up to four
+            whole networks are timed, until one meets the speed-up. Nothing else should run meanwhile. If none meets
+            it, the fastest is returned, with a warning if it misses the speed-up by more than 5%.
+        max_loss: largest change of the outputs on `images`, which are required, as is a fixed input size. You get the
+            cheapest of six networks, as with `metric`. The change is the mean Kullback-Leibler divergence from the
+            dense network's probabilities, in nats. For other outputs it is their mean squared change relative to their
+            variance.
+        metric: (function, at_least). Six networks are tried, by bisection on their MACs. You get the cheapest one for
+            which `function(network)`, such as its accuracy on your validation set, is at least `at_least`; if there is
+            none, a copy of the dense network. The function is called seven times. `images` and a fixed input size are
+            required.
         engine: with `speedup`, "onnxruntime", "openvino" or "litert".
         batch: with `speedup`, images per call.
         threads: with `speedup`, threads of the engine; default: all processors.
@@ -94,13 +99,13 @@ def factorize(
         images: a few hundred inputs (N, H, W, C), normalised as in training, without labels; or a list, a dict, a
             dataset or another stream of batches (`calibration.check_images`). The factors are then fitted to what the
             layers compute on them (`calibration.refit_layers`).
-        uniform: with a budget and `images`, use one ratio for all layers.
+        uniform: with `images` and `macs`, `params` or `size_mb`: use one ratio for all layers. Other targets ignore it.
         multiple: ranks are multiples of this (or the maximum rank). Default: 16 with `speedup`, because engines compute
             blocks of 16 channels; else 1.
         seed: seed of the random numbers in a CP's starts.
         verbose: 1 to print progress if it takes longer than half a second, 0 to print nothing.
-        options: of the decompositions; each goes to the methods that have it. A CP's norms are bounded by
-            `max_norm=1.0` by default.
+        options: options of the decompositions; each is passed to the methods that have it. The default for CP is
+            `max_norm=1.0`, which bounds the norms of its components.
 
     Returns:
         (new model, report). The report is a DataFrame with a row for each layer with weights: layer, method, ranks,
@@ -130,7 +135,9 @@ def factorize(
     check_choice("uniform", uniform, (True, False))
     if kind == "ranks" and layers is not None:
         raise ValueError("ranks= names the layers already: leave out layers=")
-    options_of = _options(methods, options, seed)
+    named = [named_method(value) for value in target.values()] if kind == "ranks" else []
+    offered = list(dict.fromkeys([*methods, *filter(None, named)]))
+    options_of = _options(offered, options, seed)
     if images is None and kind in ("speedup", "max_loss", "metric"):
         raise ValueError(f"{kind}= needs images=: a few hundred inputs of the model, without labels")
     if images is not None:
@@ -138,13 +145,13 @@ def factorize(
             images = calibration.check_images(model, given)
 
     sites = find_sites(model)
-    chosen = choose(sites, target if kind == "ranks" else layers, exclude, model, methods)
+    chosen = choose(sites, target if kind == "ranks" else layers, exclude, model, offered)
     planner = Planner(model, chosen, images, multiple, options_of, progress)
     builder = _Builder(model, sites, chosen, images, options_of, progress)
     if kind == "ranks":
-        return builder(planner.given(target))
+        return builder(planner.given(target, methods))
     if kind == "ratio":
-        return builder(planner.by_ratio(target), f"at rank {multiple} it keeps more than the ratio")
+        return builder(planner.by_ratio(target), f"even rank {multiple} keeps more than the ratio")
     if kind == "speedup":
         plan, measured = _targets.by_speedup(model, chosen, planner, target, engine, batch, threads, progress)
         new, report = builder(plan)
@@ -232,7 +239,8 @@ class _Builder:
                 chain = chains[id(site.layer)] = site.chain(parts[0].layers, taken, parts)
                 row |= _row_of_chain(site, plan[path].method, parts, chain)
             rows.append(row)
-        new, report = keras_graph.rebuild(self._model, chains), Report.of(rows)
+        new = keras_graph.rebuild(self._model, chains)
+        report = Report.of(rows, size_mb_before=megabytes(self._model), size_mb_after=megabytes(new))
         if self._images is None:
             return new, report
         calibration.refit_layers(new, self._model, self._images, progress=self._progress)

@@ -95,8 +95,9 @@ def load(model, engine=None, *, precision="float32", threads=None):
 
     Returns:
         A function from images (N, H, W, C) to the model's output (N, ...), both NumPy arrays. If the model has
-        several inputs or outputs: it takes a list or dict of arrays and returns the structure of the model's outputs.
-        The inputs are cast to the dtypes that the model reads. Outside Keras it is an `_engines.Runner`.
+        several inputs or outputs, the function takes a list or dict of arrays and returns the structure of the model's
+        outputs. It casts the inputs to the dtypes that the model reads. For engines other than Keras it is an
+        `_engines.Runner`.
 
     Raises:
         ValueError: an argument is not as above, the file does not exist or is damaged, the engine is not
@@ -372,7 +373,7 @@ def _check_installed(engine, exports):
 
 
 def _obstacle(engine, exports):
-    """Return one sentence that says why the engine cannot be used, or with `exports` exported to; "" if it can."""
+    """Return why an engine cannot be used, or with `exports` why no model can be exported to it; "" if it can."""
     if engine == "keras":
         return ""
     packages = _RUNTIMES[engine]

@@ -82,15 +82,17 @@ def fine_tune(
     squared error for other outputs; several outputs are summed (`_losses.distance`). The teacher runs in inference
     mode and does not change. Sample and class weights act on the loss of the labels alone.
 
-    Whether the student ends in probabilities or logits is read from its graph: a softmax or a sigmoid at the end makes
-    probabilities. A linear end is taken for logits if the loss is a cross-entropy or the labels are classes (whole
-    numbers or one-hot), else for values. Say `from_logits` if the graph does not show it, as in a subclassed model.
+    The student's graph shows whether its outputs are probabilities or logits: a softmax or a sigmoid at the end gives
+    probabilities. A linear end counts as logits in three cases: the loss is a cross-entropy, the labels are classes
+    (whole numbers or one-hot), or the teacher ends in a softmax or a sigmoid. Otherwise it counts as plain values. Give
+    `from_logits` if the graph does not show it, as in a subclassed model.
 
-    In a short training the moving averages of batch norms would stay those of the old weights. Therefore the momentum
-    of a batch norm is lowered meanwhile, if necessary, to 1 − 3 / steps: at most 5% of the old average are then left.
+    In a short training, the moving averages of batch norms would remain those of the old weights. Therefore the
+    momentum of batch norms is lowered during the training, if necessary, to 1 − 3 / steps. At most 5% of the old
+    average then remain.
 
     Afterwards the student is compiled with the loss of the labels, the metrics, and a new optimizer with the same
-    settings. So `evaluate` works, and another `fit` starts the schedule anew.
+    settings. Therefore `evaluate` works, and another `fit` starts the schedule anew.
 
     Args:
         student: built keras.Model, such as the result of `compress.factorize`. It is changed.
@@ -105,8 +107,8 @@ def fine_tune(
         metrics: as in `compile`; default: the accuracy if the loss is a cross-entropy.
         epochs: passes over the data.
         batch_size: of arrays; default 128.
-        steps_per_epoch: batches per epoch, as in `fit`; required for a generator and a dataset of unknown length. They
-            must go on for all epochs.
+        steps_per_epoch: batches per epoch, as in `fit`; required for a generator and for a dataset of unknown length.
+            Both must have enough batches for all epochs.
         learning_rate: largest rate; or a `keras.optimizers.schedules.LearningRateSchedule`, which is used as it is.
         warmup: share of all steps in which the rate rises from 0.
         clip_norm: largest norm of the gradient of all weights together; None for no limit.
@@ -227,7 +229,7 @@ def _quick_batch_norms(student, steps):
 
 
 class _StopIfNotFinite(keras.callbacks.Callback):
-    """Raise `Diverged` at the first loss, or the first end of an epoch with a weight, that is not finite."""
+    """Raise `Diverged` when a loss is not finite, or when a weight is not finite at the end of an epoch."""
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch = epoch + 1
@@ -255,14 +257,17 @@ def _check_models(student, teacher):
     if not student.trainable_variables:
         raise ValueError(f"student {student.name!r} has no trainable weights: unfreeze some layers")
     if teacher is not None and {id(each) for each in student.variables} & {id(each) for each in teacher.variables}:
-        raise ValueError("student and teacher share weights, so that the teacher would change, too: give it a copy")
+        raise ValueError(
+            "student and teacher share weights, so training would change the teacher, too: give a copy of the model as "
+            "teacher="
+        )
 
 
 def _share(distillation, teacher, labels):
     """Return the weight of the distance from the teacher."""
     if teacher is None:
         if labels is None:
-            raise ValueError("there is nothing to learn from: give labels, train=(x, y), or teacher=, the dense model")
+            raise ValueError("there is nothing to learn from: give labels, as train=(x, y), or a teacher=")
         if distillation:
             raise ValueError(f"distillation is {distillation}, and there is no teacher: give teacher=, the dense model")
         return 0.0

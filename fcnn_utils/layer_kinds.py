@@ -129,7 +129,7 @@ class KernelLayer:
         return set(self.einsum.output_axes(count)) if self.einsum else {count - 1}
 
     def keras_bias(self, values):
-        """Return a value for each filter, (T,), or one for all, (), in a shape that adds to the layer's bias."""
+        """Reshape `values`, (T,) for each filter or () for all, so that they can be added to the layer's bias."""
         if not self.einsum or not np.ndim(values):
             return values
         return self.einsum.to_bias(values, self.layer.kernel.shape, self.layer.bias.shape)

@@ -3,9 +3,9 @@
     result = quantize(small, images, "small-int8.onnx")
     run = deploy.load("small-int8.onnx")
 
-Weights and activations become 8-bit integers: x ≈ scale · (q − zero). Weights have a scale for each output channel,
-an array of activations has one for all channels, from its range on the images (static quantization). The quantizer is
-that of the engine: ONNX Runtime's own, NNCF for OpenVINO, TensorFlow's converter for LiteRT.
+Weights and activations become 8-bit integers q, with x ≈ scale · (q − zero). Weights have one scale for each output
+channel. An array of activations has one scale for all channels, which follows from its range on the images (static
+quantization). Each engine has its own quantizer: ONNX Runtime's, NNCF for OpenVINO, TensorFlow's converter for LiteRT.
 """
 
 import contextlib
@@ -57,14 +57,15 @@ class Quantized:
 def quantize(model, images, path):
     """Quantize a model to int8 and write it in the format of the suffix: .onnx, .xml (OpenVINO) or .tflite (LiteRT).
 
-    Batch norms are folded first. Between linear layers, such as those of a factorized layer, the ranges of the
-    channels are evened out, which changes nothing in float32. The float file is compared with Keras as in
-    `deploy.export`; then the engine's quantizer makes the int8 file from it, and both run on the images. Layers
-    that the quantizer does not know stay in float32, and so do the inputs and outputs of the file.
+    Batch norms are folded first. The ranges of the channels between linear layers, such as those of a factorized
+    layer, are evened out, which changes nothing in float32. A float32 file is written and compared with Keras, as in
+    `deploy.export`. Then the engine's quantizer writes the int8 file: for LiteRT from the Keras model, for the other
+    engines from the float32 file. Both files are run on the images. Layers that the quantizer does not know stay in
+    float32, and so do the inputs and outputs of the file.
 
-    NNCF must be installed for OpenVINO (`pip install nncf`). It would report its use to Intel; here it does not.
-    Processors without 8-bit dot products (VNNI, Arm's dotprod) are slower in int8, and on x86 sums may saturate:
-    measure the outputs again on such a machine.
+    For OpenVINO, install NNCF (`pip install nncf`). NNCF reports its use to its authors by default; here this is
+    switched off. On processors without 8-bit dot products (VNNI, Arm's dotprod) int8 may be slower than float32, and on
+    x86 processors sums may saturate: compare the outputs again on such a machine.
 
     Args:
         model: built, functional or Sequential, as in `deploy.export`. It does not change.

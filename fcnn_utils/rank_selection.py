@@ -189,7 +189,7 @@ def allocate(options, budget):
 
 
 def _undominated(choices):
-    """Return the choices without those that cost as much as another one and lose as much."""
+    """Return the choices without those that cost at least as much as another one and lose at least as much."""
     kept = []
     for choice in sorted(choices, key=lambda choice: choice[1:]):
         if not kept or choice[2] < kept[-1][2]:

@@ -8,9 +8,10 @@ more than 10,000 values for one output, are not refitted: only the mean of their
 The loss is the mean Kullback-Leibler divergence from the probabilities of the unchanged model, if the outputs of an
 image sum to 1 (one softmax). For other models it is the squared change of the outputs relative to their variance.
 
-`layer_sensitivity` measures this loss for one method. `predict_losses` takes any number of methods and ranks: it
-computes the error of the layer's output for each of them from the patches' covariance, measures the loss for a few, and
-interpolates the others by their output errors.
+`layer_sensitivity` measures this loss for one method. `predict_losses` predicts it for any number of methods and ranks.
+For layers that are refitted, it computes the error of the layer's output from the covariance of the patches, measures
+the loss for a few decompositions, and interpolates the others by their output errors. For the other layers it measures
+every loss.
 """
 
 import dataclasses
@@ -41,8 +42,8 @@ class Candidate:
     Attributes:
         method: class of the factorization.
         ranks: tuple of ints.
-        loss: predicted loss of the network.
-        options: dict, options of the decomposition that come from the images.
+        loss: predicted loss of the network when only this layer is factorized (see the module).
+        options: dict of the decomposition options that were computed from the images: `outputs` of SVD, or empty.
     """
 
     method: type
@@ -86,9 +87,9 @@ def predict_losses(model, images, ladders, *, progress=None):
 
     Args:
         model: built functional or Sequential model. It is not changed.
-        images: see `calibration.check_images`. The first 256 are used for the output errors, the first 16 to 64,
-            fewer for larger networks, for the losses.
-        ladders: dict path -> list of (method, list of ranks, options of the decomposition). With at least one rank.
+        images: see `calibration.check_images`. The output errors are computed on the first 256 images. The losses are
+            measured on the first 16 to 64: the larger the network, the fewer.
+        ladders: dict path -> list of (method, list of at least one tuple of ranks, options of the decomposition).
         progress: `Progress` to print with, or None.
 
     Returns:
@@ -251,9 +252,10 @@ def _losses(trial, groups):
 def _measured_curve(trial, groups, errors):
     """Measure the loss of a few decompositions of a layer; return the function from an output error to a loss.
 
-    Those are taken whose errors are nearest to the smallest and the largest that may be chosen, and to the middle. The
-    function is linear on logarithmic axes between them. Below them its slope is 1: the loss is then proportional to the
-    squared error of the output. Above them it goes on as it rose, with a slope of 1 to 2.
+    The measured decompositions are those whose errors are nearest to the smallest error that may be chosen, to the
+    largest, and to the middle. Between them the function is linear on logarithmic axes. Below them its slope is 1: the
+    loss is proportional to the squared error of the output. Above them it continues with the last slope, limited to the
+    range 1 to 2.
     """
     steps = dict(zip(itertools.chain(*errors), itertools.chain(*groups), strict=True))
     known = sorted(error for error in steps if error > _EXACT)

@@ -331,7 +331,7 @@ def test_piece_that_an_engine_cannot_run_is_named(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(_small_models, "start", fail)
-    with pytest.raises(ValueError, match="ONNX Runtime cannot run a layer that shall be timed, Piece.*no such kernel"):
+    with pytest.raises(ValueError, match="ONNX Runtime cannot run a layer that must be timed, Piece.*no such kernel"):
         Clock("onnxruntime").measure([(conv(), None, None)])
 
 

@@ -112,19 +112,24 @@ def test_factorize_fits_to_images(here, capfd):
 
 
 def test_factorize_passes_on_only_what_was_given(here, calls):
-    assert run("factorize model.keras --report a.html") == 0
-    words = "--method cp,tucker --ratio 0.5 --macs 1.5k --params 2M --size-mb 3 --speedup 2 --max-loss 0.1 --batch 8 "
-    words += "--engine keras --threads 2 --layers conv1,conv2 --exclude classes --uniform --multiple 4 --seed 1 --quiet"
+    targets = {"ratio": ("0.5", 0.5), "macs": ("1.5k", 1500), "params": ("2M", 2e6), "size_mb": ("3", 3)}
+    for name, (text, value) in targets.items():
+        assert run(f"factorize model.keras --report a.html --{name.replace('_', '-')} {text}") == 0
+        assert calls.pop() == {name: value}
+    words = "--method cp,tucker --speedup 2 --batch 8 --engine openvino --threads 2 --layers conv1,conv2 "
+    words += "--exclude classes --uniform --multiple 4 --seed 1 --quiet --images images.npy"
     assert run(f"factorize model.keras --report a.html {words}") == 0
-    assert run("factorize model.keras --report a.html --method svd") == 0
-    given = {"method": ["cp", "tucker"], "ratio": 0.5, "macs": 1500, "params": 2e6, "size_mb": 3, "speedup": 2}
-    given |= {"max_loss": 0.1, "batch": 8, "engine": "keras", "threads": 2, "layers": ["conv1", "conv2"]}
-    given |= {"exclude": ["classes"], "uniform": True, "multiple": 4, "seed": 1, "verbose": 0}
-    assert calls == [{}, given, {"method": "svd"}]
+    given = calls.pop()
+    assert np.array_equal(given.pop("images"), np.load("images.npy"))
+    expected = {"method": ["cp", "tucker"], "speedup": 2, "batch": 8, "engine": "openvino", "threads": 2}
+    expected |= {"layers": ["conv1", "conv2"], "exclude": ["classes"], "uniform": True, "multiple": 4, "seed": 1}
+    assert given == expected | {"verbose": 0}
+    assert run("factorize model.keras --report a.html --method svd --max-loss 0.1 --images images.npy") == 0
+    assert calls.pop().items() >= {"method": "svd", "max_loss": 0.1}.items()
 
 
 def test_factorize_passes_scaled_pictures_on(here, calls):
-    assert run("factorize model.keras --report a.html --images photos --range -1 1 --max-images 2") == 0
+    assert run("factorize model.keras --ratio 0.5 --report a.html --images photos --range -1 1 --max-images 2") == 0
     expected = 2 * np.load("images.npy")[[0, 3]] - 1  # the pictures are of the model's size
     assert np.allclose(calls[0]["images"], expected, atol=2 / 255)
 
@@ -135,7 +140,7 @@ def test_warnings_are_lines_without_a_place_in_the_code(here, monkeypatch, capfd
         raise ValueError("stop here")
 
     monkeypatch.setattr(compress, "factorize", factorize)
-    assert run("factorize model.keras --report a.html") == 2
+    assert run("factorize model.keras --ratio 0.5 --report a.html") == 2
     assert capfd.readouterr().err.splitlines()[1:] == ["warning: the images look odd", "fcnn_utils: stop here"]
 
 
@@ -161,16 +166,19 @@ def test_bad_option_is_one_sentence_before_keras_is_needed(here, monkeypatch, ca
     monkeypatch.setattr(_commands, "_load", lambda path: pytest.fail("the model was loaded"))
     Path("folder.keras").mkdir()
     before = files()
-    assert message in error_of(f"factorize model.keras {arguments}", capfd) and files() == before
+    assert message in error_of(f"factorize model.keras --ratio 0.5 {arguments}", capfd) and files() == before
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ("--ratio 0", "ratio must be a number between"),
-        ("--images photos", "say how its training images were scaled: --range 0 1"),
-        ("--images photos --preprocess nope", "--preprocess must be one of convnext, "),
-        ("--images images.npy --max-images 0", "number of images must be a whole number between 1"),
+        ("", "give one of --ratio, --macs, --params, --size-mb, --speedup and --max-loss"),
+        ("--ratio 0.5 --macs 1k", "give one of --ratio, --macs, --params, --size-mb, --speedup and --max-loss"),
+        ("--speedup 2", "--speedup and --max-loss need --images"),
+        ("--ratio 0.5 --images photos", "say how its training images were scaled: --range 0 1"),
+        ("--ratio 0.5 --images photos --preprocess nope", "--preprocess must be one of convnext, "),
+        ("--ratio 0.5 --images images.npy --max-images 0", "number of images must be a whole number between 1"),
     ],
 )
 def test_bad_value_is_one_sentence_before_the_work(here, monkeypatch, capfd, arguments, message):
@@ -181,9 +189,9 @@ def test_bad_value_is_one_sentence_before_the_work(here, monkeypatch, capfd, arg
 
 def test_missing_engine_is_one_sentence_before_the_work(here, calls, monkeypatch, capfd):
     monkeypatch.setattr(deploy.importlib.util, "find_spec", lambda name: None)
-    message = error_of("factorize model.keras --output s.keras --export s.onnx", capfd)
+    message = error_of("factorize model.keras --ratio 0.5 --output s.keras --export s.onnx", capfd)
     assert "ONNX Runtime needs onnx, " in message and "pip install" in message
-    assert "LiteRT needs" in error_of("factorize model.keras --output s.keras --engine litert", capfd)
+    assert "LiteRT needs" in error_of("factorize model.keras --ratio 0.5 --output s.keras --engine litert", capfd)
     assert "OpenVINO needs" in error_of("latency model.keras --engine openvino", capfd) and not calls
 
 
@@ -192,7 +200,7 @@ def test_folder_that_cannot_be_written_is_refused_at_once(here, calls, monkeypat
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(_files.os, "replace", refuse)
-    error = error_of("factorize model.keras --output photos/s.keras", capfd)
+    error = error_of("factorize model.keras --ratio 0.5 --output photos/s.keras", capfd)
     assert "cannot write photos/" in error and "permission denied" in error and not calls
 
 
@@ -209,7 +217,7 @@ def test_missing_package_is_named_with_the_extra_that_has_it(here, monkeypatch, 
 
     monkeypatch.setattr(compress, "factorize", fail)
     monkeypatch.setattr(recipes, "get_recipe", fail)
-    arguments = "factorize model.keras --report a.html" if command == "factorize" else "train simple"
+    arguments = "factorize model.keras --ratio 0.5 --report a.html" if command == "factorize" else "train simple"
     assert run(arguments) == 2
     expected = f'fcnn_utils: this command needs {module}: pip install "{extra}" in a clone'
     assert capsys.readouterr().err.splitlines()[-1] == expected
@@ -220,7 +228,7 @@ def test_stopped_factorization_promises_no_continuation(here, monkeypatch, capsy
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compress, "factorize", stop)
-    assert run("factorize model.keras --report a.html") == 130
+    assert run("factorize model.keras --ratio 0.5 --report a.html") == 130
     assert capsys.readouterr().err.splitlines()[-1] == "stopped"
 
 

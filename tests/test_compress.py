@@ -476,7 +476,7 @@ def test_a_budget_that_leaves_no_choice_is_kept_with_images_too():
 def test_a_budget_needs_images_of_a_fixed_size():
     inputs = keras.Input((None, None, 8))
     model = keras.Model(inputs, layers.Conv2D(8, 3, name="conv")(inputs))
-    with pytest.raises(ValueError, match="a fixed input size: use params=, ratio= or ranks="):
+    with pytest.raises(ValueError, match="a fixed input size: use params=, size_mb=, ratio= or ranks="):
         compress.factorize(model, macs=1e6)
     new, report = compress.factorize(model, ratio=0.5)
     assert np.isnan(report["macs_after"][0]) and new(np.zeros((1, 9, 7, 8), "float32")).shape == (1, 7, 5, 8)
@@ -535,7 +535,11 @@ def test_invalid_arguments_are_rejected_with_what_is_allowed(zoo):
         ({"ratio": 0.5, "exclude": "nope*"}, "no layer 'nope.' with weights in model 'zoo'"),
         ({"ratio": 0.5, "exclude": "*"}, "no layer to factorize by cp .*: excluded"),
         ({"ranks": {"shared": 3}, "method": ["cp", "svd"]}, "must name the method .*: {'shared': .'cp', 3.}"),
-        ({"ranks": {"shared": ("tt", 3)}}, "layer 'shared' can't be factorized by tt"),
+        ({"ranks": {"shared": ("qr", 3)}}, "method must be one of"),
+        ({"ranks": {"point": ("cp", 3)}}, "layer 'point' can't be factorized: 1×1: only svd factorizes it"),
+        ({"ranks": {"point": 3}, "method": ["cp", "tt"]}, "layer 'point' can't be factorized: 1×1: only svd"),
+        ({"ranks": {"shar*": 3}}, "ranks= takes exact paths of layers that are not excluded; got 'shar.'"),
+        ({"ranks": {"shared": 3}, "exclude": "shared"}, "no layer to factorize|ranks= takes exact paths"),
         ({"size_mb": 1e-5}, "size_mb must be at least [0-9.]+ MB, with cp at rank 1"),
         ({"ratio": 0.5, "model": keras.Sequential([layers.Conv2D(4, 3)])}, "is not built"),
         ({"ratio": 0.5, "model": small_model(layers.Flatten())}, "no layer to factorize by cp .no layer has a kernel"),

@@ -67,11 +67,11 @@ def test_without_images_each_layer_gets_the_method_with_the_smallest_error(wide)
 
 def test_ranks_may_name_the_method_of_each_layer(wide):
     new, report = compress.factorize(
-        wide, ranks={"block_conv1": ("cp", 5), "block_conv2": ("tucker", (6, 7)), "hidden": ("svd", 3)}, verbose=0
+        wide, ranks={"block_conv1": ("cp", 5), "block_conv2": ("tt", (4, 6, 7)), "hidden": 3}, verbose=0
     )
     found = report[report["reason"] == ""].set_index("layer")
-    assert found["method"].to_dict() == {"block_conv1": "cp", "block_conv2": "tucker", "hidden": "svd"}
-    assert found["ranks"].tolist() == [(5,), (6, 7), (3,)] and new.output_shape == wide.output_shape
+    assert found["method"].to_dict() == {"block_conv1": "cp", "block_conv2": "tt", "hidden": "svd"}
+    assert found["ranks"].tolist() == [(5,), (4, 6, 7), (3,)] and new.output_shape == wide.output_shape
 
 
 def test_patterns_choose_and_exclude_layers(wide):
@@ -95,7 +95,9 @@ def test_the_cheapest_network_above_a_bound_is_found(wide):
     assert report.totals["metric_calls"] == len(calls) <= 8
     assert closeness(new) == pytest.approx(report.totals["metric"]) and report.totals["metric"] >= bound
     assert cost.total_costs(new)["macs"] < 0.7 * dense
-    with pytest.raises(ValueError, match="must be at most that of the dense network, .*0; got 1.5"):
+    with pytest.raises(
+        ValueError, match="the least value of the metric must be at most that of the dense network, .*0; got 1.5"
+    ):
         compress.factorize(wide, metric=(closeness, 1.5), images=images, verbose=0)
 
 
@@ -103,15 +105,38 @@ def test_the_largest_loss_is_kept_and_nearly_used():
     model, images = network(), pictures()
     found = {}
     for bound in (1e-3, 1e-2):
-        new, _ = compress.factorize(model, max_loss=bound, images=images, verbose=0)
-        assert change(model, new, images) <= bound
+        new, report = compress.factorize(model, max_loss=bound, images=images, verbose=0)
+        assert (
+            change(model, new, images) == pytest.approx(report.totals["loss"], rel=1e-3)
+            and report.totals["loss"] <= bound
+        )
         found[bound] = cost.total_costs(new)["macs"]
     assert found[1e-2] < found[1e-3] < cost.total_costs(model)["macs"]
+
+
+def test_the_dense_network_is_returned_if_no_other_is_good_enough(wide):
+    """With its own metric."""
+    values = iter([1.0, *[0.0] * 6])
+    new, report = compress.factorize(wide, metric=(lambda model: next(values), 0.5), images=pictures(), verbose=0)
+    assert report.totals["metric"] == 1.0 and report.totals["metric_calls"] == 7
+    assert cost.total_costs(new)["macs"] == cost.total_costs(wide)["macs"]
+
+
+def test_sizes_are_those_of_the_stored_precision():
+    x = inputs = keras.Input((8, 8, 8))
+    x = layers.Conv2D(16, 3, dtype="float16", name="conv")(x)
+    model = with_random_weights(keras.Model(inputs, x))
+    dense = 2 * model.count_params() / 1e6
+    new, report = compress.factorize(model, "svd", size_mb=0.5 * dense, verbose=0)
+    assert report.totals["size_mb_before"] == pytest.approx(dense)
+    assert report.totals["size_mb_after"] == pytest.approx(2 * new.count_params() / 1e6)
+    assert report.totals["size_mb_after"] <= 0.5 * dense
 
 
 def test_targets_that_cannot_be_are_rejected(wide):
     for arguments, message in (
         ({"speedup": 2}, "speedup= needs images="),
+        ({"speedup": 2, "engine": "keras", "images": pictures()}, "engine of the measured times must be one of"),
         ({"max_loss": 0.1}, "max_loss= needs images="),
         ({"metric": 3, "images": pictures()}, "metric must be .function of a model, least value.; got 3"),
         ({"metric": (lambda model: "high", 0), "images": pictures()}, "must return a finite number; got 'high'"),

@@ -1,5 +1,6 @@
 """Take calibration images in the forms that users have, and compare them with what the network was trained on."""
 
+import math
 import warnings
 
 import keras
@@ -25,7 +26,7 @@ def take(model, images):
                 f"calibration images are whole numbers ({array.dtype}), and model {model.name!r} has no Rescaling or "
                 "Normalization layer: normalise them as in training, and give floats"
             )
-    arrays = [array.astype(x.dtype) for array, x in zip(arrays, model.inputs, strict=True)]
+    arrays = [array.astype(x.dtype, copy=False) for array, x in zip(arrays, model.inputs, strict=True)]
     if not all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f"):
         raise ValueError("calibration images must be finite numbers; some are NaN or infinite")
     if len({len(array) for array in arrays}) > 1:
@@ -53,10 +54,13 @@ def warn_if_unlike_training(model, inputs):
     if norm is None:
         return
     reader = keras_graph.input_model(model, norm.path)
-    parts = [reader(part, training=False) for part in batches(reader, [x[:_CHECKED] for x in inputs], 64)]
-    values = np.concatenate([keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")) for x in parts])
-    values = values.reshape(-1, values.shape[-1]).astype(np.float64)
-    if not np.isfinite(values).all():
+    sums = []  # of each batch: count, sum and sum of squares for each channel
+    for part in batches(reader, [x[:_CHECKED] for x in inputs], 16):
+        x = keras.ops.convert_to_numpy(keras.ops.cast(reader(part, training=False), "float32"))
+        axes = tuple(range(x.ndim - 1))
+        sums.append((math.prod(x.shape[:-1]), x.sum(axes, dtype=np.float64), np.square(x).sum(axes, dtype=np.float64)))
+    count, total, squares = (sum(each) for each in zip(*sums, strict=True))
+    if not np.isfinite(squares).all():
         raise ValueError(
             f"layer {norm.path!r} reads values that are not finite on the calibration images: check their normalisation"
         )
@@ -64,8 +68,9 @@ def warn_if_unlike_training(model, inputs):
         np.asarray(keras.ops.convert_to_numpy(x), np.float64)
         for x in (norm.layer.moving_mean, norm.layer.moving_variance)
     )
-    trained, found = np.sqrt(variance.mean()), np.sqrt(values.var(axis=0).mean())
-    distance = np.sqrt(np.mean((values.mean(axis=0) - mean) ** 2 / (variance + norm.layer.epsilon)))
+    found_mean = total / count
+    trained, found = np.sqrt(variance.mean()), np.sqrt(max(np.mean(squares / count - found_mean**2), 0))
+    distance = np.sqrt(np.mean((found_mean - mean) ** 2 / (variance + norm.layer.epsilon)))
     if not trained / _FAR < found < trained * _FAR or distance > _FAR:
         warnings.warn(
             f"the calibration images do not look like the training images: at {norm.path!r} the standard deviation "

@@ -142,10 +142,6 @@ class EinsumMatrix:
         """Return an input as an array (*positions, S)."""
         return self._channels_last(x, self.reads, self.input_axes(x.ndim))
 
-    def output_rows(self, y):
-        """Return an output as an array (*positions, T), with the positions in the order of `input_rows`."""
-        return self._channels_last(y, self.writes, self.output_axes(y.ndim))
-
     def _channels_last(self, x, term, channels):
         kept = self._axes(x.ndim, term, [letter for letter in self.reads if letter not in self.kernel])
         further = [axis for axis in range(x.ndim) if axis not in kept + channels]

@@ -9,7 +9,8 @@ import numpy as np
 from fcnn_utils import keras_graph
 from fcnn_utils._conv_options import same_padding
 
-_TARGET_ROWS = 20_000  # about so many patches of a batch are read: neighbouring patches are redundant
+_ROWS = 100  # about so many patches of an image are read: neighbouring patches are redundant
+_WAITING_VALUES = 2**24  # of rows that are multiplied together
 
 
 class Moments:
@@ -20,18 +21,26 @@ class Moments:
     """
 
     def __init__(self, path):
-        self.path, self.count, self.shifts, self.totals, self.products = path, 0, None, [0, 0], [0, 0]
+        self.path, self.count, self._waiting = path, 0, []
+        self.shifts, self.totals, self.products = None, [0, 0], [0, 0]
 
     def add(self, rows, outputs):
-        both = [rows, outputs]
-        if self.shifts is None:
-            self.shifts = [x.mean(axis=0, dtype=np.float64).astype(np.float32) for x in both]
-        both = [x - shift for x, shift in zip(both, self.shifts, strict=True)]
-        for number, x in enumerate(both):
-            self.totals[number] = self.totals[number] + x.sum(axis=0, dtype=np.float64)
-            out = self.products[number] if self.count else None
-            self.products[number] = np.add(self.products[number], both[0].T @ x, out=out, dtype=np.float64)
+        """Add float32 rows and outputs; they are multiplied once there are enough of them."""
+        self._waiting.append((rows, outputs))
         self.count += len(rows)
+        if sum(rows.size for rows, _ in self._waiting) >= _WAITING_VALUES:
+            self._multiply()
+
+    def _multiply(self):
+        both, self._waiting = [np.concatenate(x) for x in zip(*self._waiting, strict=True)], []
+        is_first = self.shifts is None
+        if is_first:
+            self.shifts = [x.mean(axis=0, dtype=np.float64).astype(np.float32) for x in both]
+        for number, (x, shift) in enumerate(zip(both, self.shifts, strict=True)):
+            x -= shift  # of a new array
+            self.totals[number] = self.totals[number] + x.sum(axis=0, dtype=np.float64)
+            out = None if is_first else self.products[number]
+            self.products[number] = np.add(self.products[number], both[0].T @ x, out=out, dtype=np.float64)
 
     def normal_equations(self):
         """Return mean (D,) and covariance (D, D) of the rows, mean (T,) of the outputs and their covariance (D, T).
@@ -39,6 +48,8 @@ class Moments:
         Raises:
             ValueError: a row is not finite.
         """
+        if self._waiting:
+            self._multiply()
         if not all(np.isfinite(product).all() for product in self.products):
             raise ValueError(
                 f"layer {self.path!r} reads or computes values that are not finite on the calibration images: check "
@@ -70,10 +81,24 @@ def mean_output(layer, reads):
     return total / count
 
 
-def output_rows(kind, y):
-    """Return the outputs of a layer at the positions of `patch_rows`, as rows (positions, T)."""
-    y = kind.output_rows(keras.ops.convert_to_numpy(y))
-    return y[_positions(y.shape[:-1])]
+def linear_rows(kind):
+    """Return the function from what a layer reads to the rows (positions, T) that it computes from `patch_rows`.
+
+    Bias and activation are left out.
+    """
+    if kind.has_patches:
+        matrix = kind.kernels()[0].reshape(-1, kind.kernel_shape[-1])
+        return lambda x: patch_rows(kind, x) @ matrix
+    layer = keras_graph.copy_layer(kind.layer, activation="linear", activity_regularizer=None, use_bias=False)
+
+    def rows(x):
+        if not layer.built:
+            layer.build(tuple(x.shape))
+            layer.set_weights(kind.layer.get_weights()[:1])
+        y = keras.ops.convert_to_numpy(layer(x))
+        return y[_positions(y.shape[:-1])]
+
+    return rows
 
 
 def patch_rows(kind, x):
@@ -106,8 +131,8 @@ def patch_rows(kind, x):
 
 
 def _positions(shape):
-    """Return the indices (image, *position) of about `_TARGET_ROWS` positions, at most twice as many."""
-    step = math.prod(shape) // _TARGET_ROWS
+    """Return the indices (image, *position) of about `_ROWS` positions of each image, at most twice as many."""
+    step = math.prod(shape[1:]) // _ROWS
     step += 1 - step % 2
     while math.gcd(step, shape[-1]) > 1:  # else it would keep to some columns of the image
         step += 2

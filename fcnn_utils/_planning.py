@@ -9,6 +9,7 @@ from fcnn_utils import cost, factorizations, rank_selection, sensitivity
 
 _SMALLEST = 1e-9  # a fraction of the parameters that every smallest rank exceeds
 _TRIED = 5  # sizes of each layer and method whose loss is predicted from its own decomposition
+_LARGE = 500_000  # values of a kernel from which on only three sizes are tried, up to half of the parameters
 _STEPS = 60  # sizes between them, whose loss is interpolated
 
 
@@ -277,11 +278,12 @@ class Planner:
 
     def _ladder(self, site, share):
         """Return a list of (method, list of ranks) around a share of the layer's cost."""
-        ladder = []
+        is_large, ladder = math.prod(site.kernel_shape) > _LARGE, []
+        tried, most = (3, 0.5) if is_large else (_TRIED, 0.7)
         for method in site.methods:
             least = self._least_fraction(site, method)
-            ends = max(least, min(share / 4, 0.2)), max(least, min(3 * share, 0.7))
-            ranks = [self.ranks(site, method, float(fraction)) for fraction in np.geomspace(*ends, _TRIED)]
+            ends = max(least, min(share / 4, 0.2)), max(least, min(3 * share, most))
+            ranks = [self.ranks(site, method, float(fraction)) for fraction in np.geomspace(*ends, tried)]
             ladder.append((method, sorted(set(ranks))))
         return ladder
 

@@ -7,13 +7,18 @@ because many processors only emulate half precision.
 
 import keras
 import numpy as np
+import scipy.linalg
 from keras import layers
 
 from fcnn_utils import _calibration_inputs, keras_graph, layer_kinds
 from fcnn_utils._calibration_inputs import batches
-from fcnn_utils._network_runs import BATCH, Rest, following_norms
-from fcnn_utils._patches import Moments, linear_copy, mean_output, output_rows, patch_rows
+from fcnn_utils._network_runs import BATCH, Rest, affordable_images, following_norms
+from fcnn_utils._patches import Moments, linear_rows, mean_output, patch_rows
 from fcnn_utils._progress import Progress
+
+_PASS_MACS = 5e11  # the more multiply-adds a network has, the fewer images its refits use: these in all,
+_FEWEST_REFITTED = 128  # but at least this number
+_FEWEST_IMAGES = 128  # whose patches are enough, if there are enough patches
 
 
 def check_images(model, images):
@@ -43,8 +48,9 @@ def check_images(model, images):
 def patch_moments(model, node, images):
     """Estimate mean and covariance of the patches that a convolution or a Dense layer reads.
 
-    It stops once there are three times as many patches as a patch has values. If there are fewer in all, the covariance
-    is shrunk towards a multiple of the identity (OAS: Chen, Wiesel, Eldar & Hero 2010, arXiv 0907.4698).
+    It stops once there are three times as many patches as a patch has values, from at least 128 images. If there are
+    fewer in all, the covariance is shrunk towards a multiple of the identity (OAS: Chen, Wiesel, Eldar & Hero 2010,
+    arXiv 0907.4698).
 
     Args:
         model: built model with the layer in it.
@@ -57,13 +63,18 @@ def patch_moments(model, node, images):
     Raises:
         ValueError: the layer reads values that are not finite.
     """
-    kind = layer_kinds.KernelLayer(node.layer)
-    moments, whole = Moments(node.path), Rest(model, _calibration_inputs.take(model, images))
-    for read in whole.read(node, 64):
+    return moments_of(Rest(model, _calibration_inputs.take(model, images)), node)
+
+
+def moments_of(rest, node):
+    """Return `patch_moments` of a layer, from the `Rest` that contains it."""
+    kind, moments, seen = layer_kinds.KernelLayer(node.layer), Moments(node.path), 0
+    for read in rest.read(node):
         for x in read:
             rows = patch_rows(kind, x)
             moments.add(rows, rows[:, :0])
-        if moments.count > 3 * rows.shape[1]:
+        seen += len(x)
+        if moments.count > 3 * rows.shape[1] and seen >= _FEWEST_IMAGES:
             break
     mean, covariance = moments.normal_equations()[:2]
     return mean, covariance if moments.count > 3 * len(mean) else _shrunk(covariance, moments.count)
@@ -77,17 +88,18 @@ def refit_kernel(kernel, decomposition, moments):
     Args:
         kernel: (kh, kw, S, T), the kernel that was decomposed.
         decomposition: of that kernel.
-        moments: (mean, covariance) of the patches, from `patch_moments`.
+        moments: (mean, covariance) of the patches, from `patch_moments`. In float32 it takes half the time.
 
     Returns:
         kernel (kh, kw, S, T), and the shift of the bias (T,) that keeps the mean output.
     """
     mean, covariance = moments
-    dense = np.reshape(kernel, (-1, kernel.shape[-1])).astype(np.float64)
-    basis, last = decomposition.basis(), decomposition.last_factor()
+    dense, basis, last = (
+        x.astype(covariance.dtype)
+        for x in (np.reshape(kernel, (-1, kernel.shape[-1])), decomposition.basis(), decomposition.last_factor())
+    )
     weighted = basis.T @ covariance
-    change = _least_squares(weighted @ basis, weighted @ (dense - basis @ last))
-    rebuilt = basis @ (last + change)
+    rebuilt = basis @ (last + _least_squares(weighted @ basis, weighted @ (dense - basis @ last)))
     return rebuilt.reshape(kernel.shape), mean @ (dense - rebuilt)
 
 
@@ -106,13 +118,14 @@ def refit_layers(new, model, images, *, progress=None):
     Args:
         new: a factorized copy of `model`, from `compress.factorize`, whose layers keep their names.
         model: built functional or Sequential model.
-        images: see `check_images`.
+        images: see `check_images`. Networks of over 1 G multiply-adds use fewer than 500, and at least 128.
         progress: `Progress` to print with, or None.
 
     Raises:
         ValueError: the model does not take the images, or a layer reads values that are not finite.
     """
     images = _calibration_inputs.take(model, images)
+    images = [x[: affordable_images(model, _PASS_MACS, _FEWEST_REFITTED, len(x))] for x in images]
     single, model = keras_graph.in_float32(new), keras_graph.in_float32(model)
     nodes = {node.path: node for node in keras_graph.layer_nodes(model)}
     new_nodes = {node.path: node for node in keras_graph.layer_nodes(single)}
@@ -182,17 +195,15 @@ def _refit(new_rest, chain_end, rest, node, norms):
     `rest` and `new_rest` are the `Rest` of the dense and the factorized model, `norms` the batch norms that take the
     shift of the mean (`following_norms`).
     """
-    last, dense, linear = chain_end.layer, node.layer, None
+    last, dense = chain_end.layer, node.layer
     kind, last_kind = layer_kinds.KernelLayer(dense), layer_kinds.KernelLayer(last)
     new_rest.start_before(last)
     rest.start_before(dense)
-    moments = Moments(node.path)
-    for new_read, read in zip(new_rest.read(chain_end, BATCH), rest.read(node, BATCH), strict=True):
-        linear = linear or linear_copy(dense, read[0])
-        outputs = [output_rows(kind, linear(x)) for x in read]
-        inputs = [patch_rows(last_kind, x) for x in new_read]
-        for z, y in zip(inputs, outputs, strict=True):
-            moments.add(z, y)
+    outputs = linear_rows(kind)
+    moments, size = Moments(node.path), min(new_rest.size, rest.size)
+    for new_read, read in zip(new_rest.read(chain_end, size), rest.read(node, size), strict=True):
+        for z, x in zip(new_read, read, strict=True):
+            moments.add(patch_rows(last_kind, z), outputs(x))
     mean, gram, mean_output, right = moments.normal_equations()
     if last.bias is None and not norms:  # nothing corrects the mean separately
         gram, right = gram + np.outer(mean, mean), right + np.outer(mean, mean_output)
@@ -200,7 +211,8 @@ def _refit(new_rest, chain_end, rest, node, norms):
     weights = start + _least_squares(gram, right - gram @ start)
     missing = mean_output - mean @ weights
     weights = last_kind.keras_kernel([weights.reshape(last_kind.kernel_shape)])
-    last.set_weights([weights, *([] if last.bias is None else [last_kind.keras_bias(missing)])])
+    bias = [] if last.bias is None else [keras.ops.convert_to_numpy(dense.bias) + last_kind.keras_bias(missing)]
+    last.set_weights([weights, *bias])
     _shift_norms(norms, missing)
 
 
@@ -211,7 +223,7 @@ def _match_means(new_rest, chain_end, rest, node, norms):
         return
     new_rest.start_before(last)
     rest.start_before(node.layer)
-    means = [mean_output(each.layer, part.read(each, BATCH)) for each, part in ((node, rest), (chain_end, new_rest))]
+    means = [mean_output(each.layer, part.read(each)) for each, part in ((node, rest), (chain_end, new_rest))]
     missing = means[0] - means[1]
     if last.bias is not None:
         last.bias.assign(keras.ops.convert_to_numpy(last.bias) + missing)
@@ -233,7 +245,17 @@ def _shrunk(covariance, count):
 
 def _least_squares(gram, right):
     """Solve the normal equations; directions that the data hardly show get (almost) no change."""
-    values, vectors = np.linalg.eigh(gram)
-    if values[-1] <= 0:
-        return np.zeros_like(right)
-    return vectors @ ((vectors.T @ right) / (np.maximum(values, 0) + 1e-6 * values[-1])[:, None])
+    dtype, gram, right = right.dtype, gram.astype(np.float64), right.astype(np.float64)
+    vector, largest = np.ones(len(gram)), 0.0
+    for _ in range(20):  # power iteration: the largest eigenvalue
+        vector = gram @ (vector / np.linalg.norm(vector))
+        largest = np.linalg.norm(vector)
+        if not largest:
+            return np.zeros(right.shape, dtype)
+    try:
+        factor = scipy.linalg.cho_factor(gram + 1e-6 * largest * np.eye(len(gram)))
+        return scipy.linalg.cho_solve(factor, right).astype(dtype)
+    except np.linalg.LinAlgError:  # rounding made a small eigenvalue negative
+        values, vectors = np.linalg.eigh(gram)
+        scaled = (vectors.T @ right) / (np.maximum(values, 0) + 1e-6 * largest)[:, None]
+        return (vectors @ scaled).astype(dtype)

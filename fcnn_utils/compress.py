@@ -14,7 +14,7 @@ import numpy as np
 
 from fcnn_utils import _clock, _targets, calibration, factorizations, keras_graph
 from fcnn_utils._checks import check_choice, check_number
-from fcnn_utils._network_runs import outputs_of
+from fcnn_utils._network_runs import affordable_images, outputs_of
 from fcnn_utils._planning import COSTS, Planner, megabytes, named_method
 from fcnn_utils._progress import Progress
 from fcnn_utils._report import Report
@@ -22,7 +22,10 @@ from fcnn_utils._sites import choose, find_sites
 
 AUTO = ("svd", "spatial", "tucker", "cp")
 _RANGES = {"ratio": (1e-9, 1), "size_mb": (1e-6, math.inf), "max_loss": (1e-9, math.inf), "speedup": (1.01, 1000)}
-_COMPARED = 128  # images on which the outputs are compared in the end
+_LARGE_CP = 3e8  # values of the kernel times rank
+_SWEEPS_OF_LARGE = 30  # the error of the kernel is then up to 4% larger than after 100
+_COMPARED = 32, 128  # images on which the outputs are compared in the end; the fewer, the larger the network
+_COMPARED_MACS = 1e11  # that this should take
 
 
 # parameters: the front door; a call sets one budget and few of the rest
@@ -248,7 +251,7 @@ class _Builder:
 
     def _decompose(self, plan):
         kernels = {
-            name: (choice.method, kernel, choice.ranks, self._options_of(choice.method) | choice.options)
+            name: (choice.method, kernel, choice.ranks, self._options(choice, kernel))
             for path, choice in plan.items()
             for name, kernel in zip(self._sites[path].kernel_names, self._sites[path].kind.kernels(), strict=True)
             if self._key(name, choice) not in self._results
@@ -256,6 +259,12 @@ class _Builder:
         results = factorizations.decompose_many(kernels)
         for name, result in self._progress.over(results, "layers decomposed", len(kernels), name=_first):
             self._results[name, kernels[name][0], result.ranks] = result
+
+    def _options(self, choice, kernel):
+        """Return the options of a decomposition; a large CP makes fewer sweeps if it is refitted afterwards."""
+        options = self._options_of(choice.method) | choice.options
+        is_large = issubclass(choice.method, factorizations.CP) and kernel.size * choice.ranks[0] > _LARGE_CP
+        return {"n_iter": _SWEEPS_OF_LARGE} | options if is_large and self._images is not None else options
 
     @staticmethod
     def _key(name, choice):
@@ -282,6 +291,7 @@ def _row_of_chain(site, method, parts, chain):
 
 def _output_change(model, new, images):
     """Return the root mean square of the outputs' change relative to that of the outputs, on some of the images."""
-    images = [x[:_COMPARED] for x in images]
+    count = affordable_images(model, _COMPARED_MACS, *_COMPARED)
+    images = [x[:count] for x in images]
     before, after = (outputs_of(keras_graph.in_float32(each), images) for each in (model, new))
     return float(np.linalg.norm(after - before) / max(np.linalg.norm(before), 1e-300))

@@ -116,10 +116,6 @@ class KernelLayer:
         """Return what a layer without spatial axes reads, a NumPy array, as an array (*positions, S)."""
         return self.einsum.input_rows(x) if self.einsum else x
 
-    def output_rows(self, y):
-        """Return what a layer computes, a NumPy array, as an array (*positions, T)."""
-        return self.einsum.output_rows(y) if self.einsum else y
-
     def input_axes(self, count):
         """Return the set of the axes of its channels in an input of `count` axes."""
         return set(self.einsum.input_axes(count)) if self.einsum else {count - 1}

@@ -20,16 +20,20 @@ import math
 
 import numpy as np
 
-from fcnn_utils import _calibration_inputs, calibration, cost, factorizations, keras_graph, layer_kinds, rank_selection
-from fcnn_utils._network_runs import Rest, following_norms, output_change, outputs_of
+from fcnn_utils import _calibration_inputs, calibration, factorizations, keras_graph, layer_kinds, rank_selection
+from fcnn_utils._network_runs import Rest, affordable_images, following_norms, output_change, outputs_of
 from fcnn_utils._patches import mean_output
 from fcnn_utils._progress import Progress
 
-_IMAGES = 256  # to refit a kernel with
+_IMAGES = 128, 256  # to refit a kernel with; the fewer, the larger the network
+_PASS_MACS = 5e11  # that running it on them should take
 _LOSS_IMAGES = 16, 64  # to measure a loss with; with 256, the accuracy of the factorized networks is the same
-_MEASURED_MACS = 3e12  # all measurements of losses should not take many more
-_MEASURED = 3  # losses that are measured of each layer, and one more of each method
+_MEASURED_MACS = 2e12  # that one loss of each layer should take
+_MEASURED = 3  # losses that are measured of each layer, and one more of each method; of large networks:
+_MEASURED_OF_LARGE = 2  # and none of a method
 _EXACT = 1e-12  # an output error that is due to rounding
+_LARGE = 500  # values of a patch from which on float32 is used: it takes half the time
+_LARGE_KERNEL = 1_000_000  # values from which on half as many sweeps are made
 _MOST_VALUES = 10_000  # of a patch whose covariance is estimated: that takes about 24 bytes times the square of this
 # Sweeps of CP and Tucker: the errors of refitted outputs are then within 5% of those after 100 (on trained kernels).
 _SWEEPS = {factorizations.CP: 20, factorizations.Tucker2: 5}
@@ -58,7 +62,8 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
     Args:
         model: built functional or Sequential model. It is not changed.
         method: name or class of a factorization.
-        images: see `calibration.check_images`. The first 256 are used for the refits, the first 128 for the losses.
+        images: see `calibration.check_images`. The first 256 are used for the refits (of large networks the first
+            128), the first 128 for the losses.
         nodes: `keras_graph.LayerNode` of each layer, of one of the `layer_kinds.KINDS`.
         fractions: shares of a kernel's parameters to try, rising. Those below rank 1 are left out; if none is left,
             rank 1 is tried.
@@ -87,8 +92,8 @@ def predict_losses(model, images, ladders, *, progress=None):
 
     Args:
         model: built functional or Sequential model. It is not changed.
-        images: see `calibration.check_images`. The output errors are computed on the first 256 images. The losses are
-            measured on the first 16 to 64: the larger the network, the fewer.
+        images: see `calibration.check_images`. The output errors are computed on the first 128 to 256 images, the
+            losses on the first 16 to 64: the larger the network, the fewer.
         ladders: dict path -> list of (method, list of at least one tuple of ranks, options of the decomposition).
         progress: `Progress` to print with, or None.
 
@@ -100,7 +105,8 @@ def predict_losses(model, images, ladders, *, progress=None):
     """
     nodes = [node for node in keras_graph.layer_nodes(model) if node.path in ladders]
     found = {}
-    for trial in _trials(model, images, nodes, _affordable_images(model, len(nodes)), progress):
+    count = affordable_images(model, _MEASURED_MACS / len(nodes), *_LOSS_IMAGES)
+    for trial in _trials(model, images, nodes, count, progress):
         own = ladders[trial.path]
         fitted = [trial.fitted_options(method) for method, _, _ in own]
         groups = trial.decompose(
@@ -109,7 +115,11 @@ def predict_losses(model, images, ladders, *, progress=None):
         found[trial.path] = [
             [Candidate(method, step[0].ranks, loss, kept) for step, loss in zip(group, losses, strict=True)]
             for method, kept, group, losses in zip(
-                (method for method, _, _ in own), fitted, groups, _losses(trial, groups), strict=True
+                (method for method, _, _ in own),
+                fitted,
+                groups,
+                _losses(trial, groups, count > _LOSS_IMAGES[0]),
+                strict=True,
             )
         ]
     return found
@@ -144,12 +154,13 @@ class _Trial:
         rest.start_before(node.layer)
         self._moments = self._reads = None
         if self.kind.has_patches and math.prod(self.kind.kernel_shape[:-1]) <= _MOST_VALUES:
-            mean, covariance = calibration.patch_moments(rest.model, node, rest.images)
+            mean, covariance = calibration.moments_of(rest, node)
             if not self._bias and not self._norms:  # no bias can correct the mean: measure it as a part of the error
                 mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
-            self._moments = mean, covariance
-            self._matrix = self._kernels[0].reshape(len(mean), -1).astype(np.float64)
-            self._outputs = self._matrix.T @ covariance @ self._matrix
+            dtype = np.float32 if len(mean) > _LARGE else np.float64
+            self._moments = mean, covariance.astype(dtype)
+            self._matrix = self._kernels[0].reshape(len(mean), -1).astype(dtype)
+            self._outputs = self._matrix.T @ self._moments[1] @ self._matrix
         elif (self._bias or self._norms) and not self.kind.einsum:
             self._reads = [next(rest.read(node, count))]
             self._mean = mean_output(node.layer, self._reads)
@@ -164,7 +175,9 @@ class _Trial:
 
     def decompose(self, ladders):
         """Return for each (method, ladder, options) a list over its ranks, of decompositions of all groups."""
-        ladders = [(method, ladder, _few_sweeps(method) | options) for method, ladder, options in ladders]
+        ladders = [
+            (method, ladder, _few_sweeps(method, self._kernels[0]) | options) for method, ladder, options in ladders
+        ]
         try:
             groups = [factorizations.decompose_ladders(kernel, ladders) for kernel in self._kernels]
         except ValueError as error:
@@ -198,7 +211,7 @@ class _Trial:
         self._layer.set_weights([self.kind.keras_kernel(kernels), *biases])
         for norm, values in zip(self._norms, self._norm_weights, strict=True):
             norm.moving_mean.assign(values[-2] - shift)
-        return output_change(self._before, outputs_of(self._rest.model, [x[: self._count] for x in self._rest.images]))
+        return output_change(self._before, self._rest.outputs(self._count))
 
     def restore(self):
         """Give the layer its own weights again."""
@@ -209,7 +222,8 @@ class _Trial:
 
 def _trials(model, images, nodes, count, progress):
     """Yield a `_Trial` of each layer in turn, in the order of the model; losses are of the first `count` images."""
-    images = [x[:_IMAGES] for x in _calibration_inputs.take(model, images)]
+    images = _calibration_inputs.take(model, images)
+    images = [x[: affordable_images(model, _PASS_MACS, *_IMAGES)] for x in images]
     copy = keras_graph.rebuild(keras_graph.in_float32(model), {})
     copies = {node.path: node for node in keras_graph.layer_nodes(copy)}
     before, rest = outputs_of(copy, [x[:count] for x in images]), Rest(copy, images)
@@ -225,44 +239,38 @@ def _path(node):
     return node.path
 
 
-def _few_sweeps(method):
-    return next(({"n_iter": count} for kind, count in _SWEEPS.items() if issubclass(method, kind)), {})
+def _few_sweeps(method, kernel):
+    count = next((count for kind, count in _SWEEPS.items() if issubclass(method, kind)), None)
+    return {} if count is None else {"n_iter": count if kernel.size < _LARGE_KERNEL else math.ceil(count / 2)}
 
 
-def _affordable_images(model, count):
-    """Return with how many images to measure the losses of `count` layers."""
-    least, most = _LOSS_IMAGES
-    try:
-        macs = cost.total_costs(model)["macs"]
-    except ValueError:  # the size of the images is not fixed
-        return least
-    return int(np.clip(_MEASURED_MACS / max(macs * count * _MEASURED / 2, 1), least, most))
+def _losses(trial, groups, is_small):
+    """Return the losses of the decompositions of a layer, a list for each method.
 
-
-def _losses(trial, groups):
-    """Return the losses of the decompositions of a layer, a list for each method."""
+    `is_small` is whether many losses can be measured, because the network is small.
+    """
     if not trial.is_refitted:  # the kernel's error says little about the loss: measure each
         return [[trial.loss(trial.refit(step)) for step in group] for group in groups]
     errors = [[trial.output_error(step) for step in group] for group in groups]
-    curve = _measured_curve(trial, groups, errors)
-    scales = _scales(trial, groups, errors, curve)
+    curve = _measured_curve(trial, groups, errors, _MEASURED if is_small else _MEASURED_OF_LARGE)
+    scales = _scales(trial, groups, errors, curve) if is_small else [1.0] * len(groups)
     return [[scale * curve(error) for error in own] for scale, own in zip(scales, errors, strict=True)]
 
 
-def _measured_curve(trial, groups, errors):
-    """Measure the loss of a few decompositions of a layer; return the function from an output error to a loss.
+def _measured_curve(trial, groups, errors, count):
+    """Measure the loss of `count` decompositions of a layer; return the function from an output error to a loss.
 
     The measured decompositions are those whose errors are nearest to the smallest error that may be chosen, to the
-    largest, and to the middle. Between them the function is linear on logarithmic axes. Below them its slope is 1: the
-    loss is proportional to the squared error of the output. Above them it continues with the last slope, limited to the
-    range 1 to 2.
+    largest, and to values between these. Between them the function is linear on logarithmic axes. Below them its slope
+    is 1: the loss is proportional to the squared error of the output. Above them it continues with the last slope,
+    limited to the range 1 to 2.
     """
     steps = dict(zip(itertools.chain(*errors), itertools.chain(*groups), strict=True))
     known = sorted(error for error in steps if error > _EXACT)
     if not known:
         return lambda error: 0.0
     lowest, highest = max(known[0], 1e-4 * known[-1]), min(known[-1], max(0.5, known[0]))
-    aims = np.geomspace(lowest, highest, _MEASURED)
+    aims = np.geomspace(lowest, highest, count)
     x = np.array(sorted({min(known, key=lambda error: abs(math.log(error / aim))) for aim in aims}))
     y = np.log(np.maximum([trial.loss(trial.refit(steps[error])) for error in x], 1e-9))
     x = np.log(x)

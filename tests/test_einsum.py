@@ -82,7 +82,8 @@ def test_an_equation_is_a_product_of_rows_with_a_matrix(equation, shape, output_
     rng, read = np.random.default_rng(0), _einsum.EinsumMatrix.of(equation)
     kernel, x = rng.standard_normal(layer.kernel.shape), rng.standard_normal((2, *shape))
     y = np.einsum(equation, x, kernel)
-    assert np.allclose(read.input_rows(x) @ read.to_matrix(kernel), read.output_rows(y))
+    rows = read._channels_last(y, read.writes, read.output_axes(y.ndim))
+    assert np.allclose(read.input_rows(x) @ read.to_matrix(kernel), rows)
     assert np.array_equal(read.to_kernel(read.to_matrix(kernel), kernel.shape), kernel)
     assert read.output_shape((None, *shape), kernel.shape) == (None, *y.shape[1:])
 

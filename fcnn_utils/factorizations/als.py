@@ -12,7 +12,7 @@ It is implemented here because libraries have a fixed ridge at most: TensorLy's 
 import math
 
 import numpy as np
-from scipy.linalg import lapack
+from scipy.linalg import get_lapack_funcs
 from scipy.optimize import brentq
 
 from fcnn_utils.factorizations.gram import left_vectors
@@ -29,8 +29,8 @@ def sweeps(tensor, factors, n_iter, tol, *, momentum=0.0, squared_norm=math.inf)
     2020, arXiv 1810.05846).
 
     Args:
-        tensor: array with two or more modes.
-        factors: list of (I_n, R), one for each mode.
+        tensor: array with two or more modes, in float32 or float64.
+        factors: list of (I_n, R), one for each mode, in the same precision.
         n_iter: maximum number of sweeps.
         tol: it stops when ten sweeps lower the relative error by no more than this.
         momentum: initial size of the extrapolation, as a multiple of the step of the last sweep.
@@ -71,9 +71,11 @@ def sweep(tensor, factors, squared_norm=math.inf, squared_error=None, ridges=Non
     Returns:
         (factors, squared error).
     """
-    factors, total = [factor / column_norms(factor) for factor in factors], np.vdot(tensor, tensor)
+    factors, total = [factor / column_norms(factor) for factor in factors], np.sum(np.square(tensor), dtype=np.float64)
     grams = [factor.T @ factor for factor in factors]
-    before = np.ones((1, len(grams[0])))  # (I_0 ⋯ I_{n-1}, R), the Khatri-Rao product of the modes updated already
+    before = np.ones(
+        (1, len(grams[0])), tensor.dtype
+    )  # (I_0 ⋯ I_{n-1}, R), the Khatri-Rao product of the modes updated already
     ridges = [0.0] * tensor.ndim if ridges is None else ridges
     for mode, after in enumerate(partial_products(tensor, factors)):
         if mode:
@@ -85,8 +87,8 @@ def sweep(tensor, factors, squared_norm=math.inf, squared_error=None, ridges=Non
             product = np.einsum("lir,lr->ir", after.reshape(len(before), -1, len(gram)), before)
         else:
             product = after.reshape(len(before), -1).T @ before
-        solution = _from_ridge(gram, product, total, squared_norm, ridges[mode]) if ridges[mode] else None
-        solution = solution or _update(gram, product, total, squared_norm, squared_error)
+        solution = None if squared_error is not None else _solve(gram, product, total, squared_norm, ridges[mode])
+        solution = solution or _solve_by_eigenvectors(gram, product, total, squared_norm, squared_error)
         factors[mode], found, ridges[mode] = solution
     return factors, found
 
@@ -106,17 +108,46 @@ def partial_products(tensor, factors):
     return products[::-1]
 
 
-def _update(gram, product, total, squared_norm, squared_error):
-    """Return the factor (I_n, R) from ZᵀZ and X₍ₙ₎ Z, the squared error with it, and λ."""
-    if squared_error is None:  # without a ridge: Cholesky takes a third of the time; used if ZᵀZ is well conditioned
-        cholesky, failed = lapack.dpotrf(gram)
-        if not failed and lapack.dpocon(cholesky, np.linalg.norm(gram, 1))[0] > 1e-10:
-            factor = lapack.dpotrs(cholesky, product.T)[0].T
-            if np.vdot(factor, factor) <= squared_norm:
-                return factor, total - np.sum(product * factor), 0.0
+def _solve(gram, product, total, squared_norm, ridge):
+    """Return the factor (I_n, R) for a bound on the norm, from ZᵀZ and X₍ₙ₎ Z; the squared error with it, and λ.
+
+    The search for λ starts at `ridge`. Newton's iteration for 1 / ‖A‖ (Moré & Sorensen 1983, SIAM J. Sci. Stat. Comput.
+    4(3)) takes a Cholesky factorization a step instead of eigenvectors. It stops near the bound, and A is scaled to
+    keep it. Returns None if that fails, or if ZᵀZ is nearly singular and there is no bound.
+    """
+    limit, diagonal, eps = math.sqrt(squared_norm), np.diag_indices_from(gram), np.finfo(gram.dtype).eps
+    potrf, potrs, pocon, trtrs = get_lapack_funcs(("potrf", "potrs", "pocon", "trtrs"), (gram,))
+    for _ in range(4 if ridge else 12):
+        shifted = gram.copy()
+        shifted[diagonal] += ridge
+        cholesky, failed = potrf(shifted.T, overwrite_a=True)
+        if not ridge and (failed or pocon(cholesky, np.linalg.norm(gram, 1))[0] < 5e5 * eps):
+            if limit == math.inf:
+                return None
+            ridge = 100 * eps  # the diagonal of ZᵀZ is 1
+            continue
+        if failed:
+            return None
+        factor = potrs(cholesky, product.T)[0].T
+        size, overlap = np.linalg.norm(factor), np.vdot(product, factor)
+        if not size or (not ridge and size <= limit):
+            return factor, total - overlap, 0.0
+        half = np.linalg.norm(trtrs(cholesky, factor.T, trans=1)[0])  # its square is −½ d‖A‖²/dλ
+        better = ridge + (size / half) ** 2 * (size / limit - 1)
+        if not better > 0:
+            return None
+        if abs(size / limit - 1) < _TOLERANCE:
+            scale = min(1.0, limit / size)
+            return scale * factor, total - 2 * scale * overlap + scale**2 * (overlap - ridge * size**2), better
+        ridge = better
+    return None
+
+
+def _solve_by_eigenvectors(gram, product, total, squared_norm, squared_error):
+    """Return what `_solve` returns, for a bound on the norm or on the error; ZᵀZ may be singular."""
     d, basis = np.linalg.eigh(gram)  # (R,), (R, R)
     product = product @ basis
-    keep = d > d[-1] * len(d) * np.finfo(float).eps  # pseudo-inverse if columns are collinear
+    keep = d > d[-1] * len(d) * np.finfo(d.dtype).eps  # pseudo-inverse if columns are collinear
     d, product, basis = d[keep], product[:, keep], basis[:, keep]
     squares = np.sum(product**2, axis=0)
     if squared_error is not None:
@@ -124,30 +155,6 @@ def _update(gram, product, total, squared_norm, squared_error):
     else:
         ridge = _root(lambda ridge: squared_norm - np.sum(squares / (d + ridge) ** 2), d)
     return product / (d + ridge) @ basis.T, _squared_error(ridge, total, d, squares), ridge
-
-
-def _from_ridge(gram, product, total, squared_norm, ridge):
-    """Return what `_update` returns for a bound on the norm, from a λ that is almost right; None if that fails.
-
-    Newton's iteration for 1 / ‖A‖ (Moré & Sorensen 1983, SIAM J. Sci. Stat. Comput. 4(3)) takes a Cholesky
-    factorization a step instead of eigenvectors. It stops near the bound, and A is scaled to keep it.
-    """
-    limit = math.sqrt(squared_norm)
-    for _ in range(4):
-        cholesky, failed = lapack.dpotrf(gram + ridge * np.eye(len(gram)))
-        if failed:
-            return None
-        factor = lapack.dpotrs(cholesky, product.T)[0].T
-        size = np.linalg.norm(factor)
-        half = np.linalg.norm(lapack.dtrtrs(cholesky, factor.T, trans=1)[0])  # its square is −½ d‖A‖²/dλ
-        better = ridge + (size / half) ** 2 * (size / limit - 1)
-        if better <= 0:
-            return None
-        if abs(size / limit - 1) < _TOLERANCE:
-            scale, overlap = min(1.0, limit / size), np.vdot(product, factor)
-            return scale * factor, total - 2 * scale * overlap + scale**2 * (overlap - ridge * size**2), better
-        ridge = better
-    return None
 
 
 def initial_factors(tensor, rank, seed, number):
@@ -173,6 +180,12 @@ def exact_factors(tensor):
     factors = [np.eye(size)[:, where] for size, where in zip(others, index, strict=True)]
     factors.insert(longest, np.moveaxis(tensor, longest, 0).reshape(tensor.shape[longest], -1))
     return factors
+
+
+def scaled(factors, squared_norm):
+    """Return the factors, the last one scaled down if the sum of the components' squared norms is above a limit."""
+    size = np.sum(math.prod(np.sum(np.square(factor), axis=0) for factor in factors))
+    return factors if size <= squared_norm else [*factors[:-1], factors[-1] * math.sqrt(squared_norm / size)]
 
 
 def column_norms(factor):

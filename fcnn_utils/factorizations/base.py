@@ -241,7 +241,7 @@ class Factorization:
         """Rebuild the dense kernel (*spatial, S, T) from the factors."""
         equation = ",".join(layer.letters for layer in self.layers)
         factors = [self._factor(layer) for layer in self.layers]
-        return np.einsum(f"{equation}->{self._kernel_letters}", *factors, optimize=True)
+        return _contract(f"{equation}->{self._kernel_letters}", factors)
 
     def layer_weights(self):
         """Return the Keras weights of the chain's layers, in their order, without a bias."""
@@ -259,7 +259,7 @@ class Factorization:
         terms = [layer.letters for layer in others] + [letter + letter.upper() for letter in own]
         factors = [self._factor(layer) for layer in others] + [np.eye(last.sizes[letter]) for letter in own]
         columns = "".join(letter.upper() if letter in own else letter for letter in reads)
-        product = np.einsum(f"{','.join(terms)}->{rows}{columns}", *factors, optimize=True)
+        product = _contract(f"{','.join(terms)}->{rows}{columns}", factors)
         return product.reshape(math.prod(self.kernel_shape[:-1]), -1)
 
     def last_factor(self):
@@ -290,6 +290,12 @@ class Factorization:
         if len(given) != count:
             raise ValueError(f"{cls.name} has {count} rank{'s' * (count > 1)}{allowed}; got {ranks!r}")
         return tuple(int(rank) if isinstance(rank, np.integer) else rank for rank in given)
+
+
+def _contract(equation, factors):
+    """Return `np.einsum` from left to right: the product of all layers but the last is never larger than a kernel."""
+    path = [(0, 1), *((0, left) for left in range(len(factors) - 2, 0, -1))]  # a product goes to the end of the list
+    return np.einsum(equation, *factors, optimize=["einsum_path", *path] if len(factors) > 1 else False)
 
 
 def get(method):

@@ -10,7 +10,7 @@ import tensorly
 from tensorly.decomposition import parafac
 
 from fcnn_utils import rank_selection
-from fcnn_utils.factorizations import CP, CP4, als, error_preserving_correction
+from fcnn_utils.factorizations import CP, CP4, als, cp, error_preserving_correction
 
 CHECKPOINT = Path(__file__).parents[1] / "results" / "cifar100" / "simple" / "fast" / "seed0.keras"
 
@@ -38,6 +38,24 @@ def trained():
         for layer in network.layers
         if layer.name.startswith("conv") and layer.kernel_size == (3, 3)
     }
+
+
+@pytest.mark.parametrize("rank", [12, 60])
+def test_a_large_bounded_cp_in_float32_is_as_good_as_in_float64(monkeypatch, trained, rank):
+    kernel = trained["conv3"]
+    double = CP.decompose(kernel, rank, max_norm=1.0, n_iter=60)
+    monkeypatch.setattr(cp, "_LARGE", 0)
+    single = CP.decompose(kernel, rank, max_norm=1.0, n_iter=60)
+    assert single.relative_error == pytest.approx(double.relative_error, rel=2e-3)
+    assert single.relative_error != double.relative_error and single.total_norm <= 1 + 1e-9
+    assert all(factor.dtype == np.float64 for factor in single.factors)
+
+
+def test_a_large_cp_of_a_small_error_ends_in_float64(monkeypatch):
+    rng = np.random.default_rng(0)
+    kernel = np.einsum("ir,sr,tr->ist", *(rng.standard_normal((size, 2)) for size in (9, 10, 12))).reshape(3, 3, 10, 12)
+    monkeypatch.setattr(cp, "_LARGE", 0)
+    assert CP.decompose(kernel, 2, max_norm=3.0, n_iter=500, tol=1e-12).relative_error < 5e-8
 
 
 @pytest.mark.parametrize("rank", [1, 3])

@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 from scipy.stats import spearmanr
 
-from fcnn_utils import calibration, compress, factorizations, keras_graph, sensitivity
+from fcnn_utils import _network_runs, calibration, compress, factorizations, keras_graph, sensitivity
 from tests.calibration_networks import (
     convolutions,
     least_squares_fit,
@@ -116,6 +116,21 @@ def test_each_loss_of_a_layer_that_is_not_refitted_is_measured():
         new, _ = compress.factorize(model, ranks={"grouped": ("svd", candidate.ranks)}, images=images, verbose=0)
         p, q = (numpy_outputs(each, images).astype(float) for each in (model, new))
         assert candidate.loss == pytest.approx(np.mean(np.sum(p * np.log(p / q), axis=1)), rel=1e-2)
+
+
+def test_of_a_large_network_fewer_losses_are_measured(monkeypatch):
+    """Two of each layer, on 16 images; their order is still that of the measured ones."""
+    model, images, counts = network(), pictures(), []
+    nodes = convolutions(model)
+    asked = ladders(nodes, "spatial", "svd", "cp", ranks=(1, 2, 3, 5, 7))
+    plain, outputs = sensitivity.predict_losses(model, images, asked), _network_runs.Rest.outputs
+    monkeypatch.setattr(sensitivity, "_MEASURED_MACS", 1)
+    monkeypatch.setattr(_network_runs.Rest, "outputs", lambda rest, count: counts.append(count) or outputs(rest, count))
+    found = sensitivity.predict_losses(model, images, asked)
+    assert counts == [16] * 2 * len(nodes)
+    for path in found:
+        both = [[each.loss for group in losses[path] for each in group] for losses in (found, plain)]
+        assert spearmanr(*both)[0] > 0.85
 
 
 def test_prediction_leaves_the_model_as_it_was():

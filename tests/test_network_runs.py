@@ -1,0 +1,59 @@
+"""Networks run on calibration images, part by part: `fcnn_utils._network_runs`."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from fcnn_utils import _network_runs, keras_graph
+from tests.calibration_networks import numpy_outputs
+
+
+def network():
+    """Blocks of the same size, whose results take the place of those before."""
+    inputs = keras.Input((6, 6, 3))
+    x = layers.Conv2D(4, 3, padding="same", activation="relu", name="conv0")(inputs)
+    for number in (1, 2, 3):
+        y = layers.Conv2D(4, 3, padding="same", activation="relu", name=f"conv{number}")(x)
+        x = layers.Add()([x, y])
+    return keras.Model(inputs, layers.Dense(5, activation="softmax")(layers.GlobalAveragePooling2D()(x)))
+
+
+def images(count):
+    return np.random.default_rng(0).standard_normal((count, 6, 6, 3)).astype("float32")
+
+
+@pytest.mark.parametrize("compiled_from", [0, 1e99])
+def test_batches_fit_into_memory_and_outputs_are_those_of_the_model(monkeypatch, compiled_from):
+    model, x = network(), images(37)
+    monkeypatch.setattr(_network_runs, "_COMPILED_MACS", compiled_from)
+    for limit, size in ((1, 8), (2**30, 128)):  # at least 8, at most 128
+        monkeypatch.setattr(_network_runs, "_ACTIVE_BYTES", limit)
+        assert _network_runs.Runner(model, 37).size == size
+        assert np.allclose(_network_runs.outputs_of(model, [x]), numpy_outputs(model, x), atol=1e-6)
+
+
+def test_the_rest_of_a_model_computes_what_the_model_computes(monkeypatch):
+    """Each part is run once. The results of a part overwrite those of the part before, never the user's images."""
+    model, x = network(), images(20)
+    given, expected = x.copy(), numpy_outputs(model, x)
+    monkeypatch.setattr(_network_runs, "_ACTIVE_BYTES", 1)  # three batches
+    rest, kept = _network_runs.Rest(model, [x]), []
+    nodes = {node.path: node for node in keras_graph.layer_nodes(model)}
+    for number in range(4):
+        rest.start_before(model.get_layer(f"conv{number}"))
+        kept.append(rest.images[0])
+        (read,) = zip(*rest.read(nodes[f"conv{number}"]), strict=True)
+        whole = keras_graph.input_model(model, f"conv{number}")
+        assert np.allclose(np.concatenate(read), numpy_outputs(whole, x), atol=1e-6)
+        assert np.allclose(rest.outputs(11), expected[:11], atol=1e-6)
+    assert kept[0] is x and kept[1] is kept[2] is kept[3] is not x and np.array_equal(x, given)
+
+
+def test_large_networks_get_fewer_images():
+    model = network()
+    macs = 36 * (27 * 4 + 3 * 36 * 4) + 4 * 5
+    assert _network_runs.affordable_images(model, 70 * macs, 16, 500) == 70
+    assert _network_runs.affordable_images(model, macs, 16, 500) == 16
+    assert _network_runs.affordable_images(model, 1e12, 16, 500) == 500
+    assert _network_runs.affordable_images(model, macs, 128, 20) == 20  # no more than there are

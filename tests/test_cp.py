@@ -53,7 +53,7 @@ def test_a_large_bounded_cp_in_float32_is_as_good_as_in_float64(monkeypatch, tra
 
 def test_a_large_cp_of_a_small_error_ends_in_float64(monkeypatch):
     rng = np.random.default_rng(0)
-    kernel = np.einsum("ir,sr,tr->ist", *(rng.standard_normal((size, 2)) for size in (9, 10, 12))).reshape(3, 3, 10, 12)
+    kernel = np.einsum("pr,sr,tr->pst", *(rng.standard_normal((size, 2)) for size in (9, 10, 12))).reshape(3, 3, 10, 12)
     monkeypatch.setattr(cp, "_LARGE", 0)
     assert CP.decompose(kernel, 2, max_norm=3.0, n_iter=500, tol=1e-12).relative_error < 5e-8
 

@@ -56,9 +56,9 @@ def warn_if_unlike_training(model, inputs):
     reader = keras_graph.input_model(model, norm.path)
     sums = []  # of each batch: count, sum and sum of squares for each channel
     for part in batches(reader, [x[:_CHECKED] for x in inputs], 16):
-        x = keras.ops.convert_to_numpy(keras.ops.cast(reader(part, training=False), "float32"))
+        x = keras.ops.convert_to_numpy(keras.ops.cast(reader(part, training=False), "float32")).astype(np.float64)
         axes = tuple(range(x.ndim - 1))
-        sums.append((math.prod(x.shape[:-1]), x.sum(axes, dtype=np.float64), np.square(x).sum(axes, dtype=np.float64)))
+        sums.append((math.prod(x.shape[:-1]), x.sum(axes), np.square(x).sum(axes)))
     count, total, squares = (sum(each) for each in zip(*sums, strict=True))
     if not np.isfinite(squares).all():
         raise ValueError(

@@ -9,42 +9,40 @@ import numpy as np
 from fcnn_utils import _graph_cut, cost, keras_graph, layer_kinds
 from fcnn_utils._calibration_inputs import batches
 
-BATCH = 128  # images at a time, at most
+BATCH = 128  # images at a time
 _ACTIVE_BYTES = 2**30  # limit for the values of a batch: Keras keeps those of all layers until the last one has run
 _KEPT_BYTES = 2**30  # limit for the stored inputs of a layer, so that the layers before it need not run again
 _COMPILED_MACS = 3e10  # from here on a network runs so long that compiling it takes less time than it saves
 
 
 class Runner:
-    """A network in inference mode, in batches that fit into memory.
+    """A network in inference mode on images, in batches that fit into memory.
 
     TensorFlow compiles it if it has much to do. The other backends compile too slowly for networks that run only a
     few times.
 
     Args:
         model: functional or Sequential.
-        count: number of images that it is expected to run on in all.
+        images: list of arrays, one for each input.
+        times: how often it is expected to run on all of them.
 
     Attributes:
         size: images of a batch.
     """
 
-    def __init__(self, model, count):
-        self.size, self._model, self._call = BATCH, model, functools.partial(model, training=False)
-        try:
-            costs = cost.total_costs(model)
-        except ValueError:  # the size of the images is not fixed
-            return
-        fitting = _ACTIVE_BYTES / max(costs["activation_bytes"], 1)
-        self.size = int(2 ** np.clip(math.floor(math.log2(fitting)), 3, int(math.log2(BATCH))))
-        if keras.backend.backend() == "tensorflow" and costs["macs"] * count > _COMPILED_MACS:
+    def __init__(self, model, images, times=1):
+        self._model, self._images, self._call = model, images, functools.partial(model, training=False)
+        macs, values = _work(model, images)
+        fitting = math.floor(math.log2(_ACTIVE_BYTES / (4 * max(values, 1))))
+        self.size = 2 ** min(max(fitting, 3), 7)  # 8 to 128
+        if keras.backend.backend() == "tensorflow" and macs * len(images[0]) * times > _COMPILED_MACS:
             import tensorflow as tf
 
             self._call = tf.function(self._call, reduce_retracing=True)
 
-    def __call__(self, images, most=BATCH):
-        """Yield the flat list of outputs of each batch of at most `most` images; `images` has an array per input."""
-        for batch in batches(self._model, images, min(self.size, most)):
+    def __call__(self, most=math.inf):
+        """Yield the flat list of outputs of each batch of at most `most` images."""
+        for batch in batches(self._model, self._images, min(self.size, most)):
             yield keras.tree.flatten(self._call(batch))
 
 
@@ -61,8 +59,7 @@ class Rest:
 
     def __init__(self, model, images):
         self.model, self.images, self._is_own = model, images, False  # not to be overwritten
-        self._runner = Runner(model, len(images[0]))
-        self.size = self._runner.size
+        self.size, self._runners = Runner(model, images).size, {}
 
     def start_before(self, layer):
         """Run what comes before the layer and leave it out from now on, unless the result would be too large."""
@@ -71,13 +68,13 @@ class Rest:
         if head is None or None in shape or 4 * len(self.images[0]) * math.prod(shape) > _KEPT_BYTES:
             return
         results, start = None, 0
-        for (part,) in Runner(head, len(self.images[0]))(self.images):
+        for (part,) in Runner(head, self.images)():
             part = keras.ops.convert_to_numpy(part)
             if results is None:
                 results = self._room_for(part)
             results[start : start + len(part)] = part
             start += len(part)
-        self.model, self.images, self._runner, self._is_own = tail, [results], None, True
+        self.model, self.images, self._runners, self._is_own = tail, [results], {}, True
 
     def _room_for(self, part):
         """Return an array for the results of all images; that of the last results if the shape is the same."""
@@ -86,21 +83,28 @@ class Rest:
             return old  # a batch is read before its results are written
         return np.empty((len(old), *part.shape[1:]), part.dtype)
 
-    def read(self, node, most=BATCH):
-        """Yield, for each batch of at most `most` images, what a layer reads at each of its calls, in float32."""
-        reader = Runner(keras_graph.input_model(self.model, node.path), len(self.images[0]))
-        for part in reader(self.images, most):
+    def read(self, node, *, count=None, most=math.inf):
+        """Yield what a layer reads at each of its calls, in float32, batch by batch.
+
+        Args:
+            node: `keras_graph.LayerNode` of the layer.
+            count: number of images, the first ones; default: all.
+            most: largest number of images of a batch.
+        """
+        reader = keras_graph.input_model(self.model, node.path)
+        for part in Runner(reader, [x[:count] for x in self.images])(most):
             yield [keras.ops.cast(x, "float32") for x in part]
 
     def outputs(self, count):
         """Return all outputs of the model for the first `count` images as rows (N, D); meant for many calls."""
-        self._runner = self._runner or Runner(self.model, 4 * count)
-        return _rows(self._runner([x[:count] for x in self.images]))
+        if count not in self._runners:
+            self._runners[count] = Runner(self.model, [x[:count] for x in self.images], times=4)
+        return _rows(self._runners[count]())
 
 
 def outputs_of(model, images):
     """Return all outputs of the model as rows (N, D)."""
-    return _rows(Runner(model, len(images[0]))(images))
+    return _rows(Runner(model, images)())
 
 
 def _rows(parts):
@@ -109,13 +113,22 @@ def _rows(parts):
     return np.concatenate(rows).astype(np.float64)
 
 
-def affordable_images(model, macs, least, most):
-    """Return how many images the model can run on with this number of multiply-adds, from `least` to `most`."""
+def affordable(model, images, macs):
+    """Return the number of images of this size that the model can run on with these multiply-adds."""
+    return int(macs / max(_work(model, images)[0], 1))
+
+
+def _work(model, images):
+    """Return the number of multiply-adds and of values of a model for one of the images; 0 if they are not known."""
+    inputs = None
+    if any(None in x.shape[1:] for x in model.inputs):  # it takes images of any size
+        inputs = [keras.KerasTensor((None, *x.shape[1:]), y.dtype) for x, y in zip(images, model.inputs, strict=True)]
     try:
-        each = cost.total_costs(model)["macs"]
-    except ValueError:  # the size of the images is not fixed
-        return min(least, most)
-    return int(min(max(macs / max(each, 1), least), most))
+        calls = cost.call_costs(model, inputs)
+    except ValueError:
+        return 0, 0
+    shapes = [x.shape[1:] for call, _, _ in calls for x in call.outputs]
+    return np.nansum([macs for _, macs, _ in calls]), sum(math.prod(shape) for shape in shapes if None not in shape)
 
 
 def output_change(before, after):

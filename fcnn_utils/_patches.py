@@ -10,7 +10,7 @@ from fcnn_utils import keras_graph
 from fcnn_utils._conv_options import same_padding
 
 _ROWS = 100  # about so many patches of an image are read: neighbouring patches are redundant
-_WAITING_VALUES = 2**24  # of rows that are multiplied together
+_WAITING_VALUES = 2**24  # of rows and outputs that are multiplied together
 
 
 class Moments:
@@ -28,7 +28,7 @@ class Moments:
         """Add float32 rows and outputs; they are multiplied once there are enough of them."""
         self._waiting.append((rows, outputs))
         self.count += len(rows)
-        if sum(rows.size for rows, _ in self._waiting) >= _WAITING_VALUES:
+        if sum(rows.size + outputs.size for rows, outputs in self._waiting) >= _WAITING_VALUES:
             self._multiply()
 
     def _multiply(self):

@@ -12,13 +12,12 @@ from keras import layers
 
 from fcnn_utils import _calibration_inputs, keras_graph, layer_kinds
 from fcnn_utils._calibration_inputs import batches
-from fcnn_utils._network_runs import BATCH, Rest, affordable_images, following_norms
+from fcnn_utils._network_runs import BATCH, Rest, affordable, following_norms
 from fcnn_utils._patches import Moments, linear_rows, mean_output, patch_rows
 from fcnn_utils._progress import Progress
 
-_PASS_MACS = 5e11  # the more multiply-adds a network has, the fewer images its refits use: these in all,
-_FEWEST_REFITTED = 128  # but at least this number
-_FEWEST_IMAGES = 128  # whose patches are enough, if there are enough patches
+_FEWEST = 128  # images whose patches are enough, if there are enough patches
+_PASS_MACS = 5e11  # that one run of a network on its images should take
 
 
 def check_images(model, images):
@@ -66,6 +65,12 @@ def patch_moments(model, node, images):
     return moments_of(Rest(model, _calibration_inputs.take(model, images)), node)
 
 
+def enough_images(model, images):
+    """Return the first of the images, with which factors are refitted: the larger the network, the fewer."""
+    count = max(_FEWEST, affordable(model, images, _PASS_MACS))
+    return [x[:count] for x in images]
+
+
 def moments_of(rest, node):
     """Return `patch_moments` of a layer, from the `Rest` that contains it."""
     kind, moments, seen = layer_kinds.KernelLayer(node.layer), Moments(node.path), 0
@@ -74,7 +79,7 @@ def moments_of(rest, node):
             rows = patch_rows(kind, x)
             moments.add(rows, rows[:, :0])
         seen += len(x)
-        if moments.count > 3 * rows.shape[1] and seen >= _FEWEST_IMAGES:
+        if moments.count > 3 * rows.shape[1] and seen >= _FEWEST:
             break
     mean, covariance = moments.normal_equations()[:2]
     return mean, covariance if moments.count > 3 * len(mean) else _shrunk(covariance, moments.count)
@@ -118,14 +123,15 @@ def refit_layers(new, model, images, *, progress=None):
     Args:
         new: a factorized copy of `model`, from `compress.factorize`, whose layers keep their names.
         model: built functional or Sequential model.
-        images: see `check_images`. Networks of over 1 G multiply-adds use fewer than 500, and at least 128.
+        images: see `check_images`. All are used if the network takes at most 5e11 multiply-adds for them, else the
+            first that take so many, but at least 128.
         progress: `Progress` to print with, or None.
 
     Raises:
         ValueError: the model does not take the images, or a layer reads values that are not finite.
     """
     images = _calibration_inputs.take(model, images)
-    images = [x[: affordable_images(model, _PASS_MACS, _FEWEST_REFITTED, len(x))] for x in images]
+    images = enough_images(model, images)
     single, model = keras_graph.in_float32(new), keras_graph.in_float32(model)
     nodes = {node.path: node for node in keras_graph.layer_nodes(model)}
     new_nodes = {node.path: node for node in keras_graph.layer_nodes(single)}
@@ -201,7 +207,7 @@ def _refit(new_rest, chain_end, rest, node, norms):
     rest.start_before(dense)
     outputs = linear_rows(kind)
     moments, size = Moments(node.path), min(new_rest.size, rest.size)
-    for new_read, read in zip(new_rest.read(chain_end, size), rest.read(node, size), strict=True):
+    for new_read, read in zip(new_rest.read(chain_end, most=size), rest.read(node, most=size), strict=True):
         for z, x in zip(new_read, read, strict=True):
             moments.add(patch_rows(last_kind, z), outputs(x))
     mean, gram, mean_output, right = moments.normal_equations()

@@ -14,7 +14,7 @@ import numpy as np
 
 from fcnn_utils import _clock, _targets, calibration, factorizations, keras_graph
 from fcnn_utils._checks import check_choice, check_number
-from fcnn_utils._network_runs import affordable_images, outputs_of
+from fcnn_utils._network_runs import affordable, outputs_of
 from fcnn_utils._planning import COSTS, Planner, megabytes, named_method
 from fcnn_utils._progress import Progress
 from fcnn_utils._report import Report
@@ -108,7 +108,8 @@ def factorize(
         seed: seed of the random numbers in a CP's starts.
         verbose: 1 to print progress if it takes longer than half a second, 0 to print nothing.
         options: options of the decompositions; each is passed to the methods that have it. The default for CP is
-            `max_norm=1.0`, which bounds the norms of its components.
+            `max_norm=1.0`, which bounds the norms of its components. With `images`, a CP of a large kernel makes 30
+            sweeps by default, not 100.
 
     Returns:
         (new model, report). The report is a DataFrame with a row for each layer with weights: layer, method, ranks,
@@ -291,7 +292,8 @@ def _row_of_chain(site, method, parts, chain):
 
 def _output_change(model, new, images):
     """Return the root mean square of the outputs' change relative to that of the outputs, on some of the images."""
-    count = affordable_images(model, _COMPARED_MACS, *_COMPARED)
+    least, most = _COMPARED
+    count = min(max(affordable(model, images, _COMPARED_MACS), least), most)
     images = [x[:count] for x in images]
     before, after = (outputs_of(keras_graph.in_float32(each), images) for each in (model, new))
     return float(np.linalg.norm(after - before) / max(np.linalg.norm(before), 1e-300))

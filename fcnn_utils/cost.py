@@ -74,11 +74,12 @@ def total_costs(model):
     return {key: int(row[key]) for key in _SUMMED}
 
 
-def call_costs(model):
+def call_costs(model, inputs=None):
     """Count every call of an operation in a model, for one image.
 
     Args:
         model: built, functional or Sequential.
+        inputs: list of Keras tensors of the size of the images, for a model that takes any size.
 
     Returns:
         list of (`keras_graph.Call`, MACs, other operations); MACs are NaN if they are not known.
@@ -87,7 +88,7 @@ def call_costs(model):
         ValueError: as `layer_costs`.
     """
     costs = []
-    for call in keras_graph.operation_calls(model):
+    for call in keras_graph.operation_calls(model, inputs):
         try:
             macs, other_ops = _operation_counts.count(call.operation, call.args, call.kwargs, call.outputs)
         except SizeNotFixed as error:

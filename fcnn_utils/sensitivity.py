@@ -21,12 +21,11 @@ import math
 import numpy as np
 
 from fcnn_utils import _calibration_inputs, calibration, factorizations, keras_graph, layer_kinds, rank_selection
-from fcnn_utils._network_runs import Rest, affordable_images, following_norms, output_change, outputs_of
+from fcnn_utils._network_runs import Rest, affordable, following_norms, output_change, outputs_of
 from fcnn_utils._patches import mean_output
 from fcnn_utils._progress import Progress
 
-_IMAGES = 128, 256  # to refit a kernel with; the fewer, the larger the network
-_PASS_MACS = 5e11  # that running it on them should take
+_IMAGES = 256  # to refit a kernel with; fewer for large networks (`calibration.enough_images`)
 _LOSS_IMAGES = 16, 64  # to measure a loss with; with 256, the accuracy of the factorized networks is the same
 _MEASURED_MACS = 2e12  # that one loss of each layer should take
 _MEASURED = 3  # losses that are measured of each layer, and one more of each method; of large networks:
@@ -77,7 +76,7 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
         ValueError: the model does not take the images, or there is no such method.
     """
     method, curves = factorizations.get(method), {}
-    for trial in _trials(model, images, nodes, 128, Progress(verbose)):
+    for trial in _trials(model, _calibration_inputs.take(model, images), nodes, 128, Progress(verbose)):
         shape = trial.kind.kernel_shape
         feasible = feasible_fractions(fractions, method, shape)
         ladder = [rank_selection.ranks_for_fraction(method, shape, fraction) for fraction in feasible]
@@ -105,22 +104,18 @@ def predict_losses(model, images, ladders, *, progress=None):
     """
     nodes = [node for node in keras_graph.layer_nodes(model) if node.path in ladders]
     found = {}
-    count = affordable_images(model, _MEASURED_MACS / len(nodes), *_LOSS_IMAGES)
+    images, (least, most) = _calibration_inputs.take(model, images), _LOSS_IMAGES
+    count = min(max(affordable(model, images, _MEASURED_MACS / max(len(nodes), 1)), least), most)
     for trial in _trials(model, images, nodes, count, progress):
         own = ladders[trial.path]
         fitted = [trial.fitted_options(method) for method, _, _ in own]
         groups = trial.decompose(
             [(method, ranks, options | more) for (method, ranks, options), more in zip(own, fitted, strict=True)]
         )
+        losses = _losses(trial, groups, is_small=count > least)
         found[trial.path] = [
-            [Candidate(method, step[0].ranks, loss, kept) for step, loss in zip(group, losses, strict=True)]
-            for method, kept, group, losses in zip(
-                (method for method, _, _ in own),
-                fitted,
-                groups,
-                _losses(trial, groups, count > _LOSS_IMAGES[0]),
-                strict=True,
-            )
+            [Candidate(method, step[0].ranks, loss, kept) for step, loss in zip(group, each, strict=True)]
+            for (method, _, _), kept, group, each in zip(own, fitted, groups, losses, strict=True)
         ]
     return found
 
@@ -162,7 +157,7 @@ class _Trial:
             self._matrix = self._kernels[0].reshape(len(mean), -1).astype(dtype)
             self._outputs = self._matrix.T @ self._moments[1] @ self._matrix
         elif (self._bias or self._norms) and not self.kind.einsum:
-            self._reads = [next(rest.read(node, count))]
+            self._reads = list(rest.read(node, count=count))
             self._mean = mean_output(node.layer, self._reads)
 
     @property
@@ -175,9 +170,8 @@ class _Trial:
 
     def decompose(self, ladders):
         """Return for each (method, ladder, options) a list over its ranks, of decompositions of all groups."""
-        ladders = [
-            (method, ladder, _few_sweeps(method, self._kernels[0]) | options) for method, ladder, options in ladders
-        ]
+        few = [_few_sweeps(method, self._kernels[0]) for method, _, _ in ladders]
+        ladders = [(method, ranks, less | more) for less, (method, ranks, more) in zip(few, ladders, strict=True)]
         try:
             groups = [factorizations.decompose_ladders(kernel, ladders) for kernel in self._kernels]
         except ValueError as error:
@@ -221,9 +215,11 @@ class _Trial:
 
 
 def _trials(model, images, nodes, count, progress):
-    """Yield a `_Trial` of each layer in turn, in the order of the model; losses are of the first `count` images."""
-    images = _calibration_inputs.take(model, images)
-    images = [x[: affordable_images(model, _PASS_MACS, *_IMAGES)] for x in images]
+    """Yield a `_Trial` of each layer in turn, in the order of the model; losses are of the first `count` images.
+
+    `images` is a list of arrays.
+    """
+    images = [x[:_IMAGES] for x in calibration.enough_images(model, images)]
     copy = keras_graph.rebuild(keras_graph.in_float32(model), {})
     copies = {node.path: node for node in keras_graph.layer_nodes(copy)}
     before, rest = outputs_of(copy, [x[:count] for x in images]), Rest(copy, images)

@@ -54,8 +54,19 @@ def test_a_large_bounded_cp_in_float32_is_as_good_as_in_float64(monkeypatch, tra
 def test_a_large_cp_of_a_small_error_ends_in_float64(monkeypatch):
     rng = np.random.default_rng(0)
     kernel = np.einsum("pr,sr,tr->pst", *(rng.standard_normal((size, 2)) for size in (9, 10, 12))).reshape(3, 3, 10, 12)
+    options = {"max_norm": 3.0, "n_iter": 500, "tol": 1e-12}
     monkeypatch.setattr(cp, "_LARGE", 0)
-    assert CP.decompose(kernel, 2, max_norm=3.0, n_iter=500, tol=1e-12).relative_error < 5e-8
+    error = CP.decompose(kernel, 2, **options).relative_error
+    monkeypatch.setattr(cp, "_SMALL_ERROR", -1)  # float32 alone
+    assert error < 1e-7 and 3 * error < CP.decompose(kernel, 2, **options).relative_error
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_float32_takes_kernels_of_any_scale(monkeypatch, trained, scale):
+    monkeypatch.setattr(cp, "_LARGE", 0)
+    kernel = trained["conv3"].astype(np.float64)
+    plain, scaled = (CP.decompose(each, 20, max_norm=1.0, n_iter=10) for each in (kernel, scale * kernel))
+    assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-4)
 
 
 @pytest.mark.parametrize("rank", [1, 3])

@@ -9,9 +9,9 @@ from fcnn_utils import _network_runs, keras_graph
 from tests.calibration_networks import numpy_outputs
 
 
-def network():
+def network(size=6):
     """Blocks of the same size, whose results take the place of those before."""
-    inputs = keras.Input((6, 6, 3))
+    inputs = keras.Input((size, size, 3))
     x = layers.Conv2D(4, 3, padding="same", activation="relu", name="conv0")(inputs)
     for number in (1, 2, 3):
         y = layers.Conv2D(4, 3, padding="same", activation="relu", name=f"conv{number}")(x)
@@ -29,7 +29,7 @@ def test_batches_fit_into_memory_and_outputs_are_those_of_the_model(monkeypatch,
     monkeypatch.setattr(_network_runs, "_COMPILED_MACS", compiled_from)
     for limit, size in ((1, 8), (2**30, 128)):  # at least 8, at most 128
         monkeypatch.setattr(_network_runs, "_ACTIVE_BYTES", limit)
-        assert _network_runs.Runner(model, 37).size == size
+        assert _network_runs.Runner(model, [x]).size == size
         assert np.allclose(_network_runs.outputs_of(model, [x]), numpy_outputs(model, x), atol=1e-6)
 
 
@@ -50,10 +50,20 @@ def test_the_rest_of_a_model_computes_what_the_model_computes(monkeypatch):
     assert kept[0] is x and kept[1] is kept[2] is kept[3] is not x and np.array_equal(x, given)
 
 
-def test_large_networks_get_fewer_images():
-    model = network()
+@pytest.mark.parametrize("size", [6, None])  # None: the network takes images of any size
+def test_batches_and_numbers_of_images_follow_from_what_an_image_of_this_size_costs(monkeypatch, size):
+    model = network(size)
     macs = 36 * (27 * 4 + 3 * 36 * 4) + 4 * 5
-    assert _network_runs.affordable_images(model, 70 * macs, 16, 500) == 70
-    assert _network_runs.affordable_images(model, macs, 16, 500) == 16
-    assert _network_runs.affordable_images(model, 1e12, 16, 500) == 500
-    assert _network_runs.affordable_images(model, macs, 128, 20) == 20  # no more than there are
+    assert _network_runs.affordable(model, [images(3)], 70.5 * macs) == 70
+    values = 36 * 4 * 7 + 4 + 5
+    monkeypatch.setattr(_network_runs, "_ACTIVE_BYTES", 4 * values * 16)
+    assert _network_runs.Runner(model, [images(3)]).size == 16
+
+
+def test_a_part_is_read_for_as_many_images_as_are_wanted(monkeypatch):
+    model, x = network(), images(30)
+    monkeypatch.setattr(_network_runs, "_ACTIVE_BYTES", 1)  # batches of 8
+    node = {node.path: node for node in keras_graph.layer_nodes(model)}["conv1"]
+    rest = _network_runs.Rest(model, [x])
+    sizes = [[len(part) for (part,) in rest.read(node, **wanted)] for wanted in ({}, {"count": 20}, {"most": 5})]
+    assert sizes == [[8, 8, 8, 6], [8, 8, 4], [5] * 6]

@@ -119,7 +119,7 @@ def test_each_loss_of_a_layer_that_is_not_refitted_is_measured():
 
 
 def test_of_a_large_network_fewer_losses_are_measured(monkeypatch):
-    """Two of each layer, on 16 images; their order is still that of the measured ones."""
+    """Two of each layer, on 16 images; the others are as near to those of a small network as these to measured ones."""
     model, images, counts = network(), pictures(), []
     nodes = convolutions(model)
     asked = ladders(nodes, "spatial", "svd", "cp", ranks=(1, 2, 3, 5, 7))
@@ -130,7 +130,7 @@ def test_of_a_large_network_fewer_losses_are_measured(monkeypatch):
     assert counts == [16] * 2 * len(nodes)
     for path in found:
         both = [[each.loss for group in losses[path] for each in group] for losses in (found, plain)]
-        assert spearmanr(*both)[0] > 0.85
+        assert np.exp(np.mean(np.abs(np.log(np.divide(*both))))) < 1.5
 
 
 def test_prediction_leaves_the_model_as_it_was():

@@ -55,6 +55,18 @@ def sweeps(tensor, factors, n_iter, tol, *, momentum=0.0, squared_norm=math.inf)
     return best, errors[-1]
 
 
+def sweeps_in_float32(tensor, starts, n_iter, tol, momentum, squared_norm):
+    """Return the best result of `sweeps` in float32, from several starts, as float64 factors and its error."""
+    size = np.linalg.norm(tensor) or 1.0  # squares of small values would vanish in float32
+    single, limit = (tensor / size).astype(np.float32), squared_norm / size**2
+    starts = [[factor.astype(np.float32) for factor in factors] for factors in starts]
+    fits = [sweeps(single, factors, n_iter, tol, momentum=momentum, squared_norm=limit) for factors in starts]
+    factors, error = min(fits, key=lambda fit: fit[1])
+    *others, last = (factor.astype(np.float64) for factor in factors)
+    norm = np.sum(math.prod(np.sum(np.square(factor), axis=0) for factor in (*others, last)))
+    return [*others, last * size * math.sqrt(min(1.0, limit / max(norm, 1e-300)))], error  # exactly within the bound
+
+
 def sweep(tensor, factors, squared_norm=math.inf, squared_error=None, ridges=None):
     """Update every mode once; afterwards all modes but the last have columns of unit norm (or zero).
 
@@ -180,12 +192,6 @@ def exact_factors(tensor):
     factors = [np.eye(size)[:, where] for size, where in zip(others, index, strict=True)]
     factors.insert(longest, np.moveaxis(tensor, longest, 0).reshape(tensor.shape[longest], -1))
     return factors
-
-
-def scaled(factors, squared_norm):
-    """Return the factors, the last one scaled down if the sum of the components' squared norms is above a limit."""
-    size = np.sum(math.prod(np.sum(np.square(factor), axis=0) for factor in factors))
-    return factors if size <= squared_norm else [*factors[:-1], factors[-1] * math.sqrt(squared_norm / size)]
 
 
 def column_norms(factor):

@@ -10,30 +10,29 @@ from fcnn_utils import _graph_cut, cost, keras_graph, layer_kinds
 from fcnn_utils._calibration_inputs import batches
 
 BATCH = 128  # images at a time
-_ACTIVE_BYTES = 2**30  # limit for the values of a batch: Keras keeps those of all layers until the last one has run
+_ACTIVATION_BYTES = 2**30  # limit for the activations of a batch: Keras keeps all of them until the last layer has run
 _KEPT_BYTES = 2**30  # limit for the stored inputs of a layer, so that the layers before it need not run again
-_COMPILED_MACS = 3e10  # from here on a network runs so long that compiling it takes less time than it saves
+_COMPILED_MACS = 3e10  # compile above this number for all runs together: then it saves more time than it costs
 
 
 class Runner:
-    """A network in inference mode on images, in batches that fit into memory.
+    """Run a network in inference mode on images, batch by batch.
 
-    TensorFlow compiles it if it has much to do. The other backends compile too slowly for networks that run only a
-    few times.
+    With TensorFlow, expensive networks are compiled. With JAX and PyTorch, compilation takes longer than a few runs.
 
     Args:
         model: functional or Sequential.
         images: list of arrays, one for each input.
-        times: how often it is expected to run on all of them.
+        times: expected number of passes over all images.
 
     Attributes:
-        size: images of a batch.
+        size: images of a batch, a power of two from 8 to 128; it keeps the activations below 1 GiB where possible.
     """
 
     def __init__(self, model, images, times=1):
         self._model, self._images, self._call = model, images, functools.partial(model, training=False)
         macs, values = _work(model, images)
-        fitting = math.floor(math.log2(_ACTIVE_BYTES / (4 * max(values, 1))))
+        fitting = math.floor(math.log2(_ACTIVATION_BYTES / (4 * max(values, 1))))
         self.size = 2 ** min(max(fitting, 3), 7)  # 8 to 128
         if keras.backend.backend() == "tensorflow" and macs * len(images[0]) * times > _COMPILED_MACS:
             import tensorflow as tf
@@ -54,11 +53,11 @@ class Rest:
     Attributes:
         model: the part; it shares its layers with the whole model.
         images: list of arrays, what it reads.
-        size: images of a batch that fits into memory.
+        size: images of a batch, as in `Runner`.
     """
 
     def __init__(self, model, images):
-        self.model, self.images, self._is_own = model, images, False  # not to be overwritten
+        self.model, self.images, self._owns_images = model, images, False
         self.size, self._runners = Runner(model, images).size, {}
 
     def start_before(self, layer):
@@ -74,13 +73,16 @@ class Rest:
                 results = self._room_for(part)
             results[start : start + len(part)] = part
             start += len(part)
-        self.model, self.images, self._runners, self._is_own = tail, [results], {}, True
+        self.model, self.images, self._runners, self._owns_images = tail, [results], {}, True
 
     def _room_for(self, part):
-        """Return an array for the results of all images; that of the last results if the shape is the same."""
+        """Return an array for the results of all images: that of the part before if shape and type match.
+
+        The images of the user are never overwritten.
+        """
         old = self.images[0]
-        if self._is_own and old.shape[1:] == part.shape[1:] and old.dtype == part.dtype:
-            return old  # a batch is read before its results are written
+        if self._owns_images and old.shape[1:] == part.shape[1:] and old.dtype == part.dtype:
+            return old  # safe: each batch is read before its rows are overwritten
         return np.empty((len(old), *part.shape[1:]), part.dtype)
 
     def read(self, node, *, count=None, most=math.inf):
@@ -113,13 +115,16 @@ def _rows(parts):
     return np.concatenate(rows).astype(np.float64)
 
 
-def affordable(model, images, macs):
-    """Return the number of images of this size that the model can run on with these multiply-adds."""
+def images_within(model, images, macs):
+    """Return how many images of the shape of `images` the model can run on within a budget of MACs.
+
+    If its MACs are not known, this is `macs`: in effect no limit.
+    """
     return int(macs / max(_work(model, images)[0], 1))
 
 
 def _work(model, images):
-    """Return the number of multiply-adds and of values of a model for one of the images; 0 if they are not known."""
+    """Return the MACs and the number of activations of a model for one of the images; 0 if they are not known."""
     inputs = None
     if any(None in x.shape[1:] for x in model.inputs):  # it takes images of any size
         inputs = [keras.KerasTensor((None, *x.shape[1:]), y.dtype) for x, y in zip(images, model.inputs, strict=True)]

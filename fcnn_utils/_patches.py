@@ -9,35 +9,35 @@ import numpy as np
 from fcnn_utils import keras_graph
 from fcnn_utils._conv_options import same_padding
 
-_ROWS = 100  # about so many patches of an image are read: neighbouring patches are redundant
-_WAITING_VALUES = 2**24  # of rows and outputs that are multiplied together
+_ROWS = 100  # about this many patches of an image are read, because neighbouring patches are redundant
+_BUFFER_VALUES = 2**24  # values that are collected before a matrix product
 
 
 class Moments:
     """Means and covariances of rows (n, D) with themselves and with rows of outputs (n, T).
 
-    Sums are in float64. Products of rows are in float32, which takes half the time. The rows are shifted by the mean
-    of the first ones, so that large means cost no digits.
+    Sums over blocks of rows are in float64. Products within a block are in float32, which takes half the time. The
+    rows are shifted by the mean of the first ones, so that large means cost no digits.
     """
 
     def __init__(self, path):
-        self.path, self.count, self._waiting = path, 0, []
+        self.path, self.count, self._buffer = path, 0, []
         self.shifts, self.totals, self.products = None, [0, 0], [0, 0]
 
     def add(self, rows, outputs):
-        """Add float32 rows and outputs; they are multiplied once there are enough of them."""
-        self._waiting.append((rows, outputs))
+        """Add float32 rows and outputs. They are collected; the products are updated when the buffer is full."""
+        self._buffer.append((rows, outputs))
         self.count += len(rows)
-        if sum(rows.size + outputs.size for rows, outputs in self._waiting) >= _WAITING_VALUES:
-            self._multiply()
+        if sum(rows.size + outputs.size for rows, outputs in self._buffer) >= _BUFFER_VALUES:
+            self._flush()
 
-    def _multiply(self):
-        both, self._waiting = [np.concatenate(x) for x in zip(*self._waiting, strict=True)], []
+    def _flush(self):
+        both, self._buffer = [np.concatenate(x) for x in zip(*self._buffer, strict=True)], []
         is_first = self.shifts is None
         if is_first:
             self.shifts = [x.mean(axis=0, dtype=np.float64).astype(np.float32) for x in both]
         for number, (x, shift) in enumerate(zip(both, self.shifts, strict=True)):
-            x -= shift  # of a new array
+            x -= shift  # in place: np.concatenate made a copy
             self.totals[number] = self.totals[number] + x.sum(axis=0, dtype=np.float64)
             out = None if is_first else self.products[number]
             self.products[number] = np.add(self.products[number], both[0].T @ x, out=out, dtype=np.float64)
@@ -48,8 +48,8 @@ class Moments:
         Raises:
             ValueError: a row is not finite.
         """
-        if self._waiting:
-            self._multiply()
+        if self._buffer:
+            self._flush()
         if not all(np.isfinite(product).all() for product in self.products):
             raise ValueError(
                 f"layer {self.path!r} reads or computes values that are not finite on the calibration images: check "
@@ -82,13 +82,14 @@ def mean_output(layer, reads):
 
 
 def linear_rows(kind):
-    """Return the function from what a layer reads to the rows (positions, T) that it computes from `patch_rows`.
+    """Return a function that computes a layer's outputs, without bias and activation, as rows (positions, T).
 
-    Bias and activation are left out.
+    The rows match those of `patch_rows`.
     """
     if kind.has_patches:
         matrix = kind.kernels()[0].reshape(-1, kind.kernel_shape[-1])
         return lambda x: patch_rows(kind, x) @ matrix
+    # transposed: run a copy of the layer
     layer = keras_graph.copy_layer(kind.layer, activation="linear", activity_regularizer=None, use_bias=False)
 
     def rows(x):
@@ -131,7 +132,7 @@ def patch_rows(kind, x):
 
 
 def _positions(shape):
-    """Return the indices (image, *position) of about `_ROWS` positions of each image, at most twice as many."""
+    """Return the indices (image, *position) of about `_ROWS` positions of each image, of all if it has fewer."""
     step = math.prod(shape[1:]) // _ROWS
     step += 1 - step % 2
     while math.gcd(step, shape[-1]) > 1:  # else it would keep to some columns of the image

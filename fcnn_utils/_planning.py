@@ -9,8 +9,8 @@ from fcnn_utils import cost, factorizations, rank_selection, sensitivity
 
 _SMALLEST = 1e-9  # a fraction of the parameters that every smallest rank exceeds
 _TRIED = 5  # sizes of each layer and method whose loss is predicted from its own decomposition
-_LARGE = 500_000  # values of a kernel from which on only three sizes are tried, up to half of the parameters
-_STEPS = 60  # sizes between them, whose loss is interpolated
+_STEPS = 60  # sizes between the tried ones, whose loss is interpolated
+_LARGE = 500_000  # kernels with more values: 3 sizes are tried, with at most 50% of the parameters instead of 70%
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,12 @@ from keras import layers
 
 from fcnn_utils import _calibration_inputs, keras_graph, layer_kinds
 from fcnn_utils._calibration_inputs import batches
-from fcnn_utils._network_runs import BATCH, Rest, affordable, following_norms
+from fcnn_utils._network_runs import BATCH, Rest, following_norms, images_within
 from fcnn_utils._patches import Moments, linear_rows, mean_output, patch_rows
 from fcnn_utils._progress import Progress
 
-_FEWEST = 128  # images whose patches are enough, if there are enough patches
-_PASS_MACS = 5e11  # that one run of a network on its images should take
+_FEWEST = 128  # images for patch statistics and refits, if there are so many
+_PASS_MACS = 5e11  # budget of MACs for one pass over the images
 
 
 def check_images(model, images):
@@ -47,8 +47,8 @@ def check_images(model, images):
 def patch_moments(model, node, images):
     """Estimate mean and covariance of the patches that a convolution or a Dense layer reads.
 
-    It stops once there are three times as many patches as a patch has values, from at least 128 images. If there are
-    fewer in all, the covariance is shrunk towards a multiple of the identity (OAS: Chen, Wiesel, Eldar & Hero 2010,
+    Reading stops after 128 images, or later, when there are more than 3 · D patches of D values. If all images give
+    fewer patches, the covariance is shrunk towards a multiple of the identity (OAS: Chen, Wiesel, Eldar & Hero 2010,
     arXiv 0907.4698).
 
     Args:
@@ -65,9 +65,9 @@ def patch_moments(model, node, images):
     return moments_of(Rest(model, _calibration_inputs.take(model, images)), node)
 
 
-def enough_images(model, images):
-    """Return the first of the images, with which factors are refitted: the larger the network, the fewer."""
-    count = max(_FEWEST, affordable(model, images, _PASS_MACS))
+def limit_images(model, images):
+    """Return the first images within a budget of MACs for one pass, at least 128 if there are so many."""
+    count = max(_FEWEST, images_within(model, images, _PASS_MACS))
     return [x[:count] for x in images]
 
 
@@ -93,7 +93,8 @@ def refit_kernel(kernel, decomposition, moments):
     Args:
         kernel: (kh, kw, S, T), the kernel that was decomposed.
         decomposition: of that kernel.
-        moments: (mean, covariance) of the patches, from `patch_moments`. In float32 it takes half the time.
+        moments: (mean, covariance) of the patches, from `patch_moments`. The fit uses the type of the covariance;
+            float32 takes about half the time of float64.
 
     Returns:
         kernel (kh, kw, S, T), and the shift of the bias (T,) that keeps the mean output.
@@ -123,15 +124,14 @@ def refit_layers(new, model, images, *, progress=None):
     Args:
         new: a factorized copy of `model`, from `compress.factorize`, whose layers keep their names.
         model: built functional or Sequential model.
-        images: see `check_images`. All are used if the network takes at most 5e11 multiply-adds for them, else the
-            first that take so many, but at least 128.
+        images: see `check_images`. The first ones within a budget of 5e11 MACs are used, but at least 128.
         progress: `Progress` to print with, or None.
 
     Raises:
         ValueError: the model does not take the images, or a layer reads values that are not finite.
     """
     images = _calibration_inputs.take(model, images)
-    images = enough_images(model, images)
+    images = limit_images(model, images)
     single, model = keras_graph.in_float32(new), keras_graph.in_float32(model)
     nodes = {node.path: node for node in keras_graph.layer_nodes(model)}
     new_nodes = {node.path: node for node in keras_graph.layer_nodes(single)}
@@ -252,12 +252,12 @@ def _shrunk(covariance, count):
 def _least_squares(gram, right):
     """Solve the normal equations; directions that the data hardly show get (almost) no change."""
     dtype, gram, right = right.dtype, gram.astype(np.float64), right.astype(np.float64)
-    vector, largest = np.ones(len(gram)), 0.0
-    for _ in range(20):  # power iteration: the largest eigenvalue
+    vector = gram[:, np.argmax(np.diagonal(gram))]
+    if not vector.any():
+        return np.zeros(right.shape, dtype)
+    for _ in range(20):  # power iteration: an estimate of the largest eigenvalue
         vector = gram @ (vector / np.linalg.norm(vector))
-        largest = np.linalg.norm(vector)
-        if not largest:
-            return np.zeros(right.shape, dtype)
+    largest = np.linalg.norm(vector)
     try:
         factor = scipy.linalg.cho_factor(gram + 1e-6 * largest * np.eye(len(gram)))
         return scipy.linalg.cho_solve(factor, right).astype(dtype)

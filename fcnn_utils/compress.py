@@ -14,7 +14,7 @@ import numpy as np
 
 from fcnn_utils import _clock, _targets, calibration, factorizations, keras_graph
 from fcnn_utils._checks import check_choice, check_number
-from fcnn_utils._network_runs import affordable, outputs_of
+from fcnn_utils._network_runs import images_within, outputs_of
 from fcnn_utils._planning import COSTS, Planner, megabytes, named_method
 from fcnn_utils._progress import Progress
 from fcnn_utils._report import Report
@@ -22,10 +22,10 @@ from fcnn_utils._sites import choose, find_sites
 
 AUTO = ("svd", "spatial", "tucker", "cp")
 _RANGES = {"ratio": (1e-9, 1), "size_mb": (1e-6, math.inf), "max_loss": (1e-9, math.inf), "speedup": (1.01, 1000)}
-_LARGE_CP = 3e8  # values of the kernel times rank
-_SWEEPS_OF_LARGE = 30  # the error of the kernel is then up to 4% larger than after 100
-_COMPARED = 32, 128  # images on which the outputs are compared in the end; the fewer, the larger the network
-_COMPARED_MACS = 1e11  # that this should take
+_LARGE_CP = 3e8  # a CP counts as large if kernel size × rank exceeds this
+_SWEEPS_OF_LARGE = 30  # of a large CP; the error of the kernel is up to 4% larger than after 100
+_COMPARED = 32, 128  # fewest and most images for the final comparison of outputs; fewer for expensive networks
+_COMPARED_MACS = 1e11  # budget of MACs of this comparison, for each network
 
 
 # parameters: the front door; a call sets one budget and few of the rest
@@ -108,8 +108,8 @@ def factorize(
         seed: seed of the random numbers in a CP's starts.
         verbose: 1 to print progress if it takes longer than half a second, 0 to print nothing.
         options: options of the decompositions; each is passed to the methods that have it. The default for CP is
-            `max_norm=1.0`, which bounds the norms of its components. With `images`, a CP of a large kernel makes 30
-            sweeps by default, not 100.
+            `max_norm=1.0`, which bounds the norms of its components. With `images`, the default `n_iter` of a CP falls
+            from 100 to 30 if kernel size × rank exceeds 3e8.
 
     Returns:
         (new model, report). The report is a DataFrame with a row for each layer with weights: layer, method, ranks,
@@ -252,7 +252,7 @@ class _Builder:
 
     def _decompose(self, plan):
         kernels = {
-            name: (choice.method, kernel, choice.ranks, self._options(choice, kernel))
+            name: (choice.method, kernel, choice.ranks, self._decompose_options(choice, kernel))
             for path, choice in plan.items()
             for name, kernel in zip(self._sites[path].kernel_names, self._sites[path].kind.kernels(), strict=True)
             if self._key(name, choice) not in self._results
@@ -261,8 +261,8 @@ class _Builder:
         for name, result in self._progress.over(results, "layers decomposed", len(kernels), name=_first):
             self._results[name, kernels[name][0], result.ranks] = result
 
-    def _options(self, choice, kernel):
-        """Return the options of a decomposition; a large CP makes fewer sweeps if it is refitted afterwards."""
+    def _decompose_options(self, choice, kernel):
+        """Return the options of one decomposition. With images, a large CP gets fewer sweeps: most are refitted."""
         options = self._options_of(choice.method) | choice.options
         is_large = issubclass(choice.method, factorizations.CP) and kernel.size * choice.ranks[0] > _LARGE_CP
         return {"n_iter": _SWEEPS_OF_LARGE} | options if is_large and self._images is not None else options
@@ -293,7 +293,7 @@ def _row_of_chain(site, method, parts, chain):
 def _output_change(model, new, images):
     """Return the root mean square of the outputs' change relative to that of the outputs, on some of the images."""
     least, most = _COMPARED
-    count = min(max(affordable(model, images, _COMPARED_MACS), least), most)
+    count = min(max(images_within(model, images, _COMPARED_MACS), least), most)
     images = [x[:count] for x in images]
     before, after = (outputs_of(keras_graph.in_float32(each), images) for each in (model, new))
     return float(np.linalg.norm(after - before) / max(np.linalg.norm(before), 1e-300))

@@ -21,18 +21,18 @@ import math
 import numpy as np
 
 from fcnn_utils import _calibration_inputs, calibration, factorizations, keras_graph, layer_kinds, rank_selection
-from fcnn_utils._network_runs import Rest, affordable, following_norms, output_change, outputs_of
+from fcnn_utils._network_runs import Rest, following_norms, images_within, output_change, outputs_of
 from fcnn_utils._patches import mean_output
 from fcnn_utils._progress import Progress
 
-_IMAGES = 256  # to refit a kernel with; fewer for large networks (`calibration.enough_images`)
-_LOSS_IMAGES = 16, 64  # to measure a loss with; with 256, the accuracy of the factorized networks is the same
-_MEASURED_MACS = 2e12  # that one loss of each layer should take
-_MEASURED = 3  # losses that are measured of each layer, and one more of each method; of large networks:
-_MEASURED_OF_LARGE = 2  # and none of a method
+_IMAGES = 256  # most images for a refit; fewer for expensive networks (`calibration.limit_images`)
+_LOSS_IMAGES = 16, 64  # fewest and most for a loss; with 256, the accuracy of the factorized networks is the same
+_LOSS_MACS = 2e12  # budget of MACs for measuring one loss of every layer
+_MEASURED = 3  # losses measured per layer; then one more per method
+_MEASURED_ON_BUDGET = 2  # losses measured per layer of an expensive network; no further ones per method
 _EXACT = 1e-12  # an output error that is due to rounding
-_LARGE = 500  # values of a patch from which on float32 is used: it takes half the time
-_LARGE_KERNEL = 1_000_000  # values from which on half as many sweeps are made
+_FLOAT32_SIZE = 500  # use float32 for larger patches: it takes half the time
+_FEW_SWEEPS_SIZE = 1_000_000  # kernels of so many values get half as many sweeps
 _MOST_VALUES = 10_000  # of a patch whose covariance is estimated: that takes about 24 bytes times the square of this
 # Sweeps of CP and Tucker: the errors of refitted outputs are then within 5% of those after 100 (on trained kernels).
 _SWEEPS = {factorizations.CP: 20, factorizations.Tucker2: 5}
@@ -61,13 +61,14 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
     Args:
         model: built functional or Sequential model. It is not changed.
         method: name or class of a factorization.
-        images: see `calibration.check_images`. The first 256 are used for the refits (of large networks the first
-            128), the first 128 for the losses.
+        images: see `calibration.check_images`. The refits use the first 128 to 256 images; a more expensive network
+            gets fewer. The losses use the first 128.
         nodes: `keras_graph.LayerNode` of each layer, of one of the `layer_kinds.KINDS`.
         fractions: shares of a kernel's parameters to try, rising. Those below rank 1 are left out; if none is left,
             rank 1 is tried.
         verbose: 1 to print progress.
-        options: of the decomposition. CP makes 20 sweeps here and Tucker 5, unless told otherwise.
+        options: of the decomposition. The default of `n_iter` is 20 for CP and 5 for Tucker, and half of that for
+            kernels of a million values or more.
 
     Returns:
         dict path -> list of (fraction, ranks, loss).
@@ -91,8 +92,8 @@ def predict_losses(model, images, ladders, *, progress=None):
 
     Args:
         model: built functional or Sequential model. It is not changed.
-        images: see `calibration.check_images`. The output errors are computed on the first 128 to 256 images, the
-            losses on the first 16 to 64: the larger the network, the fewer.
+        images: see `calibration.check_images`. The output errors use the first 128 to 256 images, the losses the first
+            16 to 64. A more expensive network gets fewer.
         ladders: dict path -> list of (method, list of at least one tuple of ranks, options of the decomposition).
         progress: `Progress` to print with, or None.
 
@@ -105,14 +106,14 @@ def predict_losses(model, images, ladders, *, progress=None):
     nodes = [node for node in keras_graph.layer_nodes(model) if node.path in ladders]
     found = {}
     images, (least, most) = _calibration_inputs.take(model, images), _LOSS_IMAGES
-    count = min(max(affordable(model, images, _MEASURED_MACS / max(len(nodes), 1)), least), most)
+    count = min(max(images_within(model, images, _LOSS_MACS / max(len(nodes), 1)), least), most)
     for trial in _trials(model, images, nodes, count, progress):
         own = ladders[trial.path]
         fitted = [trial.fitted_options(method) for method, _, _ in own]
         groups = trial.decompose(
             [(method, ranks, options | more) for (method, ranks, options), more in zip(own, fitted, strict=True)]
         )
-        losses = _losses(trial, groups, is_small=count > least)
+        losses = _losses(trial, groups, has_budget=count > least)
         found[trial.path] = [
             [Candidate(method, step[0].ranks, loss, kept) for step, loss in zip(group, each, strict=True)]
             for (method, _, _), kept, group, each in zip(own, fitted, groups, losses, strict=True)
@@ -152,7 +153,7 @@ class _Trial:
             mean, covariance = calibration.moments_of(rest, node)
             if not self._bias and not self._norms:  # no bias can correct the mean: measure it as a part of the error
                 mean, covariance = np.zeros_like(mean), covariance + np.outer(mean, mean)
-            dtype = np.float32 if len(mean) > _LARGE else np.float64
+            dtype = np.float32 if len(mean) > _FLOAT32_SIZE else np.float64
             self._moments = mean, covariance.astype(dtype)
             self._matrix = self._kernels[0].reshape(len(mean), -1).astype(dtype)
             self._outputs = self._matrix.T @ self._moments[1] @ self._matrix
@@ -170,13 +171,18 @@ class _Trial:
 
     def decompose(self, ladders):
         """Return for each (method, ladder, options) a list over its ranks, of decompositions of all groups."""
-        few = [_few_sweeps(method, self._kernels[0]) for method, _, _ in ladders]
-        ladders = [(method, ranks, less | more) for less, (method, ranks, more) in zip(few, ladders, strict=True)]
+        ladders = [(method, ranks, self._few_sweeps(method) | options) for method, ranks, options in ladders]
         try:
             groups = [factorizations.decompose_ladders(kernel, ladders) for kernel in self._kernels]
         except ValueError as error:
             raise ValueError(f"layer {self.path!r}: {error}") from None
         return [list(zip(*by_group, strict=True)) for by_group in zip(*groups, strict=True)]
+
+    def _few_sweeps(self, method):
+        count = next((count for kind, count in _SWEEPS.items() if issubclass(method, kind)), None)
+        if count is None:
+            return {}
+        return {"n_iter": count if self._kernels[0].size < _FEW_SWEEPS_SIZE else math.ceil(count / 2)}
 
     def refit(self, parts):
         """Return (kernels, shift of the bias) of decompositions of all groups, refitted if it can be."""
@@ -215,11 +221,8 @@ class _Trial:
 
 
 def _trials(model, images, nodes, count, progress):
-    """Yield a `_Trial` of each layer in turn, in the order of the model; losses are of the first `count` images.
-
-    `images` is a list of arrays.
-    """
-    images = [x[:_IMAGES] for x in calibration.enough_images(model, images)]
+    """Yield a `_Trial` of each layer in the order of the model; losses use the first `count` of the list `images`."""
+    images = [x[:_IMAGES] for x in calibration.limit_images(model, images)]
     copy = keras_graph.rebuild(keras_graph.in_float32(model), {})
     copies = {node.path: node for node in keras_graph.layer_nodes(copy)}
     before, rest = outputs_of(copy, [x[:count] for x in images]), Rest(copy, images)
@@ -235,30 +238,25 @@ def _path(node):
     return node.path
 
 
-def _few_sweeps(method, kernel):
-    count = next((count for kind, count in _SWEEPS.items() if issubclass(method, kind)), None)
-    return {} if count is None else {"n_iter": count if kernel.size < _LARGE_KERNEL else math.ceil(count / 2)}
-
-
-def _losses(trial, groups, is_small):
+def _losses(trial, groups, has_budget):
     """Return the losses of the decompositions of a layer, a list for each method.
 
-    `is_small` is whether many losses can be measured, because the network is small.
+    `has_budget` is whether the network is cheap enough for a third measurement per layer and one more per method.
     """
     if not trial.is_refitted:  # the kernel's error says little about the loss: measure each
         return [[trial.loss(trial.refit(step)) for step in group] for group in groups]
     errors = [[trial.output_error(step) for step in group] for group in groups]
-    curve = _measured_curve(trial, groups, errors, _MEASURED if is_small else _MEASURED_OF_LARGE)
-    scales = _scales(trial, groups, errors, curve) if is_small else [1.0] * len(groups)
+    curve = _measured_curve(trial, groups, errors, _MEASURED if has_budget else _MEASURED_ON_BUDGET)
+    scales = _scales(trial, groups, errors, curve) if has_budget else [1.0] * len(groups)
     return [[scale * curve(error) for error in own] for scale, own in zip(scales, errors, strict=True)]
 
 
 def _measured_curve(trial, groups, errors, count):
-    """Measure the loss of `count` decompositions of a layer; return the function from an output error to a loss.
+    """Measure the loss of at most `count` decompositions of a layer; return the function from output error to loss.
 
-    The measured decompositions are those whose errors are nearest to the smallest error that may be chosen, to the
-    largest, and to values between these. Between them the function is linear on logarithmic axes. Below them its slope
-    is 1: the loss is proportional to the squared error of the output. Above them it continues with the last slope,
+    The measured decompositions are those whose errors are nearest to `count` errors, evenly spaced on a logarithmic
+    axis. Between the measured points the function is linear on logarithmic axes. Below the first point its slope is 1:
+    the loss is proportional to the squared error of the output. Above the last point it continues with the last slope,
     limited to the range 1 to 2.
     """
     steps = dict(zip(itertools.chain(*errors), itertools.chain(*groups), strict=True))

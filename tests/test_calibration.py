@@ -194,7 +194,9 @@ def test_reestimate_leaves_a_model_without_batch_norms_alone():
 def test_moments_are_those_of_the_patches_that_a_layer_reads():
     model, images = network(), pictures(200)
     mean, covariance = calibration.patch_moments(model, convolutions(model)[1], images)
-    x = patches(reads(model, "conv2", images[:128]))  # it stops there: 128 images, and over 3 patches for each value
+    x = patches(
+        reads(model, "conv2", images[:128])
+    )  # reading stops after 128 images: there are more than 3 · D patches
     assert np.allclose(mean, x.mean(axis=0), atol=1e-4) and np.allclose(covariance, np.cov(x.T, bias=True), atol=1e-3)
 
 
@@ -331,3 +333,10 @@ def test_a_nested_model_is_calibrated_as_a_flat_one(use_bias):
     assert np.allclose([loss for curve in flat for *_, loss in curve], [loss for curve in nested for *_, loss in curve])
     for one, other in zip(flat_outputs, nested_outputs, strict=True):
         assert np.allclose(one, other, atol=1e-5)
+
+
+def test_refits_work_for_rows_of_a_constant_sum():
+    """The covariance of such rows (after a softmax) times a vector of ones is zero."""
+    gram = np.array([[1.0, -1, 0], [-1, 1, 0], [0, 0, 0]])
+    wanted = np.array([[0.5, 2], [-0.5, -2], [0, 0]])
+    assert np.allclose(calibration._least_squares(gram, gram @ wanted), wanted, atol=1e-5)

@@ -41,29 +41,29 @@ def trained():
 
 
 @pytest.mark.parametrize("rank", [12, 60])
-def test_a_large_bounded_cp_in_float32_is_as_good_as_in_float64(monkeypatch, trained, rank):
+def test_cp_in_float32_has_the_error_of_float64(monkeypatch, trained, rank):
     kernel = trained["conv3"]
     double = CP.decompose(kernel, rank, max_norm=1.0, n_iter=60)
-    monkeypatch.setattr(cp, "_LARGE", 0)
+    monkeypatch.setattr(cp, "_FLOAT32", 0)
     single = CP.decompose(kernel, rank, max_norm=1.0, n_iter=60)
     assert single.relative_error == pytest.approx(double.relative_error, rel=2e-3)
     assert single.relative_error != double.relative_error and single.total_norm <= 1 + 1e-9
     assert all(factor.dtype == np.float64 for factor in single.factors)
 
 
-def test_a_large_cp_of_a_small_error_ends_in_float64(monkeypatch):
+def test_cp_in_float32_is_refined_in_float64_if_the_error_is_small(monkeypatch):
     rng = np.random.default_rng(0)
     kernel = np.einsum("pr,sr,tr->pst", *(rng.standard_normal((size, 2)) for size in (9, 10, 12))).reshape(3, 3, 10, 12)
     options = {"max_norm": 3.0, "n_iter": 500, "tol": 1e-12}
-    monkeypatch.setattr(cp, "_LARGE", 0)
+    monkeypatch.setattr(cp, "_FLOAT32", 0)
     error = CP.decompose(kernel, 2, **options).relative_error
     monkeypatch.setattr(cp, "_SMALL_ERROR", -1)  # float32 alone
     assert error < 1e-7 and 3 * error < CP.decompose(kernel, 2, **options).relative_error
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
-def test_float32_takes_kernels_of_any_scale(monkeypatch, trained, scale):
-    monkeypatch.setattr(cp, "_LARGE", 0)
+def test_cp_in_float32_does_not_depend_on_the_scale_of_the_kernel(monkeypatch, trained, scale):
+    monkeypatch.setattr(cp, "_FLOAT32", 0)
     kernel = trained["conv3"].astype(np.float64)
     plain, scaled = (CP.decompose(each, 20, max_norm=1.0, n_iter=10) for each in (kernel, scale * kernel))
     assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-4)

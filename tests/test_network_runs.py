@@ -10,7 +10,7 @@ from tests.calibration_networks import numpy_outputs
 
 
 def network(size=6):
-    """Blocks of the same size, whose results take the place of those before."""
+    """Residual blocks with equal output shapes, so that `Rest` can reuse one array for their results."""
     inputs = keras.Input((size, size, 3))
     x = layers.Conv2D(4, 3, padding="same", activation="relu", name="conv0")(inputs)
     for number in (1, 2, 3):
@@ -24,20 +24,20 @@ def images(count):
 
 
 @pytest.mark.parametrize("compiled_from", [0, 1e99])
-def test_batches_fit_into_memory_and_outputs_are_those_of_the_model(monkeypatch, compiled_from):
+def test_outputs_do_not_depend_on_batches_of_8_to_128_or_on_compilation(monkeypatch, compiled_from):
     model, x = network(), images(37)
     monkeypatch.setattr(_network_runs, "_COMPILED_MACS", compiled_from)
     for limit, size in ((1, 8), (2**30, 128)):  # at least 8, at most 128
-        monkeypatch.setattr(_network_runs, "_ACTIVE_BYTES", limit)
+        monkeypatch.setattr(_network_runs, "_ACTIVATION_BYTES", limit)
         assert _network_runs.Runner(model, [x]).size == size
         assert np.allclose(_network_runs.outputs_of(model, [x]), numpy_outputs(model, x), atol=1e-6)
 
 
-def test_the_rest_of_a_model_computes_what_the_model_computes(monkeypatch):
-    """Each part is run once. The results of a part overwrite those of the part before, never the user's images."""
+def test_rest_computes_what_the_model_computes_and_keeps_the_images_of_the_user(monkeypatch):
+    """The results of one part reuse the array of the part before; the images of the user stay unchanged."""
     model, x = network(), images(20)
     given, expected = x.copy(), numpy_outputs(model, x)
-    monkeypatch.setattr(_network_runs, "_ACTIVE_BYTES", 1)  # three batches
+    monkeypatch.setattr(_network_runs, "_ACTIVATION_BYTES", 1)  # three batches
     rest, kept = _network_runs.Rest(model, [x]), []
     nodes = {node.path: node for node in keras_graph.layer_nodes(model)}
     for number in range(4):
@@ -51,18 +51,18 @@ def test_the_rest_of_a_model_computes_what_the_model_computes(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [6, None])  # None: the network takes images of any size
-def test_batches_and_numbers_of_images_follow_from_what_an_image_of_this_size_costs(monkeypatch, size):
+def test_batch_size_and_number_of_images_follow_the_cost_of_one_image(monkeypatch, size):
     model = network(size)
     macs = 36 * (27 * 4 + 3 * 36 * 4) + 4 * 5
-    assert _network_runs.affordable(model, [images(3)], 70.5 * macs) == 70
+    assert _network_runs.images_within(model, [images(3)], 70.5 * macs) == 70
     values = 36 * 4 * 7 + 4 + 5
-    monkeypatch.setattr(_network_runs, "_ACTIVE_BYTES", 4 * values * 16)
+    monkeypatch.setattr(_network_runs, "_ACTIVATION_BYTES", 4 * values * 16)
     assert _network_runs.Runner(model, [images(3)]).size == 16
 
 
-def test_a_part_is_read_for_as_many_images_as_are_wanted(monkeypatch):
+def test_read_keeps_to_the_number_of_images_and_the_largest_batch(monkeypatch):
     model, x = network(), images(30)
-    monkeypatch.setattr(_network_runs, "_ACTIVE_BYTES", 1)  # batches of 8
+    monkeypatch.setattr(_network_runs, "_ACTIVATION_BYTES", 1)  # batches of 8
     node = {node.path: node for node in keras_graph.layer_nodes(model)}["conv1"]
     rest = _network_runs.Rest(model, [x])
     sizes = [[len(part) for (part,) in rest.read(node, **wanted)] for wanted in ({}, {"count": 20}, {"most": 5})]

@@ -56,15 +56,15 @@ def sweeps(tensor, factors, n_iter, tol, *, momentum=0.0, squared_norm=math.inf)
 
 
 def sweeps_in_float32(tensor, starts, n_iter, tol, momentum, squared_norm):
-    """Return the best result of `sweeps` in float32, from several starts, as float64 factors and its error."""
-    size = np.linalg.norm(tensor) or 1.0  # squares of small values would vanish in float32
-    single, limit = (tensor / size).astype(np.float32), squared_norm / size**2
+    """Run `sweeps` in float32 from each start; return the factors of the smallest error, in float64, and that error."""
+    tensor_norm = np.linalg.norm(tensor) or 1.0  # squares could underflow or overflow in float32
+    single, limit = (tensor / tensor_norm).astype(np.float32), squared_norm / tensor_norm**2
     starts = [[factor.astype(np.float32) for factor in factors] for factors in starts]
     fits = [sweeps(single, factors, n_iter, tol, momentum=momentum, squared_norm=limit) for factors in starts]
     factors, error = min(fits, key=lambda fit: fit[1])
     *others, last = (factor.astype(np.float64) for factor in factors)
-    norm = np.sum(math.prod(np.sum(np.square(factor), axis=0) for factor in (*others, last)))
-    return [*others, last * size * math.sqrt(min(1.0, limit / max(norm, 1e-300)))], error  # exactly within the bound
+    squared = np.sum(math.prod(np.sum(np.square(factor), axis=0) for factor in (*others, last)))
+    return [*others, last * tensor_norm * math.sqrt(min(1.0, limit / max(squared, 1e-300)))], error  # within the bound
 
 
 def sweep(tensor, factors, squared_norm=math.inf, squared_error=None, ridges=None):
@@ -121,11 +121,12 @@ def partial_products(tensor, factors):
 
 
 def _solve(gram, product, total, squared_norm, ridge):
-    """Return the factor (I_n, R) for a bound on the norm, from ZᵀZ and X₍ₙ₎ Z; the squared error with it, and λ.
+    """Return the factor (I_n, R) for a bound on the norm, from ZᵀZ and X₍ₙ₎ Z; its squared error; the next ridge.
 
-    The search for λ starts at `ridge`. Newton's iteration for 1 / ‖A‖ (Moré & Sorensen 1983, SIAM J. Sci. Stat. Comput.
-    4(3)) takes a Cholesky factorization a step instead of eigenvectors. It stops near the bound, and A is scaled to
-    keep it. Returns None if that fails, or if ZᵀZ is nearly singular and there is no bound.
+    `ridge` is the first λ. With 0, the solution without a bound is tried first. The third result is where the next
+    sweep may start. Each step of Newton's iteration for 1 / ‖A‖ (Moré & Sorensen 1983, SIAM J. Sci. Stat. Comput. 4(3))
+    needs a Cholesky factorization, not eigenvectors. The iteration stops near the bound; A is scaled down if it exceeds
+    the bound. The result is None if that fails, or if ZᵀZ is nearly singular and there is no bound.
     """
     limit, diagonal, eps = math.sqrt(squared_norm), np.diag_indices_from(gram), np.finfo(gram.dtype).eps
     potrf, potrs, pocon, trtrs = get_lapack_funcs(("potrf", "potrs", "pocon", "trtrs"), (gram,))
@@ -136,7 +137,7 @@ def _solve(gram, product, total, squared_norm, ridge):
         if not ridge and (failed or pocon(cholesky, np.linalg.norm(gram, 1))[0] < 5e5 * eps):
             if limit == math.inf:
                 return None
-            ridge = 100 * eps  # the diagonal of ZᵀZ is 1
+            ridge = 100 * eps  # small beside the diagonal of ZᵀZ, which is 1
             continue
         if failed:
             return None
@@ -145,13 +146,13 @@ def _solve(gram, product, total, squared_norm, ridge):
         if not size or (not ridge and size <= limit):
             return factor, total - overlap, 0.0
         half = np.linalg.norm(trtrs(cholesky, factor.T, trans=1)[0])  # its square is −½ d‖A‖²/dλ
-        better = ridge + (size / half) ** 2 * (size / limit - 1)
-        if not better > 0:
+        next_ridge = ridge + (size / half) ** 2 * (size / limit - 1)
+        if not next_ridge > 0:
             return None
         if abs(size / limit - 1) < _TOLERANCE:
             scale = min(1.0, limit / size)
-            return scale * factor, total - 2 * scale * overlap + scale**2 * (overlap - ridge * size**2), better
-        ridge = better
+            return scale * factor, total - 2 * scale * overlap + scale**2 * (overlap - ridge * size**2), next_ridge
+        ridge = next_ridge
     return None
 
 

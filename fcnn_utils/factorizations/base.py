@@ -293,8 +293,8 @@ class Factorization:
 
 
 def _contract(equation, factors):
-    """Return `np.einsum` from left to right; NumPy's own order may make products far larger than the kernel."""
-    path = [(0, 1), *((0, last) for last in range(len(factors) - 2, 0, -1))]  # a product goes to the end of the list
+    """Contract the factors from left to right. NumPy's own order may make arrays far larger than the kernel."""
+    path = [(0, 1), *((0, product) for product in range(len(factors) - 2, 0, -1))]  # each product is appended
     return np.einsum(equation, *factors, optimize=["einsum_path", *path] if len(factors) > 1 else False)
 
 

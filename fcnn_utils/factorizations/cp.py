@@ -18,7 +18,7 @@ from fcnn_utils.factorizations import als
 from fcnn_utils.factorizations.base import Factorization, check_kernel
 from fcnn_utils.factorizations.chain import AXIS_NAMES
 
-_LARGE = 3e7  # kernel values times rank from which on float32 is used: it takes half the time
+_FLOAT32 = 3e7  # use float32 for a bounded CP if kernel size × rank exceeds this; it takes half the time
 _SMALL_ERROR = 0.03  # a relative error that float32 may not resolve well enough
 
 
@@ -78,7 +78,7 @@ class CP(Factorization):
             return cls.from_factors(kernel, als.exact_factors(tensor))
         limits = {"squared_norm": math.inf if max_norm is None else (max_norm * np.linalg.norm(kernel)) ** 2}
         starts = [als.initial_factors(tensor, rank, seed, number) for number in range(n_starts)]
-        if max_norm is not None and tensor.size * rank > _LARGE:
+        if max_norm is not None and tensor.size * rank > _FLOAT32:
             found, error = als.sweeps_in_float32(tensor, starts, n_iter, tol, momentum, **limits)
             if error > _SMALL_ERROR:
                 return cls.from_factors(kernel, found)

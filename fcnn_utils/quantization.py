@@ -64,8 +64,9 @@ def quantize(model, images, path):
     float32, and so do the inputs and outputs of the file.
 
     For OpenVINO, install NNCF (`pip install nncf`). NNCF reports its use to its authors by default; here this is
-    switched off. On processors without 8-bit dot products (VNNI, Arm's dotprod) int8 may be slower than float32, and on
-    x86 processors sums may saturate: compare the outputs again on such a machine.
+    switched off. On processors without 8-bit dot products (VNNI, Arm's dotprod) int8 may be slower than float32. On x86
+    processors without them sums may saturate: `deploy.load` prevents this in ONNX Runtime, by
+    "session.x64quantprecision"; set it in sessions of your own, and in the other engines compare the outputs again.
 
     Args:
         model: built, functional or Sequential, as in `deploy.export`. It does not change.

@@ -7,42 +7,35 @@ import keras
 import numpy as np
 
 from fcnn_utils import _graph_cut, cost, keras_graph, layer_kinds
-from fcnn_utils._calibration_inputs import batches
 
-BATCH = 128  # images at a time
 _ACTIVATION_BYTES = 2**30  # limit for the activations of a batch: Keras keeps all of them until the last layer has run
 _KEPT_BYTES = 2**30  # limit for the stored inputs of a layer, so that the layers before it need not run again
 _COMPILED_MACS = 3e10  # compile above this number for all runs together: then it saves more time than it costs
 
 
 class Runner:
-    """Run a network in inference mode on images, batch by batch.
+    """Run a network in inference mode on batches.
 
     With TensorFlow, expensive networks are compiled. With JAX and PyTorch, compilation takes longer than a few runs.
 
     Args:
         model: functional or Sequential.
-        images: list of arrays, one for each input.
-        times: expected number of passes over all images.
-
-    Attributes:
-        size: images of a batch, a power of two from 8 to 128; it keeps the activations below 1 GiB where possible.
+        parts: list of batches, each a list of arrays or tensors, one for each input.
+        times: expected number of passes over all batches.
     """
 
-    def __init__(self, model, images, times=1):
-        self._model, self._images, self._call = model, images, functools.partial(model, training=False)
-        macs, values = _work(model, images)
-        fitting = math.floor(math.log2(_ACTIVATION_BYTES / (4 * max(values, 1))))
-        self.size = 2 ** min(max(fitting, 3), 7)  # 8 to 128
-        if keras.backend.backend() == "tensorflow" and macs * len(images[0]) * times > _COMPILED_MACS:
+    def __init__(self, model, parts, times=1):
+        self._model, self._parts, self._call = model, parts, functools.partial(model, training=False)
+        count = sum(len(part[0]) for part in parts)
+        if keras.backend.backend() == "tensorflow" and _work(model, parts[0])[0] * count * times > _COMPILED_MACS:
             import tensorflow as tf
 
             self._call = tf.function(self._call, reduce_retracing=True)
 
-    def __call__(self, most=math.inf):
-        """Yield the flat list of outputs of each batch of at most `most` images."""
-        for batch in batches(self._model, self._images, min(self.size, most)):
-            yield keras.tree.flatten(self._call(batch))
+    def __call__(self):
+        """Yield the flat list of outputs of each batch."""
+        for part in self._parts:
+            yield keras.tree.flatten(self._call(keras_graph.pack_inputs(self._model, part)))
 
 
 class Rest:
@@ -50,68 +43,75 @@ class Rest:
 
     It is used for layers in the order of the model.
 
+    Args:
+        model: functional or Sequential.
+        images: list of arrays, one for each input; they are not changed.
+        size: images of a batch; default: `batch_size`.
+
     Attributes:
         model: the part; it shares its layers with the whole model.
-        images: list of arrays, what it reads.
-        size: images of a batch, as in `Runner`.
     """
 
-    def __init__(self, model, images):
-        self.model, self.images, self._owns_images = model, images, False
-        self.size, self._runners = Runner(model, images).size, {}
+    def __init__(self, model, images, size=None):
+        self.model, self._runners = model, {}
+        self._parts = _split(images, size or batch_size(model, images))  # what the model reads
 
     def start_before(self, layer):
         """Run what comes before the layer and leave it out from now on, unless the result would be too large."""
         head, tail = _graph_cut.split_before(self.model, layer)
         shape = () if head is None else head.output_shape[1:]
-        if head is None or None in shape or 4 * len(self.images[0]) * math.prod(shape) > _KEPT_BYTES:
+        count = sum(len(part[0]) for part in self._parts)
+        if head is None or None in shape or 4 * count * math.prod(shape) > _KEPT_BYTES:
             return
-        results, start = None, 0
-        for (part,) in Runner(head, self.images)():
-            part = keras.ops.convert_to_numpy(part)
-            if results is None:
-                results = self._room_for(part)
-            results[start : start + len(part)] = part
-            start += len(part)
-        self.model, self.images, self._runners, self._owns_images = tail, [results], {}, True
+        for number, result in enumerate(Runner(head, self._parts)()):
+            self._parts[number] = result  # at once, so that the memory of the batch before can be used again
+        self.model, self._runners = tail, {}
 
-    def _room_for(self, part):
-        """Return an array for the results of all images: that of the part before if shape and type match.
-
-        The images of the user are never overwritten.
-        """
-        old = self.images[0]
-        if self._owns_images and old.shape[1:] == part.shape[1:] and old.dtype == part.dtype:
-            return old  # safe: each batch is read before its rows are overwritten
-        return np.empty((len(old), *part.shape[1:]), part.dtype)
-
-    def read(self, node, *, count=None, most=math.inf):
+    def read(self, node, count=None):
         """Yield what a layer reads at each of its calls, in float32, batch by batch.
 
         Args:
             node: `keras_graph.LayerNode` of the layer.
             count: number of images, the first ones; default: all.
-            most: largest number of images of a batch.
         """
         reader = keras_graph.input_model(self.model, node.path)
-        for part in Runner(reader, [x[:count] for x in self.images])(most):
-            yield [keras.ops.cast(x, "float32") for x in part]
+        for result in Runner(reader, self._first(count))():
+            yield [keras.ops.cast(x, "float32") for x in result]
 
     def outputs(self, count):
         """Return all outputs of the model for the first `count` images as rows (N, D); meant for many calls."""
         if count not in self._runners:
-            self._runners[count] = Runner(self.model, [x[:count] for x in self.images], times=4)
+            self._runners[count] = Runner(self.model, self._first(count), times=4)
         return _rows(self._runners[count]())
+
+    def _first(self, count):
+        """Return the batches of the first images, in all `count`."""
+        parts, left = [], math.inf if count is None else count
+        for part in self._parts:
+            if left > 0:
+                parts.append([x[:left] for x in part] if len(part[0]) > left else part)
+                left -= len(part[0])
+        return parts
+
+
+def batch_size(model, images):
+    """Return a power of two from 8 to 128, at which the activations stay below 1 GiB where possible."""
+    fitting = math.floor(math.log2(_ACTIVATION_BYTES / (4 * max(_work(model, images)[1], 1))))
+    return 2 ** min(max(fitting, 3), 7)
 
 
 def outputs_of(model, images):
     """Return all outputs of the model as rows (N, D)."""
-    return _rows(Runner(model, images)())
+    return _rows(Runner(model, _split(images, batch_size(model, images)))())
 
 
-def _rows(parts):
-    parts = [[keras.ops.convert_to_numpy(y) for y in part] for part in parts]
-    rows = [np.concatenate([np.reshape(y, (len(y), -1)) for y in part], axis=1) for part in parts]
+def _split(images, size):
+    return [[x[start : start + size] for x in images] for start in range(0, len(images[0]), size)]
+
+
+def _rows(results):
+    results = [[keras.ops.convert_to_numpy(y) for y in result] for result in results]
+    rows = [np.concatenate([np.reshape(y, (len(y), -1)) for y in result], axis=1) for result in results]
     return np.concatenate(rows).astype(np.float64)
 
 

@@ -112,7 +112,7 @@ def patch_rows(kind, x):
     `keras.ops.image.extract_patches` is not used: it convolves with an identity kernel, which takes as long as a layer
     with prod(kernel size) · S filters.
     """
-    x = keras.ops.convert_to_numpy(x)
+    x = _without_copy(x)
     layer = kind.layer
     if not kind.axes:
         x = kind.input_rows(x)
@@ -129,6 +129,14 @@ def patch_rows(kind, x):
     windows = windows[(slice(None), *steps, slice(None), *dilations)]
     rows = np.moveaxis(windows, len(axes) + 1, -1)[_positions(windows.shape[: len(axes) + 1])]  # (rows, *kernel, S)
     return rows.reshape(len(rows), -1)
+
+
+def _without_copy(x):
+    """Return a tensor as an array that shares its memory, where the backend allows it; it is for reading only."""
+    try:
+        return np.asarray(memoryview(x))
+    except TypeError:
+        return keras.ops.convert_to_numpy(x)
 
 
 def _positions(shape):

@@ -12,10 +12,11 @@ from keras import layers
 
 from fcnn_utils import _calibration_inputs, keras_graph, layer_kinds
 from fcnn_utils._calibration_inputs import batches
-from fcnn_utils._network_runs import BATCH, Rest, following_norms, images_within
+from fcnn_utils._network_runs import Rest, batch_size, following_norms, images_within
 from fcnn_utils._patches import Moments, linear_rows, mean_output, patch_rows
 from fcnn_utils._progress import Progress
 
+_BATCH = 128  # images at a time, where batch norms are in training mode
 _FEWEST = 128  # images for patch statistics and refits, if there are so many
 _PASS_MACS = 5e11  # budget of MACs for one pass over the images
 
@@ -100,13 +101,24 @@ def refit_kernel(kernel, decomposition, moments):
         kernel (kh, kw, S, T), and the shift of the bias (T,) that keeps the mean output.
     """
     mean, covariance = moments
+    rebuilt = fit_to_outputs(kernel, decomposition, covariance)[0]
+    dense = np.reshape(kernel, rebuilt.shape).astype(rebuilt.dtype)
+    return rebuilt.reshape(kernel.shape), mean @ (dense - rebuilt)
+
+
+def fit_to_outputs(kernel, decomposition, covariance):
+    """Fit the last factor of a decomposition as in `refit_kernel`.
+
+    Returns:
+        the fitted kernel (D, T) and its product with the covariance (D, D), which is cheap to compute here.
+    """
     dense, basis, last = (
         x.astype(covariance.dtype)
         for x in (np.reshape(kernel, (-1, kernel.shape[-1])), decomposition.basis(), decomposition.last_factor())
     )
     weighted = basis.T @ covariance
-    rebuilt = basis @ (last + _least_squares(weighted @ basis, weighted @ (dense - basis @ last)))
-    return rebuilt.reshape(kernel.shape), mean @ (dense - rebuilt)
+    fitted = last + _least_squares(weighted @ basis, weighted @ (dense - basis @ last))
+    return basis @ fitted, weighted.T @ fitted
 
 
 def refit_layers(new, model, images, *, progress=None):
@@ -136,7 +148,8 @@ def refit_layers(new, model, images, *, progress=None):
     nodes = {node.path: node for node in keras_graph.layer_nodes(model)}
     new_nodes = {node.path: node for node in keras_graph.layer_nodes(single)}
     chains = [path for path, node in nodes.items() if _is_factorized(node, new_nodes.get(path))]
-    new_rest, rest = Rest(single, images), Rest(model, images)
+    size = min(batch_size(each, images) for each in (single, model))  # the same batches for both
+    new_rest, rest = Rest(single, images, size), Rest(model, images, size)
     for path in (progress or Progress(0)).over(chains, "layers refitted to the images"):
         chain_end = new_nodes[path]
         fit = _refit if layer_kinds.KernelLayer(chain_end.layer).has_patches else _match_means
@@ -165,7 +178,7 @@ def reestimate(model, images):
     before = [(norm.momentum, norm.trainable) for norm in norms]
     try:
         seen = 0
-        for batch in batches(model, images, BATCH):
+        for batch in batches(model, images, _BATCH):
             size = len(keras.tree.flatten(batch)[0])
             for norm in norms:
                 norm.trainable, norm.momentum = True, seen / (seen + size)  # a mean, not a moving average
@@ -206,8 +219,8 @@ def _refit(new_rest, chain_end, rest, node, norms):
     new_rest.start_before(last)
     rest.start_before(dense)
     outputs = linear_rows(kind)
-    moments, size = Moments(node.path), min(new_rest.size, rest.size)
-    for new_read, read in zip(new_rest.read(chain_end, most=size), rest.read(node, most=size), strict=True):
+    moments = Moments(node.path)
+    for new_read, read in zip(new_rest.read(chain_end), rest.read(node), strict=True):
         for z, x in zip(new_read, read, strict=True):
             moments.add(patch_rows(last_kind, z), outputs(x))
     mean, gram, mean_output, right = moments.normal_equations()

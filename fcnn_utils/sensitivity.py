@@ -156,9 +156,10 @@ class _Trial:
             dtype = np.float32 if len(mean) > _FLOAT32_SIZE else np.float64
             self._moments = mean, covariance.astype(dtype)
             self._matrix = self._kernels[0].reshape(len(mean), -1).astype(dtype)
-            self._outputs = self._matrix.T @ self._moments[1] @ self._matrix
+            self._weighted = self._moments[1] @ self._matrix
+            self._outputs = self._matrix.T @ self._weighted
         elif (self._bias or self._norms) and not self.kind.einsum:
-            self._reads = list(rest.read(node, count=count))
+            self._reads = list(rest.read(node, count))
             self._mean = mean_output(node.layer, self._reads)
 
     @property
@@ -201,8 +202,9 @@ class _Trial:
 
     def output_error(self, parts):
         """Return the squared error of the output of a layer that is refitted, relative to its variance."""
-        difference = self._matrix - self.refit(parts)[0][0].reshape(self._matrix.shape)
-        return float(np.sum(difference * (self._moments[1] @ difference)) / max(np.trace(self._outputs), 1e-300))
+        fitted, weighted = calibration.fit_to_outputs(self._kernels[0], parts[0], self._moments[1])
+        lost = np.sum((self._matrix - fitted) * (self._weighted - weighted))
+        return max(float(lost / max(np.trace(self._outputs), 1e-300)), 0.0)
 
     def loss(self, refitted):
         """Return the loss of the network with the kernels and the shift of `refit`."""

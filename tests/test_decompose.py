@@ -9,7 +9,7 @@ from tensorly.decomposition import partial_tucker, tensor_train
 from threadpoolctl import OpenBLASController, threadpool_info, threadpool_limits
 
 from fcnn_utils import factorizations
-from fcnn_utils.factorizations import Factorization, TensorTrain, Tucker2, gram, one_blas_thread
+from fcnn_utils.factorizations import SVD, Factorization, TensorTrain, Tucker2, base, gram, one_blas_thread
 
 METHODS = list(factorizations.FACTORIZATIONS)
 
@@ -116,6 +116,20 @@ def test_a_decomposition_uses_one_blas_thread(two_blas_threads, monkeypatch, met
     with pytest.raises(ValueError, match="finite"):
         factorizations.decompose(np.full((3, 3, 6, 8), np.nan), method, ranks)
     assert blas_threads() == {2}
+
+
+def test_svds_of_one_large_kernel_share_the_blas_threads_and_several_jobs_do_not(two_blas_threads, monkeypatch):
+    seen, to_kernel, kernel = [], Factorization.to_kernel, random_kernel((3, 3, 6, 8))
+    monkeypatch.setattr(Factorization, "to_kernel", lambda self: (seen.append(blas_threads()), to_kernel(self))[1])
+    monkeypatch.setattr(base, "_LARGE", kernel.size - 1)
+    svd, tucker = (SVD, [2, 4], {}), (Tucker2, [(2, 2)], {})
+    factorizations.decompose_ladders(kernel, [svd])
+    assert len(seen) == 3 and all(threads == {2} for threads in seen)
+    seen.clear()
+    factorizations.decompose_ladders(kernel, [svd, tucker])
+    list(factorizations.decompose_many({"kernel": (SVD, kernel, 2, {})}))
+    factorizations.decompose(kernel, "tucker", (2, 2))
+    assert len(seen) == 6 and all(threads == {1} for threads in seen) and blas_threads() == {2}
 
 
 def test_the_last_thread_that_decomposes_restores_the_blas_threads(two_blas_threads):

@@ -10,7 +10,7 @@ from tests.calibration_networks import numpy_outputs
 
 
 def network(size=6):
-    """Residual blocks with equal output shapes, so that `Rest` can reuse one array for their results."""
+    """Residual blocks, between which the network can be cut."""
     inputs = keras.Input((size, size, 3))
     x = layers.Conv2D(4, 3, padding="same", activation="relu", name="conv0")(inputs)
     for number in (1, 2, 3):
@@ -29,25 +29,24 @@ def test_outputs_do_not_depend_on_batches_of_8_to_128_or_on_compilation(monkeypa
     monkeypatch.setattr(_network_runs, "_COMPILED_MACS", compiled_from)
     for limit, size in ((1, 8), (2**30, 128)):  # at least 8, at most 128
         monkeypatch.setattr(_network_runs, "_ACTIVATION_BYTES", limit)
-        assert _network_runs.Runner(model, [x]).size == size
+        assert _network_runs.batch_size(model, [x]) == size
         assert np.allclose(_network_runs.outputs_of(model, [x]), numpy_outputs(model, x), atol=1e-6)
 
 
 def test_rest_computes_what_the_model_computes_and_keeps_the_images_of_the_user(monkeypatch):
-    """The results of one part reuse the array of the part before; the images of the user stay unchanged."""
     model, x = network(), images(20)
     given, expected = x.copy(), numpy_outputs(model, x)
     monkeypatch.setattr(_network_runs, "_ACTIVATION_BYTES", 1)  # three batches
-    rest, kept = _network_runs.Rest(model, [x]), []
+    rest, parts_of_the_model = _network_runs.Rest(model, [x]), []
     nodes = {node.path: node for node in keras_graph.layer_nodes(model)}
     for number in range(4):
         rest.start_before(model.get_layer(f"conv{number}"))
-        kept.append(rest.images[0])
+        parts_of_the_model.append(rest.model)
         (read,) = zip(*rest.read(nodes[f"conv{number}"]), strict=True)
         whole = keras_graph.input_model(model, f"conv{number}")
         assert np.allclose(np.concatenate(read), numpy_outputs(whole, x), atol=1e-6)
         assert np.allclose(rest.outputs(11), expected[:11], atol=1e-6)
-    assert kept[0] is x and kept[1] is kept[2] is kept[3] is not x and np.array_equal(x, given)
+    assert len(set(map(id, parts_of_the_model))) == 4 and np.array_equal(x, given)
 
 
 @pytest.mark.parametrize("size", [6, None])  # None: the network takes images of any size
@@ -57,13 +56,14 @@ def test_batch_size_and_number_of_images_follow_the_cost_of_one_image(monkeypatc
     assert _network_runs.images_within(model, [images(3)], 70.5 * macs) == 70
     values = 36 * 4 * 7 + 4 + 5
     monkeypatch.setattr(_network_runs, "_ACTIVATION_BYTES", 4 * values * 16)
-    assert _network_runs.Runner(model, [images(3)]).size == 16
+    assert _network_runs.batch_size(model, [images(3)]) == 16
 
 
-def test_read_keeps_to_the_number_of_images_and_the_largest_batch(monkeypatch):
+def test_read_keeps_to_the_number_of_images_and_the_size_of_a_batch(monkeypatch):
     model, x = network(), images(30)
     monkeypatch.setattr(_network_runs, "_ACTIVATION_BYTES", 1)  # batches of 8
     node = {node.path: node for node in keras_graph.layer_nodes(model)}["conv1"]
-    rest = _network_runs.Rest(model, [x])
-    sizes = [[len(part) for (part,) in rest.read(node, **wanted)] for wanted in ({}, {"count": 20}, {"most": 5})]
-    assert sizes == [[8, 8, 8, 6], [8, 8, 4], [5] * 6]
+    found = [
+        _network_runs.Rest(model, [x], size).read(node, count) for size, count in ((None, None), (None, 20), (5, 8))
+    ]
+    assert [[len(part) for (part,) in parts] for parts in found] == [[8, 8, 8, 6], [8, 8, 4], [5, 3]]

@@ -23,6 +23,7 @@ parameters and MACs, the Keras layers and their weights, and the factor that `ca
 This module does not use Keras.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -32,6 +33,8 @@ import numpy as np
 from fcnn_utils._checks import check_number
 from fcnn_utils._processors import one_blas_thread
 from fcnn_utils.factorizations.chain import SPATIAL, ChainLayer, place_strides
+
+_LARGE = 500_000  # values of a kernel from which on an SVD uses several BLAS threads
 
 FACTORIZATIONS = {}  # name -> class; a subclass that sets a name registers itself
 
@@ -89,7 +92,6 @@ class Factorization:
     # --- making one ------------------------------------------------------------------------------
 
     @classmethod
-    @one_blas_thread()
     def decompose(cls, kernel, ranks, **options):
         """Decompose a kernel.
 
@@ -105,7 +107,9 @@ class Factorization:
             ValueError: the kernel, a rank or the value of an option is not allowed.
         """
         kernel = check_kernel(kernel)
-        return cls.from_factors(kernel, cls._factors(kernel, cls.check_ranks(kernel.shape, ranks), **options))
+        has_large_products = cls.is_nested and kernel.size > _LARGE
+        with contextlib.nullcontext() if has_large_products else one_blas_thread():
+            return cls.from_factors(kernel, cls._factors(kernel, cls.check_ranks(kernel.shape, ranks), **options))
 
     @classmethod
     def option_names(cls):

@@ -1,5 +1,6 @@
 """Decompose several kernels, or one kernel at several ranks and by several methods, on all processors."""
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,13 +23,12 @@ def decompose_many(kernels):
         ValueError: an argument is not allowed; the message names the kernel.
     """
     with one_blas_thread(), ThreadPoolExecutor(available_cores()) as pool:
-        running = {
-            name: pool.submit(method.decompose, kernel, ranks, **options)
-            for name, (method, kernel, ranks, options) in kernels.items()
-        }
-        for name, future in running.items():
+        running = {}
+        for name, (method, kernel, ranks, options) in sorted(kernels.items(), key=_size, reverse=True):
+            running[name] = pool.submit(method.decompose, kernel, ranks, **options)  # large ones first
+        for name in kernels:
             try:
-                yield name, future.result()
+                yield name, running[name].result()
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
 
@@ -70,9 +70,14 @@ def decompose_ladders(kernel, ladders):
         ladder = [method.check_ranks(kernel.shape, ranks) for ranks in ladder]
         steps = [ladder] if method.is_nested and ladder else [[ranks] for ranks in ladder]
         jobs.append([(method, kernel, step, options) for step in steps])
-    with one_blas_thread(), ThreadPoolExecutor(available_cores()) as pool:
+    is_one = sum(map(len, jobs)) == 1
+    with contextlib.nullcontext() if is_one else one_blas_thread(), ThreadPoolExecutor(available_cores()) as pool:
         running = [[pool.submit(_steps, *job) for job in group] for group in jobs]
         return [[result for future in group for result in future.result()] for group in running]
+
+
+def _size(item):
+    return np.size(item[1][1])
 
 
 def _steps(method, kernel, ladder, options):

@@ -10,30 +10,38 @@ from fcnn_utils import _graph_cut, cost, keras_graph, layer_kinds
 
 _ACTIVATION_BYTES = 2**30  # limit for the activations of a batch: Keras keeps all of them until the last layer has run
 _KEPT_BYTES = 2**30  # limit for the stored inputs of a layer, so that the layers before it need not run again
-_COMPILED_MACS = 3e10  # compile above this number for all runs together: then it saves more time than it costs
+_COMPILED_MACS = 3e10  # compile above this number for all passes together: then it saves more time than it costs
+_EAGER_PASSES = 2  # of a cheaper network before it is compiled
+_SMALL_PART = 0.3  # share of the MACs that may be run again for every output, so that fewer networks are compiled
 
 
 class Runner:
     """Run a network in inference mode on batches.
 
-    With TensorFlow, expensive networks are compiled. With JAX and PyTorch, compilation takes longer than a few runs.
+    With TensorFlow, a network is compiled if it is expensive, or when it is run for the third time. With JAX and
+    PyTorch, compilation takes longer than a few runs.
 
     Args:
         model: functional or Sequential.
         parts: list of batches, each a list of arrays or tensors, one for each input.
         times: expected number of passes over all batches.
+
+    Attributes:
+        macs: of the network for one image; 0 if they are not known.
     """
 
     def __init__(self, model, parts, times=1):
         self._model, self._parts, self._call = model, parts, functools.partial(model, training=False)
-        count = sum(len(part[0]) for part in parts)
-        if keras.backend.backend() == "tensorflow" and _work(model, parts[0])[0] * count * times > _COMPILED_MACS:
-            import tensorflow as tf
-
-            self._call = tf.function(self._call, reduce_retracing=True)
+        self.macs = _work(model, parts[0])[0]
+        self._passes_left = 0 if self.macs * times * sum(map(_length, parts)) > _COMPILED_MACS else _EAGER_PASSES
 
     def __call__(self):
         """Yield the flat list of outputs of each batch."""
+        if self._passes_left == 0 and keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            self._call = tf.function(self._call, reduce_retracing=True)
+        self._passes_left -= 1
         for part in self._parts:
             yield keras.tree.flatten(self._call(keras_graph.pack_inputs(self._model, part)))
 
@@ -60,12 +68,16 @@ class Rest:
         """Run what comes before the layer and leave it out from now on, unless the result would be too large."""
         head, tail = _graph_cut.split_before(self.model, layer)
         shape = () if head is None else head.output_shape[1:]
-        count = sum(len(part[0]) for part in self._parts)
+        count = sum(map(_length, self._parts))
         if head is None or None in shape or 4 * count * math.prod(shape) > _KEPT_BYTES:
             return
         for number, result in enumerate(Runner(head, self._parts)()):
             self._parts[number] = result  # at once, so that the memory of the batch before can be used again
-        self.model, self._runners = tail, {}
+        self.model = tail
+        if self._runners:
+            least = (1 - _SMALL_PART) * max(runner.macs for runner in self._runners.values())
+            if keras.backend.backend() != "tensorflow" or _work(tail, self._parts[0])[0] < least:
+                self._runners = {}
 
     def read(self, node, count=None):
         """Yield what a layer reads at each of its calls, in float32, batch by batch.
@@ -79,7 +91,10 @@ class Rest:
             yield [keras.ops.cast(x, "float32") for x in result]
 
     def outputs(self, count):
-        """Return all outputs of the model for the first `count` images as rows (N, D); meant for many calls."""
+        """Return all outputs of the model for the first `count` images as rows (N, D); meant for many calls.
+
+        They may be computed from a point before that of `start_before`, with the layers' present weights.
+        """
         if count not in self._runners:
             self._runners[count] = Runner(self.model, self._first(count), times=4)
         return _rows(self._runners[count]())
@@ -89,8 +104,8 @@ class Rest:
         parts, left = [], math.inf if count is None else count
         for part in self._parts:
             if left > 0:
-                parts.append([x[:left] for x in part] if len(part[0]) > left else part)
-                left -= len(part[0])
+                parts.append([x[:left] for x in part] if _length(part) > left else part)
+                left -= _length(part)
         return parts
 
 
@@ -107,6 +122,10 @@ def outputs_of(model, images):
 
 def _split(images, size):
     return [[x[start : start + size] for x in images] for start in range(0, len(images[0]), size)]
+
+
+def _length(part):
+    return len(part[0])
 
 
 def _rows(results):

@@ -33,20 +33,62 @@ def test_outputs_do_not_depend_on_batches_of_8_to_128_or_on_compilation(monkeypa
         assert np.allclose(_network_runs.outputs_of(model, [x]), numpy_outputs(model, x), atol=1e-6)
 
 
-def test_rest_computes_what_the_model_computes_and_keeps_the_images_of_the_user(monkeypatch):
+@pytest.mark.parametrize("small_part", [0, 0.3, 1])
+def test_rest_computes_what_the_model_computes_and_keeps_the_images_of_the_user(monkeypatch, small_part):
     model, x = network(), images(20)
-    given, expected = x.copy(), numpy_outputs(model, x)
+    given, kept = x.copy(), []
     monkeypatch.setattr(_network_runs, "_ACTIVATION_BYTES", 1)  # three batches
-    rest, parts_of_the_model = _network_runs.Rest(model, [x]), []
+    monkeypatch.setattr(_network_runs, "_SMALL_PART", small_part)
+    rest = _network_runs.Rest(model, [x])
     nodes = {node.path: node for node in keras_graph.layer_nodes(model)}
     for number in range(4):
+        layer = model.get_layer(f"conv{number}")
+        rest.start_before(layer)
+        kept.append(rest.model)
+        (read,) = zip(*rest.read(nodes[layer.name]), strict=True)
+        assert np.allclose(
+            np.concatenate(read), numpy_outputs(keras_graph.input_model(model, layer.name), x), atol=1e-6
+        )
+        for scale in (1, 2, -1, 0.5):  # compiled from the third on, which must not fix the weights
+            layer.kernel.assign(layer.kernel * scale)
+            assert np.allclose(rest.outputs(11), numpy_outputs(model, x[:11]), atol=1e-6)
+    assert len(set(map(id, kept))) == 4 and np.array_equal(x, given)
+
+
+def test_networks_are_compiled_if_they_are_expensive_or_run_often(monkeypatch):
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("other backends compile nothing here")
+    import tensorflow as tf
+
+    compiled, function = [], tf.function
+
+    def noted(call=None, **options):
+        compiled.extend([call] * ("reduce_retracing" in options))
+        return function(call, **options)
+
+    monkeypatch.setattr(tf, "function", noted)
+    runner = _network_runs.Runner(network(), [[images(8)], [images(8)]])
+    assert runner.macs == 36 * (27 * 4 + 3 * 36 * 4) + 4 * 5
+    counts = [len(compiled) for _ in range(4) if list(runner())]
+    assert counts == [0, 0, 1, 1]
+    monkeypatch.setattr(_network_runs, "_COMPILED_MACS", 16 * 3 * runner.macs)
+    for times, expected in ((3, 1), (4, 2)):
+        list(_network_runs.Runner(network(), [[images(8)], [images(8)]], times)())
+        assert len(compiled) == expected
+
+
+def test_few_networks_are_made_for_the_outputs(monkeypatch):
+    """A third of the work is left out before another network runs the rest."""
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("other backends start at each layer")
+    model, made = network(), []
+    monkeypatch.setattr(_network_runs, "_SMALL_PART", 0.6)
+    rest = _network_runs.Rest(model, [images(9)])
+    for number in range(4):  # left to do: 100%, 80%, 53%, 27% of the MACs
         rest.start_before(model.get_layer(f"conv{number}"))
-        parts_of_the_model.append(rest.model)
-        (read,) = zip(*rest.read(nodes[f"conv{number}"]), strict=True)
-        whole = keras_graph.input_model(model, f"conv{number}")
-        assert np.allclose(np.concatenate(read), numpy_outputs(whole, x), atol=1e-6)
-        assert np.allclose(rest.outputs(11), expected[:11], atol=1e-6)
-    assert len(set(map(id, parts_of_the_model))) == 4 and np.array_equal(x, given)
+        rest.outputs(9)
+        made += [runner for runner in rest._runners.values() if runner not in made]
+    assert [round(runner.macs / made[0].macs, 1) for runner in made] == [1, 0.3]
 
 
 @pytest.mark.parametrize("size", [6, None])  # None: the network takes images of any size

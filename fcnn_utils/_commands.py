@@ -2,6 +2,7 @@
 
 # Everything slow (Keras, pandas) is imported inside the commands, so that --help answers at once.
 import argparse
+import datetime
 import math
 import os
 import sys
@@ -169,10 +170,15 @@ def _factorize(options):
     if options.output:
         _save(small, options.output)
     if options.report:
-        report.save(options.report, title=f"{options.model.name}, factorized")
+        (target,) = (key for key in _TARGETS if key in arguments)
+        made = f"Made from {options.model} with --{target.replace('_', '-')} {arguments[target]:,.6g}"
+        made += f" and the images of {options.images}" if options.images else ", without images"
+        notes = [f"{made}, {datetime.date.today()}.", *options.warnings]
+        report.save(options.report, title=f"{options.model.name}, factorized", notes=notes)
         say(f"wrote {options.report}")
     if options.export:
-        deploy.export(batch_norm.fold_batch_norm(small), options.export)
+        with stderr_to(os.devnull):  # TensorFlow's converters write lines of their own
+            deploy.export(batch_norm.fold_batch_norm(small), options.export)
         say(_wrote(options.export))
     return 0
 
@@ -358,11 +364,16 @@ def _status(line):
 
 
 def _quietly(command):
-    """Let a command print each Python warning in a line."""
+    """Let a command print each Python warning in a line, and keep them as `options.warnings`."""
 
     def run(options):
+        def show(message, *rest, **more):
+            options.warnings.append(f"warning: {message}")
+            _status(options.warnings[-1])
+
+        options.warnings = []
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *rest, **more: _status(f"warning: {message}")
+            warnings.showwarning = show
             return command(options)
 
     return run

@@ -252,6 +252,10 @@ def _are_classes(labels, shape, end):
     return end != "sigmoid" and (_are_numbers(labels, shape) or _are_one_hot(labels, shape))
 
 
+def _range(y):
+    return f"with values from {y.min():g} to {y.max():g}" if y.size and y.dtype.kind in "fiub" else "without numbers"
+
+
 def _loss_by_form(output, labels, shape):
     """Return a loss that fits the labels of one output.
 
@@ -263,8 +267,8 @@ def _loss_by_form(output, labels, shape):
         return keras.losses.SparseCategoricalCrossentropy(from_logits=output.is_logits)
     if y.shape[1:] != shape[1:] and not (shape[-1] == 1 and y.shape[1:] == shape[1:-1]):
         raise ValueError(
-            f"the labels, {' and '.join(str(x.shape) for x in labels)} with values such as "
-            f"{'none' if y.size == 0 else y.flat[0]}, do not fit the student's output, {shape}: give loss="
+            f"the labels, {' and '.join(str(x.shape) for x in labels)} {_range(y)}, do not fit the student's output, "
+            f"{shape}: give loss=" + (f", or labels from 0 to {shape[-1] - 1}" if output.kind == "softmax" else "")
         )
     if output.kind == "softmax":
         return keras.losses.CategoricalCrossentropy(from_logits=output.is_logits)

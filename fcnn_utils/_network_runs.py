@@ -58,18 +58,18 @@ class Rest:
 
     Attributes:
         model: the part; it shares its layers with the whole model.
+        count: number of images.
     """
 
     def __init__(self, model, images, size=None):
-        self.model, self._runners = model, {}
+        self.model, self.count, self._runners = model, len(images[0]), {}
         self._parts = _split(images, size or batch_size(model, images))  # what the model reads
 
     def start_before(self, layer):
         """Run what comes before the layer and leave it out from now on, unless the result would be too large."""
         head, tail = _graph_cut.split_before(self.model, layer)
         shape = () if head is None else head.output_shape[1:]
-        count = sum(map(_length, self._parts))
-        if head is None or None in shape or 4 * count * math.prod(shape) > _KEPT_BYTES:
+        if head is None or None in shape or 4 * self.count * math.prod(shape) > _KEPT_BYTES:
             return
         for number, result in enumerate(Runner(head, self._parts)()):
             self._parts[number] = result  # at once, so that the memory of the batch before can be used again
@@ -110,8 +110,14 @@ class Rest:
 
 
 def batch_size(model, images):
-    """Return a power of two from 8 to 128, at which the activations stay below 1 GiB where possible."""
-    fitting = math.floor(math.log2(_ACTIVATION_BYTES / (4 * max(_work(model, images)[1], 1))))
+    """Return a power of two from 8 to 128, at which the activations stay below 1 GiB where possible.
+
+    If their number is not known, it is 8.
+    """
+    values = _work(model, images)[1]
+    if not values:
+        return 8
+    fitting = math.floor(math.log2(_ACTIVATION_BYTES / (4 * values)))
     return 2 ** min(max(fitting, 3), 7)
 
 
@@ -137,9 +143,10 @@ def _rows(results):
 def images_within(model, images, macs):
     """Return how many images of the shape of `images` the model can run on within a budget of MACs.
 
-    If its MACs are not known, this is `macs`: in effect no limit.
+    If its MACs are not known, this is 0.
     """
-    return int(macs / max(_work(model, images)[0], 1))
+    known = _work(model, images)[0]
+    return int(macs / known) if known else 0
 
 
 def _work(model, images):

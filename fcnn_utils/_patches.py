@@ -9,7 +9,8 @@ import numpy as np
 from fcnn_utils import keras_graph
 from fcnn_utils._conv_options import same_padding
 
-_ROWS = 100  # about this many patches of an image are read, because neighbouring patches are redundant
+_ROWS_OF_AN_IMAGE = 100  # at least so many patches are read, not all: neighbouring patches are redundant
+_ROWS_OF_ALL = 20_000  # of few images more patches are read, until all images have about so many
 _BUFFER_VALUES = 2**24  # values that are collected before a matrix product
 
 
@@ -81,14 +82,19 @@ def mean_output(layer, reads):
     return total / count
 
 
-def linear_rows(kind):
+def rows_per_image(images):
+    """Return how many patches of each image are read, given the number of images."""
+    return max(_ROWS_OF_AN_IMAGE, _ROWS_OF_ALL // images)
+
+
+def linear_rows(kind, count):
     """Return a function that computes a layer's outputs, without bias and activation, as rows (positions, T).
 
-    The rows match those of `patch_rows`.
+    The rows match those of `patch_rows` with this count.
     """
     if kind.has_patches:
         matrix = kind.kernels()[0].reshape(-1, kind.kernel_shape[-1])
-        return lambda x: patch_rows(kind, x) @ matrix
+        return lambda x: patch_rows(kind, x, count) @ matrix
     # transposed: run a copy of the layer
     layer = keras_graph.copy_layer(kind.layer, activation="linear", activity_regularizer=None, use_bias=False)
 
@@ -97,17 +103,18 @@ def linear_rows(kind):
             layer.build(tuple(x.shape))
             layer.set_weights(kind.layer.get_weights()[:1])
         y = keras.ops.convert_to_numpy(layer(x))
-        return y[_positions(y.shape[:-1])]
+        return y[_positions(y.shape[:-1], count)]
 
     return rows
 
 
-def patch_rows(kind, x):
+def patch_rows(kind, x, count):
     """Return the patches that a layer reads, as rows (positions, prod(kernel size) · S).
 
     Args:
         kind: `layer_kinds.KernelLayer`, neither grouped nor transposed.
         x: what the layer reads.
+        count: of the positions of an image, if it has so many; at least this number is taken, and often a few more.
 
     `keras.ops.image.extract_patches` is not used: it convolves with an identity kernel, which takes as long as a layer
     with prod(kernel size) · S filters.
@@ -116,7 +123,7 @@ def patch_rows(kind, x):
     layer = kind.layer
     if not kind.axes:
         x = kind.input_rows(x)
-        return x[_positions(x.shape[:-1])]
+        return x[_positions(x.shape[:-1], count)]
     geometry, axes = (layer.kernel_size, layer.strides, layer.dilation_rate), tuple(range(1, x.ndim - 1))
     spans = [(size - 1) * dilation + 1 for size, _, dilation in zip(*geometry, strict=True)]
     if layer.padding == "causal":
@@ -127,7 +134,9 @@ def patch_rows(kind, x):
     windows = np.lib.stride_tricks.sliding_window_view(x, spans, axes)  # (N, *positions, S, *spans)
     steps, dilations = ([slice(None, None, n) for n in sizes] for sizes in geometry[1:])
     windows = windows[(slice(None), *steps, slice(None), *dilations)]
-    rows = np.moveaxis(windows, len(axes) + 1, -1)[_positions(windows.shape[: len(axes) + 1])]  # (rows, *kernel, S)
+    rows = np.moveaxis(windows, len(axes) + 1, -1)[
+        _positions(windows.shape[: len(axes) + 1], count)
+    ]  # (rows, *kernel, S)
     return rows.reshape(len(rows), -1)
 
 
@@ -139,10 +148,9 @@ def _without_copy(x):
         return keras.ops.convert_to_numpy(x)
 
 
-def _positions(shape):
-    """Return the indices (image, *position) of about `_ROWS` positions of each image, of all if it has fewer."""
-    step = math.prod(shape[1:]) // _ROWS
-    step += 1 - step % 2
+def _positions(shape, count):
+    """Return the indices (image, *position) of at least `count` positions of each image, of all if it has fewer."""
+    step = max(1, math.prod(shape[1:]) // count)
     while math.gcd(step, shape[-1]) > 1:  # else it would keep to some columns of the image
-        step += 2
+        step -= 1
     return np.unravel_index(np.arange(0, math.prod(shape), step), shape)

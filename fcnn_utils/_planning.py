@@ -9,7 +9,8 @@ from fcnn_utils import cost, factorizations, rank_selection, sensitivity
 
 _SMALLEST = 1e-9  # a fraction of the parameters that every smallest rank exceeds
 _TRIED = 5  # sizes of each layer and method whose loss is predicted from its own decomposition
-_STEPS = 60  # sizes between the tried ones, whose loss is interpolated
+_STEPS = 60  # sizes whose loss is interpolated
+_MOST = 0.95  # share of the parameters at the largest of these sizes
 _LARGE = 500_000  # kernels with more values: 3 sizes are tried, with at most 50% of the parameters instead of 70%
 
 
@@ -128,7 +129,10 @@ class Planner:
             raise ValueError(
                 f"ranks must name the method where several are allowed: {{{path!r}: ({allowed[0].name!r}, {value!r})}}"
             )
-        return Choice(allowed[0], allowed[0].check_ranks(site.kernel_shape, value[1] if named else value))
+        try:
+            return Choice(allowed[0], allowed[0].check_ranks(site.kernel_shape, value[1] if named else value))
+        except ValueError as error:
+            raise ValueError(f"layer {path!r}: {error}") from None
 
     def by_ratio(self, ratio):
         """Return the plan at which each kernel keeps at most this share of its parameters.
@@ -140,7 +144,7 @@ class Planner:
         if ratio < min(least.values()):
             raise ValueError(
                 f"ratio must be at least {_rounded_up(min(least.values()))}, the share of {self._names()} at rank "
-                f"{self._multiple}; got {ratio:g}: raise it, or lower multiple="
+                f"{self._multiple}; got {ratio:g}: raise it{self._or_lower_multiple}"
             )
         sites = {path: site for path, site in self._sites if least[path] <= ratio}
         ladders = {
@@ -176,8 +180,8 @@ class Planner:
         if limit < least:
             raise ValueError(
                 f"{costs.name} must be at least {_rounded_up(least)}{costs.unit}, with {self._names()} at rank "
-                f"{self._multiple} in every layer that is converted; got {_plain(limit)}{costs.unit}: raise it, lower "
-                "multiple=, or name more layers"
+                f"{self._multiple} in every layer that is converted; got {_plain(limit)}{costs.unit}: raise it"
+                f"{self._or_lower_multiple}, or name more layers by layers="
             )
         if uniform or self._images is None:
             return self._uniform(costs, limit - fixed)
@@ -205,6 +209,10 @@ class Planner:
     @property
     def _sites(self):
         return self._chosen.items()
+
+    @property
+    def _or_lower_multiple(self):
+        return ", or lower multiple=" if self._multiple > 1 else ""
 
     def _names(self):
         return " or ".join(sorted({method.name for _, site in self._sites for method in site.methods}))
@@ -269,7 +277,8 @@ class Planner:
             sizes = [method.count_parameters(site.kernel_shape, each.ranks) for each in group]
             loss = _interpolated(np.log(sizes), np.log([max(each.loss, 1e-9) for each in group]))
             smallest = method.count_parameters(site.kernel_shape, self.ranks(site, method, _SMALLEST))
-            for size in np.geomspace(smallest, sizes[-1], _STEPS if sizes[-1] > smallest else 1):
+            largest = method.count_parameters(site.kernel_shape, self.ranks(site, method, _MOST))
+            for size in np.geomspace(smallest, largest, _STEPS if largest > smallest else 1):
                 ranks = self.ranks(site, method, (size + 0.5) / math.prod(site.kernel_shape))
                 exact = method.count_parameters(site.kernel_shape, ranks)
                 option = Choice(method, ranks, own), costs.chain(site, method, ranks), math.exp(loss(math.log(exact)))
@@ -296,9 +305,9 @@ class Planner:
 
 
 def _interpolated(x, y):
-    """Return the function that is linear between the points, and below the first of them."""
-    slope = min(-0.5, (y[1] - y[0]) / (x[1] - x[0])) if len(x) > 1 else -1.0
-    return lambda at: float(np.interp(at, x, y) if at >= x[0] else y[0] + slope * (at - x[0]))
+    """Return the function that is linear between the points, below the first, and above the last of them."""
+    slopes = np.minimum(-0.5, np.diff(y) / np.diff(x)) if len(x) > 1 else [-1.0]
+    return lambda at: float(np.interp(at, x, y) + slopes[0] * min(at - x[0], 0) + slopes[-1] * max(at - x[-1], 0))
 
 
 def _rounded_up(number):

@@ -84,12 +84,13 @@ class Report(pd.DataFrame):
             totals.setdefault("speedup", totals["latency_before_ms"] / totals["latency_after_ms"])
         return totals
 
-    def save(self, path, title="Factorization report"):
+    def save(self, path, title="Factorization report", notes=()):
         """Write the report as a page that needs no other file: totals, cost by layer as a figure, table, what was left.
 
         Args:
             path: of the file, with the suffix .html.
             title: of the page.
+            notes: lines of text under the title, such as how the network was made.
 
         Returns:
             The path.
@@ -100,7 +101,7 @@ class Report(pd.DataFrame):
         check_choice("suffix of the report", Path(path).suffix, (".html", ".htm"))
         if not self._is_whole:
             raise ValueError(f"the report needs its columns {', '.join(COLUMNS)}; it has {', '.join(self.columns)}")
-        _files.write_atomic(path, _report_page.page(self, str(title)))
+        _files.write_atomic(path, _report_page.page(self, str(title), [str(note) for note in notes]))
         return Path(path)
 
     def __repr__(self):

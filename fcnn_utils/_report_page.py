@@ -62,8 +62,8 @@ footer { margin-top: 2.5rem; font-size: .85rem; max-width: 45rem; }
 """
 
 
-def page(report, title):
-    """Return a report as a whole HTML page."""
+def page(report, title, notes=()):
+    """Return a report as a whole HTML page, with lines of text under the title."""
     totals = report.totals
     done = f"{totals['layers_factorized']} of {totals['layers']} layers with kernels were factorized."
     title, left = html.escape(title), _left(report)
@@ -79,6 +79,7 @@ def page(report, title):
 <body>
 <h1>{title}</h1>
 <p class="quiet">{done}</p>
+{"".join(f"<p>{html.escape(note)}</p>" for note in notes)}
 {_totals_table(totals)}
 <h2>Cost by layer</h2>
 <p class="quiet"><span class="key before"></span>before <span class="key after"></span>after</p>
@@ -92,7 +93,8 @@ def page(report, title):
 <footer>
 <p>A MAC is one multiply-add. The error is the relative error of a layer's kernel, as the weights alone give it. It is
 the norm of the difference over the norm of the kernel. Factors that were fitted to images may have a larger error and
-still change the outputs less.</p>
+still change the outputs less. The change of the outputs is their root mean square change on the images, relative to
+that of the outputs.</p>
 <p>fcnn_utils {html.escape(fcnn_utils.__version__)}</p>
 </footer>
 </body>

@@ -8,6 +8,7 @@ import fnmatch
 import functools
 import math
 
+import numpy as np
 from keras import layers as keras_layers
 
 from fcnn_utils import cost, factorizations, keras_graph, layer_kinds
@@ -19,6 +20,7 @@ _KINDS = {
     "Attention": "an attention layer, which makes its projections itself: no chain can take their place",
 }
 _FEW_CHANNELS = 4  # a layer that reads fewer is skipped by default
+_SMALL = 0.01  # share of the costs that the smallest layers together may have; they are skipped by default
 
 
 @dataclasses.dataclass(eq=False)
@@ -256,6 +258,7 @@ def choose(sites, named, excluded, model, methods):
     for path in left:
         sites[path].reason = sites[path].reason or "excluded"
     if named is None:
+        _leave_small([site for site in sites.values() if not site.reason])
         chosen = {path: site for path, site in sites.items() if not site.reason}
     else:
         if not named:
@@ -271,6 +274,16 @@ def choose(sites, named, excluded, model, methods):
         names = " or ".join(method.name for method in methods)
         raise ValueError(f"model {model.name!r} has no layer to factorize by {names} ({said})")
     return chosen
+
+
+def _leave_small(sites):
+    """Give a reason to leave them to the smallest sites that together have at most 1% of parameters and of MACs."""
+    costs = np.array([[site.parameters, site.macs] for site in sites], float).reshape(-1, 2)
+    shares = np.nan_to_num(costs / np.maximum(costs.sum(axis=0), 1))  # MACs may be unknown
+    order = np.argsort(shares.max(axis=1), kind="stable")
+    for number, spent in zip(order, np.cumsum(shares[order], axis=0), strict=True):
+        if spent.max() <= _SMALL:
+            sites[number].reason = "one of the small layers, together under 1% of the costs: little to save"
 
 
 def _listed(names):

@@ -13,7 +13,7 @@ from keras import layers
 from fcnn_utils import _calibration_inputs, keras_graph, layer_kinds
 from fcnn_utils._calibration_inputs import batches
 from fcnn_utils._network_runs import Rest, batch_size, following_norms, images_within
-from fcnn_utils._patches import Moments, linear_rows, mean_output, patch_rows
+from fcnn_utils._patches import Moments, linear_rows, mean_output, patch_rows, rows_per_image
 from fcnn_utils._progress import Progress
 
 _BATCH = 128  # images at a time, where batch norms are in training mode
@@ -48,7 +48,8 @@ def check_images(model, images):
 def patch_moments(model, node, images):
     """Estimate mean and covariance of the patches that a convolution or a Dense layer reads.
 
-    Reading stops after 128 images, or later, when there are more than 3 · D patches of D values. If all images give
+    Reading stops after the batch with the 128th image, or later, when there are more than 3 · D patches of D values. If
+    all images give
     fewer patches, the covariance is shrunk towards a multiple of the identity (OAS: Chen, Wiesel, Eldar & Hero 2010,
     arXiv 0907.4698).
 
@@ -75,9 +76,10 @@ def limit_images(model, images):
 def moments_of(rest, node):
     """Return `patch_moments` of a layer, from the `Rest` that contains it."""
     kind, moments, seen = layer_kinds.KernelLayer(node.layer), Moments(node.path), 0
+    count = rows_per_image(rest.count)
     for read in rest.read(node):
         for x in read:
-            rows = patch_rows(kind, x)
+            rows = patch_rows(kind, x, count)
             moments.add(rows, rows[:, :0])
         seen += len(x)
         if moments.count > 3 * rows.shape[1] and seen >= _FEWEST:
@@ -218,16 +220,19 @@ def _refit(new_rest, chain_end, rest, node, norms):
     kind, last_kind = layer_kinds.KernelLayer(dense), layer_kinds.KernelLayer(last)
     new_rest.start_before(last)
     rest.start_before(dense)
-    outputs = linear_rows(kind)
-    moments = Moments(node.path)
+    count = rows_per_image(rest.count)
+    outputs, moments = linear_rows(kind, count), Moments(node.path)
     for new_read, read in zip(new_rest.read(chain_end), rest.read(node), strict=True):
         for z, x in zip(new_read, read, strict=True):
-            moments.add(patch_rows(last_kind, z), outputs(x))
+            moments.add(patch_rows(last_kind, z, count), outputs(x))
     mean, gram, mean_output, right = moments.normal_equations()
     if last.bias is None and not norms:  # nothing corrects the mean separately
         gram, right = gram + np.outer(mean, mean), right + np.outer(mean, mean_output)
     start = last_kind.kernels()[0].reshape(len(mean), -1).astype(np.float64)
-    weights = start + _least_squares(gram, right - gram @ start)
+    missing = right - gram @ start
+    if moments.count <= 3 * len(mean):  # few rows: stay near the start
+        gram = _shrunk(gram, moments.count)
+    weights = start + _least_squares(gram, missing)
     missing = mean_output - mean @ weights
     weights = last_kind.keras_kernel([weights.reshape(last_kind.kernel_shape)])
     bias = [] if last.bias is None else [keras.ops.convert_to_numpy(dense.bias) + last_kind.keras_bias(missing)]

@@ -89,19 +89,21 @@ def factorize(
             dense network's probabilities, in nats. For other outputs it is their mean squared change relative to their
             variance.
         metric: (function, at_least). Six networks are tried, by bisection on their MACs. You get the cheapest one for
-            which `function(network)`, such as its accuracy on your validation set, is at least `at_least`; if there is
-            none, a copy of the dense network. The function is called seven times. `images` and a fixed input size are
-            required.
+            which `function(network)`, such as its accuracy on your validation set, is at least `at_least`; if only the
+            dense network has that, a copy of it. The function is called seven times. `images` and a fixed input size
+            are required.
         engine: with `speedup`, "onnxruntime", "openvino" or "litert".
         batch: with `speedup`, images per call.
         threads: with `speedup`, threads of the engine; default: all processors.
         layers: paths of the layers to convert, or patterns such as "block*/conv?". Default: all that can be converted,
-            except those that read fewer than 4 channels (little to save, much to lose) and those that are part of a
-            factorization already.
+            except those that are part of a factorization already, and those where there is little to save and much
+            to lose: layers that read fewer than 4 channels, and the smallest layers, which together have at most 1% of
+            the parameters and of the MACs.
         exclude: paths or patterns of layers to leave as they are.
         images: a few hundred inputs (N, H, W, C), normalised as in training, without labels; or a list, a dict, a
-            dataset or another stream of batches (`calibration.check_images`). The factors are then fitted to what the
-            layers compute on them (`calibration.refit_layers`).
+            dataset or another stream of batches (`calibration.check_images`), in random order: expensive networks use
+            only the first 128. The factors are then fitted to what the layers compute on them
+            (`calibration.refit_layers`).
         uniform: with `images` and `macs`, `params` or `size_mb`: use one ratio for all layers. Other targets ignore it.
         multiple: ranks are multiples of this (or the maximum rank). Default: 16 with `speedup`, because engines compute
             blocks of 16 channels; else 1.
@@ -115,7 +117,8 @@ def factorize(
         (new model, report). The report is a DataFrame with a row for each layer with weights: layer, method, ranks,
         relative_error (of the kernel, before `images` are used), degeneracy (CP only), params_before, params_after,
         macs_before, macs_after (NaN if they are not known), and the reason if the layer was left as it is. Printed, it
-        is a short table with totals.
+        is a short table with totals. Its "output change" is the root mean square of the change of the outputs on
+        `images`, relative to that of the outputs.
 
     Raises:
         ValueError: the model is not a built graph of layers; there is nothing to convert; a layer that is named does
@@ -124,6 +127,7 @@ def factorize(
     """
     model, methods, progress = keras_graph.check_graph(model), _methods(method), Progress(verbose)
     kind, target = _target(
+        options,
         ratio=ratio,
         ranks=ranks,
         macs=macs,
@@ -176,12 +180,15 @@ def _methods(method):
     return list(dict.fromkeys(factorizations.get(each) for each in named))
 
 
-def _target(**targets):
-    """Return name and value of the one target that is given."""
+def _target(options, **targets):
+    """Return name and value of the one target that is given; `options` are the further arguments of the call."""
     given = {name: value for name, value in targets.items() if value is not None}
     if len(given) != 1:
-        names = [f"{name}=" for name in targets]
-        raise ValueError(f"give one of {', '.join(names[:-1])} and {names[-1]}")
+        names, got = [f"{name}=" for name in targets], [f"{name}=" for name in given]
+        known = {name for method in factorizations.FACTORIZATIONS.values() for name in method.option_names()}
+        unknown = [f"{name}= is not known" for name in options if name not in known]
+        got = "; ".join([f"got {' and '.join(got) or 'none'}", *unknown])
+        raise ValueError(f"give one of {', '.join(names[:-1])} and {names[-1]}; {got}")
     ((kind, target),) = given.items()
     if kind == "ranks":
         if not isinstance(target, dict):

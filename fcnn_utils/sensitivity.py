@@ -29,7 +29,7 @@ _IMAGES = 256  # most images for a refit; fewer for expensive networks (`calibra
 _LOSS_IMAGES = 16, 64  # fewest and most for a loss; with 256, the accuracy of the factorized networks is the same
 _LOSS_MACS = 2e12  # budget of MACs for measuring one loss of every layer
 _MEASURED = 3  # losses measured per layer; then one more per method
-_MEASURED_ON_BUDGET = 2  # losses measured per layer of an expensive network; no further ones per method
+_MEASURED_IF_EXPENSIVE = 2  # losses measured per layer of an expensive network; no further ones per method
 _EXACT = 1e-12  # an output error that is due to rounding
 _FLOAT32_SIZE = 500  # use float32 for larger patches: it takes half the time
 _FEW_SWEEPS_SIZE = 1_000_000  # kernels of so many values get half as many sweeps
@@ -61,8 +61,8 @@ def layer_sensitivity(model, method, images, nodes, fractions, *, verbose=0, **o
     Args:
         model: built functional or Sequential model. It is not changed.
         method: name or class of a factorization.
-        images: see `calibration.check_images`. The refits use the first 128 to 256 images; a more expensive network
-            gets fewer. The losses use the first 128.
+        images: see `calibration.check_images`. The refits use at most the first 256 images, fewer if the network is
+            expensive, but at least 128. The losses use the first 128.
         nodes: `keras_graph.LayerNode` of each layer, of one of the `layer_kinds.KINDS`.
         fractions: shares of a kernel's parameters to try, rising. Those below rank 1 are left out; if none is left,
             rank 1 is tried.
@@ -92,8 +92,8 @@ def predict_losses(model, images, ladders, *, progress=None):
 
     Args:
         model: built functional or Sequential model. It is not changed.
-        images: see `calibration.check_images`. The output errors use the first 128 to 256 images, the losses the first
-            16 to 64. A more expensive network gets fewer.
+        images: see `calibration.check_images`. The output errors use at most the first 256 images, the losses at most
+            the first 64. If the network is expensive, these are fewer, but at least 128 and 16.
         ladders: dict path -> list of (method, list of at least one tuple of ranks, options of the decomposition).
         progress: `Progress` to print with, or None.
 
@@ -113,7 +113,7 @@ def predict_losses(model, images, ladders, *, progress=None):
         groups = trial.decompose(
             [(method, ranks, options | more) for (method, ranks, options), more in zip(own, fitted, strict=True)]
         )
-        losses = _losses(trial, groups, has_budget=count > least)
+        losses = _losses(trial, groups, is_cheap=count > least)
         found[trial.path] = [
             [Candidate(method, step[0].ranks, loss, kept) for step, loss in zip(group, each, strict=True)]
             for (method, _, _), kept, group, each in zip(own, fitted, groups, losses, strict=True)
@@ -240,16 +240,16 @@ def _path(node):
     return node.path
 
 
-def _losses(trial, groups, has_budget):
+def _losses(trial, groups, is_cheap):
     """Return the losses of the decompositions of a layer, a list for each method.
 
-    `has_budget` is whether the network is cheap enough for a third measurement per layer and one more per method.
+    `is_cheap` is whether the network is: then a third loss is measured for each layer, and one more for each method.
     """
     if not trial.is_refitted:  # the kernel's error says little about the loss: measure each
         return [[trial.loss(trial.refit(step)) for step in group] for group in groups]
     errors = [[trial.output_error(step) for step in group] for group in groups]
-    curve = _measured_curve(trial, groups, errors, _MEASURED if has_budget else _MEASURED_ON_BUDGET)
-    scales = _scales(trial, groups, errors, curve) if has_budget else [1.0] * len(groups)
+    curve = _measured_curve(trial, groups, errors, _MEASURED if is_cheap else _MEASURED_IF_EXPENSIVE)
+    scales = _scales(trial, groups, errors, curve) if is_cheap else [1.0] * len(groups)
     return [[scale * curve(error) for error in own] for scale, own in zip(scales, errors, strict=True)]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from fcnn_utils import calibration, compress, factorizations, keras_graph, rank_selection, sensitivity
+from fcnn_utils import _network_runs, calibration, compress, factorizations, keras_graph, rank_selection, sensitivity
 from tests.calibration_networks import (
     convolutions,
     least_squares_fit,
@@ -153,6 +153,13 @@ def test_images_like_those_of_the_training_are_taken_without_a_word(recwarn):
     assert not [str(warning.message) for warning in recwarn if "training" in str(warning.message)]
 
 
+def test_images_far_from_zero_like_those_of_the_training_are_taken_without_a_word(recwarn):
+    model = keras.Sequential([keras.Input((6, 6, 3)), layers.BatchNormalization()])
+    model.layers[0].moving_mean.assign([10.0] * 3)
+    calibration.check_images(model, 10 + np.random.default_rng(0).standard_normal((40, 6, 6, 3)))
+    assert not [warning for warning in recwarn if "calibration images" in str(warning.message)]
+
+
 def test_values_that_are_not_finite_are_an_error_that_names_the_layer():
     model = network()
     model.get_layer("bn1").gamma.assign(np.full(8, np.inf))
@@ -211,6 +218,22 @@ def test_moments_of_the_patches_predict_those_of_the_outputs_in_every_geometry(k
     weights, outputs = layer.get_weights()[0].reshape(-1, 4), numpy_outputs(model, images).reshape(-1, 4)
     assert np.allclose(mean @ weights, outputs.mean(axis=0), atol=1e-5)
     assert np.allclose(weights.T @ covariance @ weights, np.cov(outputs.T, bias=True), atol=1e-4)
+
+
+@pytest.mark.parametrize(("width", "expected"), [(4, 128), (60, 184)])  # in batches of 8: 128 images, or 3 · 60 rows
+def test_moments_are_read_from_128_images_or_more_if_rows_are_wide(monkeypatch, width, expected):
+    monkeypatch.setattr(_network_runs, "_ACTIVATION_BYTES", 1)
+    model = keras.Sequential([keras.Input((width,)), layers.Dense(3)])
+    x = np.random.default_rng(0).standard_normal((200, width)).astype("float32")
+    (node,) = keras_graph.layer_nodes(model)
+    assert np.allclose(calibration.patch_moments(model, node, x)[0], x[:expected].mean(axis=0), atol=1e-6)
+
+
+def test_an_expensive_network_gets_fewer_images_but_at_least_128(monkeypatch):
+    model, x = keras.Sequential([keras.Input((4,)), layers.Dense(3)]), np.zeros((300, 4), "float32")
+    for budget, expected in ((5e11, 300), (12 * 200, 200), (1, 128)):
+        monkeypatch.setattr(calibration, "_PASS_MACS", budget)
+        assert len(calibration.limit_images(model, [x])[0]) == expected
 
 
 def test_a_covariance_of_few_rows_is_shrunk():
@@ -340,3 +363,36 @@ def test_refits_work_for_rows_of_a_constant_sum():
     gram = np.array([[1.0, -1, 0], [-1, 1, 0], [0, 0, 0]])
     wanted = np.array([[0.5, 2], [-0.5, -2], [0, 0]])
     assert np.allclose(calibration._least_squares(gram, gram @ wanted), wanted, atol=1e-5)
+
+
+def test_a_gram_matrix_with_a_negative_eigenvalue_is_solved_where_it_is_known():
+    rng = np.random.default_rng(0)
+    vectors, right = np.linalg.qr(rng.standard_normal((4, 4)))[0], rng.standard_normal((4, 2))
+    gram, known = vectors * [1, 0.5, 0.2, -1e-5] @ vectors.T, vectors[:, :3]  # -1e-5: rounding
+    expected = known.T @ right / np.array([1, 0.5, 0.2])[:, None]
+    assert np.allclose(known.T @ calibration._least_squares(gram, right), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["svd", "cp"])
+@pytest.mark.parametrize("kind", ["one large image", "few rows of a dense layer"])
+def test_refits_to_few_images_are_better_than_none_on_other_images(method, kind):
+    if kind == "one large image":
+        shape, layer, ranks, count = (60, 60, 16), layers.Conv2D(96, 3, name="layer"), {"svd": 60, "cp": 120}[method], 1
+    elif method == "cp":
+        pytest.skip("dense layers have only the method svd")
+    else:
+        shape, layer, ranks, count = (200,), layers.Dense(120, name="layer"), 60, 64
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input(shape), layer])
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((shape[-1],) * 2) * np.geomspace(1, 0.02, shape[-1])
+
+    def images(number):
+        return (rng.standard_normal((number, *shape)) @ mix).astype("float32")
+
+    some, others = images(count), images(100)
+    expected, errors = model.predict(others, verbose=0), []
+    for given in (some, None):
+        new, _ = compress.factorize(model, method, ranks={"layer": ranks}, images=given, verbose=0)
+        errors.append(np.linalg.norm(new.predict(others, verbose=0) - expected))
+    assert errors[0] < 0.95 * errors[1]

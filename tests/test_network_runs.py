@@ -109,3 +109,20 @@ def test_read_keeps_to_the_number_of_images_and_the_size_of_a_batch(monkeypatch)
         _network_runs.Rest(model, [x], size).read(node, count) for size, count in ((None, None), (None, 20), (5, 8))
     ]
     assert [[len(part) for (part,) in parts] for parts in found] == [[8, 8, 8, 6], [8, 8, 4], [5, 3]]
+
+
+def test_images_of_the_shape_of_a_result_stay_unchanged():
+    convolutions = [layers.Conv2D(4, 3, padding="same", name=f"conv{number}") for number in range(3)]
+    model, x = keras.Sequential([keras.Input((6, 6, 4)), *convolutions]), np.ones((20, 6, 6, 4), "float32")
+    rest = _network_runs.Rest(model, [x])
+    for layer in convolutions[1:]:
+        rest.start_before(layer)
+    assert (x == 1).all()
+
+
+def test_a_model_whose_costs_are_not_known_runs_in_small_batches_on_few_images():
+    inputs = keras.Input((None, None, 4))
+    einsum = layers.EinsumDense("bhwc,c->bhwc", output_shape=(None, None, 4))
+    model, x = keras.Model(inputs, einsum(inputs)), np.ones((9, 5, 5, 4), "float32")
+    assert _network_runs.outputs_of(model, [x]).shape == (9, 100)
+    assert _network_runs.batch_size(model, [x]) == 8 and _network_runs.images_within(model, [x], 1e12) == 0

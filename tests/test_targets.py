@@ -82,19 +82,19 @@ def test_patterns_choose_and_exclude_layers(wide):
 
 
 def test_the_cheapest_network_above_a_bound_is_found(wide):
-    """The bound is the metric of a network with 0.6 of the MACs: no more are needed, up to the steps of the search."""
+    """The bound is the metric of a network with half of the MACs: not many more are needed, up to the steps."""
     images, dense, calls = pictures(), cost.total_costs(wide)["macs"], []
 
     def closeness(model):
         calls.append(model)
         return -np.linalg.norm(outputs_of(model, [images]) - outputs_of(wide, [images]))
 
-    bound = closeness(compress.factorize(wide, macs=0.6 * dense, images=images, verbose=0)[0])
+    bound = closeness(compress.factorize(wide, macs=0.5 * dense, images=images, verbose=0)[0])
     calls.clear()
     new, report = compress.factorize(wide, metric=(closeness, bound), images=images, verbose=0)
     assert report.totals["metric_calls"] == len(calls) <= 8
     assert closeness(new) == pytest.approx(report.totals["metric"]) and report.totals["metric"] >= bound
-    assert cost.total_costs(new)["macs"] < 0.7 * dense
+    assert cost.total_costs(new)["macs"] < 0.65 * dense
     with pytest.raises(
         ValueError, match="the least value of the metric must be at most that of the dense network, .*0; got 1.5"
     ):

@@ -100,13 +100,12 @@ def by_speedup(model, chosen, planner, speedup, engine, batch, threads, progress
     reached = timer.speedup(plan)
     if reached < (1 - _TOLERANCE) * speedup:
         fixed = max(0.0, 1 - sum(costs.dense(site) for site in chosen.values()) / costs.total)
-        why = f"{fixed:.0%} of the dense network's time is outside the layers that are converted"
+        why = ", with the smallest ranks" if limit <= least else ""
+        why += f": {fixed:.0%} of the dense network's time is outside the layers that are converted"
         if enough:
-            why = "before, it was fast enough: measure again on a quiet machine"
-        smallest = ", with the smallest ranks" if limit <= least else ""
+            why = ": before, it was fast enough; measure again on a quiet machine"
         warnings.warn(
-            f"the network is {reached:.2f} times as fast in {engine}, not {speedup:g} times{smallest}: {why}",
-            stacklevel=3,
+            f"the network is {reached:.2f} times as fast in {engine}, not {speedup:g} times{why}", stacklevel=3
         )
     before, after = timer.table["median_ms"].iloc[[0, -1]]
     return plan, {

@@ -418,7 +418,7 @@ def subclassed():
         (lambda: (linear(), Batches(X, CLASSES), {"batch_size": 8}), "batch_size is for arrays"),
         (lambda: (linear(), (X, list(CLASSES)), {}), "convert lists of numbers"),
         (lambda: (linear(), (X, CLASSES[:30]), {}), r"the same number of rows.*\[40, 30\]"),
-        (lambda: (linear(), (X, CLASSES + 3), {}), "do not fit the student's output"),
+        (lambda: (linear(), (X, CLASSES + 3), {}), "values from 3 to .*, do not fit .*, or labels from 0 to 4"),
         (lambda: (linear(0, "linear", 1), (X, CLASSES % 2), {}), "give loss=, such as 'mse' or"),
         (lambda: (linear(), (X, CLASSES), {"loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True)}),
          "from_logits=True, but the student ends in probabilities"),

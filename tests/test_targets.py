@@ -1,13 +1,15 @@
 """Targets of `factorize` beside MACs: parameters, megabytes, a metric, a largest loss, several methods."""
 
+import re
 import warnings
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 from keras import layers
 
-from fcnn_utils import compress, cost, deploy, factorizations
+from fcnn_utils import _targets, compress, cost, deploy, factorizations
 from fcnn_utils._network_runs import output_change, outputs_of
 from tests.calibration_networks import network, pictures, with_random_weights
 
@@ -72,6 +74,19 @@ def test_ranks_may_name_the_method_of_each_layer(wide):
     found = report[report["reason"] == ""].set_index("layer")
     assert found["method"].to_dict() == {"block_conv1": "cp", "block_conv2": "tt", "hidden": "svd"}
     assert found["ranks"].tolist() == [(5,), (4, 6, 7), (3,)] and new.output_shape == wide.output_shape
+
+
+def test_the_smallest_layers_are_left_unless_they_are_named():
+    """The head has 0.3% of the costs and the 1×1 layer 0.9%: together more than 1%, so that only the head is left."""
+    x = inputs = keras.Input((10, 9, 6))
+    for number, width in enumerate((26, 26, 26)):
+        x = layers.Conv2D(width, 3, padding="same", name=f"conv{number}")(x)
+    x = layers.Conv2D(5, 1, padding="same", name="point")(x)
+    model = keras.Model(inputs, layers.Dense(8, name="head")(layers.GlobalAveragePooling2D()(x)))
+    for given, expected in (({"images": pictures()}, "head"), ({}, "head"), ({"layers": "*"}, None)):
+        _, report = compress.factorize(model, ratio=0.5, verbose=0, **given)
+        small = report[report["reason"].str.contains("one of the small layers")]["layer"].tolist()
+        assert small == ([expected] if expected else []) and report["method"].notna().sum() == 5 - len(small)
 
 
 def test_patterns_choose_and_exclude_layers(wide):
@@ -161,3 +176,49 @@ def test_a_speedup_is_asked_of_the_engine_and_reported(wide):
         largest = factorizations.get(row.method).max_ranks(wide.get_layer(row.layer).kernel.shape)
         assert all(rank % 16 == 0 or rank == high for rank, high in zip(row.ranks, largest, strict=True))
     assert new.output_shape == wide.output_shape
+
+
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [
+        ([2.0, 2.0], None),
+        ([1.95, 2.1, 2.0], None),
+        ([2.0, 1.7], "1.70 times as fast in onnxruntime, not 2 times: before, it was fast enough"),
+        ([1.2, 1.3, 1.4, 1.4], "1.40 times .*, not 2 times, with the smallest ranks: .* outside the layers"),
+    ],
+)
+def test_the_last_measurement_of_a_speedup_is_reported_and_judged(wide, monkeypatch, measured, message):
+    """Networks are timed until one is fast enough, at most four; then the chosen one is timed again."""
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    times = iter([1.0, *measured])
+
+    def speedup(self, plan):
+        ratio = next(times)
+        self.seconds, self.table = 1.0, pd.DataFrame({"median_ms": [1e3, 1e3 / ratio], "speedup": [1.0, ratio]})
+        return ratio
+
+    monkeypatch.setattr(_targets.Timer, "speedup", speedup)
+    monkeypatch.setattr(_targets, "Clock", FlopClock)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        _, report = compress.factorize(wide, speedup=2, multiple=1, images=pictures(), verbose=0)
+    said = [str(warning.message) for warning in warned if "times as fast" in str(warning.message)]
+    assert report.totals["speedup"] == measured[-1] and next(times, None) is None
+    assert len(said) == (message is not None) and (message is None or re.search(message, said[0]))
+
+
+class FlopClock:
+    """Stands for `_clock.Clock`: the time of a layer is its share of 0.9 seconds, by multiply-adds."""
+
+    def __init__(self, *arguments, weight_bytes):
+        pass
+
+    def ladder(self, site, method, low, high):
+        return []
+
+    def measure(self, requests, progress):
+        total = sum(site.macs for site, method, _ in requests if method is None)
+        self._second = total / 0.9
+
+    def seconds(self, site, method=None, ranks=None):
+        return (site.macs if method is None else site.macs_at(method, ranks)) / self._second

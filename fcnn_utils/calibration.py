@@ -16,7 +16,7 @@ from fcnn_utils._network_runs import Rest, batch_size, following_norms, images_w
 from fcnn_utils._patches import Moments, linear_rows, mean_output, patch_rows, rows_per_image
 from fcnn_utils._progress import Progress
 
-_BATCH = 128  # images at a time, where batch norms are in training mode
+_BATCH = 128  # images at a time, where batch norms are in training mode; fewer (32 or more) if they need over 4 GiB
 _FEWEST = 128  # images for patch statistics and refits, if there are so many
 _PASS_MACS = 5e11  # budget of MACs for one pass over the images
 
@@ -162,7 +162,8 @@ def refit_layers(new, model, images, *, progress=None):
 def reestimate(model, images):
     """Re-estimate the statistics of all batch norms as their mean over batches of these images. In place.
 
-    The model runs in training mode, in batches of 128: dropout and random augmentation layers act, too.
+    The model runs in training mode, in batches of 32 to 128 images, depending on the memory that they need: dropout and
+    random augmentation layers act, too.
 
     Args:
         model: built functional or Sequential model. It is changed.
@@ -180,7 +181,7 @@ def reestimate(model, images):
     before = [(norm.momentum, norm.trainable) for norm in norms]
     try:
         seen = 0
-        for batch in batches(model, images, _BATCH):
+        for batch in batches(model, images, min(_BATCH, 4 * batch_size(model, images))):
             size = len(keras.tree.flatten(batch)[0])
             for norm in norms:
                 norm.trainable, norm.momentum = True, seen / (seen + size)  # a mean, not a moving average

@@ -172,14 +172,16 @@ def test_values_that_are_not_finite_are_an_error_that_names_the_layer():
 
 
 @pytest.mark.parametrize("count", [100, 300])  # fewer than a batch, and not a multiple of one
-def test_reestimated_statistics_are_those_of_the_images(count):
+@pytest.mark.parametrize(("memory", "size"), [(2**30, 128), (1, 32)])
+def test_reestimated_statistics_are_those_of_the_images(monkeypatch, count, memory, size):
+    monkeypatch.setattr(_network_runs, "_ACTIVATION_BYTES", memory)
     model, images = network(), pictures(count, seed=5)
     frozen = model.get_layer("bn2")
     frozen.trainable, before = False, frozen.get_weights()[2]
     calibration.reestimate(model, images)
     x = reads(model, "bn1", images)
     mean, variance = model.get_layer("bn1").get_weights()[2:]
-    batches = [x[start : start + 128] for start in range(0, count, 128)]
+    batches = [x[start : start + size] for start in range(0, count, size)]
     assert np.allclose(mean, x.mean(axis=(0, 1, 2)), atol=1e-4)
     expected = sum(len(batch) * batch.var(axis=(0, 1, 2)) for batch in batches) / count
     assert np.allclose(variance, expected, rtol=1e-3)

@@ -41,7 +41,7 @@ class SVD(Factorization):
         if outputs is None:
             left, right = _truncated(matrix, ranks[0])
         else:
-            right = np.linalg.eigh(_check_covariance(outputs, len(matrix.T)))[1][:, ::-1][:, : ranks[0]].T
+            right = _leading_vectors(matrix, _check_covariance(outputs, len(matrix.T)), ranks[0]).T
             left = matrix @ right.T
             root = np.sqrt(np.linalg.norm(left, axis=0))
             left, right = left / np.where(root > 0, root, 1.0), right * root[:, None]
@@ -115,6 +115,17 @@ def _truncated(matrix, rank):
     u, sigma, vt = truncated_svd(matrix, rank)
     root = np.sqrt(sigma)
     return u * root[..., None, :], root[..., :, None] * vt
+
+
+def _leading_vectors(matrix, outputs, rank):
+    """Return the leading eigenvectors (T, rank) of the covariance (T, T) of the outputs of a matrix (n, T).
+
+    All outputs are combinations of the n rows. If n < T, an orthonormal basis of these makes the problem smaller.
+    """
+    if len(matrix) >= len(outputs):
+        return np.linalg.eigh(outputs)[1][:, ::-1][:, :rank]
+    basis = np.linalg.qr(matrix.T)[0]
+    return basis @ np.linalg.eigh(basis.T @ outputs @ basis)[1][:, ::-1][:, :rank]
 
 
 def _check_covariance(outputs, size):

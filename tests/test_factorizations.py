@@ -11,7 +11,7 @@ import pytest
 from keras import layers
 
 from fcnn_utils import factorizations
-from fcnn_utils.factorizations import CP, CP4, DepthwiseSeparable, SpatialSVD, TensorTrain, Tucker2
+from fcnn_utils.factorizations import CP, CP4, SVD, DepthwiseSeparable, SpatialSVD, TensorTrain, Tucker2
 
 METHODS = list(factorizations.FACTORIZATIONS)
 RANKS = {"cp": (6,), "cp4": (6,), "tucker": (4, 3), "tt": (4, 6, 3), "svd": (5,), "spatial": (5,), "separable": (2,)}
@@ -269,6 +269,19 @@ def test_svd_methods_are_optimal_truncations():
     for rank in (1, 4, 6):
         expected = np.sqrt(sum(tail(kernel[:, :, s].reshape(15, 7), rank) for s in range(6))) / norm
         assert DepthwiseSeparable.decompose(kernel, rank).relative_error == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(40, 9), (9, 40), (3, 3, 4, 40)])
+def test_svd_of_outputs_loses_their_smallest_principal_components(shape):
+    kernel, rng = random_kernel(shape), np.random.default_rng(1)
+    matrix = kernel.reshape(-1, shape[-1])
+    covariance = np.cov(rng.standard_normal((len(matrix), 300)))
+    outputs = matrix.T @ covariance @ matrix
+    variances = np.linalg.eigvalsh(outputs)[::-1]
+    for rank in (1, 5, min(matrix.shape)):
+        lost = matrix - SVD.decompose(kernel, rank, outputs=outputs).to_kernel().reshape(matrix.shape)
+        error = np.trace(lost.T @ covariance @ lost)
+        assert error == pytest.approx(variances[rank:].sum(), rel=1e-6, abs=1e-10 * variances.sum())
 
 
 def test_tucker_lies_between_its_bounds_and_improves_on_the_truncated_hosvd():

@@ -150,6 +150,26 @@ def test_a_layer_that_is_kept_exactly_loses_nothing():
     assert group[0].loss < 1e-6
 
 
+def test_output_errors_of_wide_patches_in_float32_are_those_in_float64(monkeypatch):
+    """Inputs far from zero, patches of 540 values: 0.1% is what float32 may differ by, and float16 does not keep."""
+    keras.utils.set_random_seed(0)
+    layer = layers.Conv2D(40, 3, name="wide")
+    model = keras.Sequential([keras.Input((9, 9, 60)), layer, layers.Flatten()])
+    images = (np.random.default_rng(0).standard_normal((60, 9, 9, 60)) + 30).astype("float32")
+    ladders, seen = {"wide": [(factorizations.SVD, [(10,), (39,)], {})]}, {}
+    output_error = sensitivity._Trial.output_error
+    for size in (500, 1000):
+        monkeypatch.setattr(sensitivity, "_FLOAT32_SIZE", size)
+        seen[size] = []
+        monkeypatch.setattr(
+            sensitivity._Trial,
+            "output_error",
+            lambda trial, step, found=seen[size]: found.append(output_error(trial, step)) or found[-1],
+        )
+        sensitivity.predict_losses(model, images, ladders)
+    assert len(seen[500]) == 2 and np.allclose(seen[500], seen[1000], rtol=1e-3, atol=0)
+
+
 def test_svd_with_outputs_has_the_smallest_output_error():
     """Against the truncated SVD of the outputs themselves, which no kernel of that rank can beat."""
     model, images = network(), pictures()

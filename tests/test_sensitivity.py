@@ -151,7 +151,7 @@ def test_a_layer_that_is_kept_exactly_loses_nothing():
 
 
 def test_output_errors_of_wide_patches_in_float32_are_those_in_float64(monkeypatch):
-    """Inputs far from zero, patches of 540 values: 0.1% is what float32 may differ by, and float16 does not keep."""
+    """Inputs far from zero, patches of 540 values; float16 differs by 5e-4."""
     keras.utils.set_random_seed(0)
     layer = layers.Conv2D(40, 3, name="wide")
     model = keras.Sequential([keras.Input((9, 9, 60)), layer, layers.Flatten()])
@@ -167,7 +167,7 @@ def test_output_errors_of_wide_patches_in_float32_are_those_in_float64(monkeypat
             lambda trial, step, found=seen[size]: found.append(output_error(trial, step)) or found[-1],
         )
         sensitivity.predict_losses(model, images, ladders)
-    assert len(seen[500]) == 2 and np.allclose(seen[500], seen[1000], rtol=1e-3, atol=0)
+    assert len(seen[500]) == 2 and np.allclose(seen[500], seen[1000], rtol=2e-5, atol=0)
 
 
 def test_svd_with_outputs_has_the_smallest_output_error():

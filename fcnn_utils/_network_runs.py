@@ -43,7 +43,8 @@ class Runner:
             self._call = tf.function(self._call, reduce_retracing=True)
         self._passes_left -= 1
         for part in self._parts:
-            yield keras.tree.flatten(self._call(keras_graph.pack_inputs(self._model, part)))
+            result = keras.tree.flatten(self._call(keras_graph.pack_inputs(self._model, part)))
+            yield [keras.ops.stop_gradient(y) for y in result]  # PyTorch's results would keep their whole history
 
 
 class Rest:

@@ -250,3 +250,14 @@ def test_an_exact_decomposition_is_not_corrected():
     exact = CP.from_factors(fit.to_kernel(), fit.factors)
     corrected = error_preserving_correction(fit.to_kernel(), exact)
     assert exact.relative_error < 1e-14 and corrected.relative_error < 1e-14
+
+
+def test_factors_found_in_float32_keep_the_bound_at_any_number_of_sweeps():
+    tensor = np.random.default_rng(0).standard_normal((9, 12, 14))
+    bound = np.sum(tensor**2)
+    for seed in range(4):
+        for count in (1, 2, 5, 20):
+            starts = [als.initial_factors(tensor, 20, seed, 1)]
+            factors, _ = als.sweeps_in_float32(tensor, starts, count, 0, 0.5, squared_norm=bound)
+            sizes = np.prod([np.sum(factor**2, axis=0) for factor in factors], axis=0)
+            assert sizes.sum() <= bound * (1 + 1e-12)

@@ -75,8 +75,8 @@ def warn_if_unlike_training(model, inputs):
         warnings.warn(
             f"the calibration images do not look like the training images: at {norm.path!r} the standard deviation "
             f"is {found:.3g}, in training it was {trained:.3g}, and the means differ by {distance:.1f} standard "
-            "deviations. Normalise the images as in training; if they are, the training was too short for the moving "
-            "averages, and `fcnn.reestimate(model, images)` renews them",
+            "deviations. Normalise the images as in training. If they are, the moving averages of the batch norms may "
+            "be inaccurate, as after a short training: `fcnn.reestimate(model, images)` computes them anew",
             stacklevel=3,
         )
 

@@ -2,7 +2,6 @@
 
 # Everything slow (Keras, pandas) is imported inside the commands, so that --help answers at once.
 import argparse
-import datetime
 import math
 import os
 import sys
@@ -148,7 +147,7 @@ def _factorize(options):
         arguments["method"] = options.method[0]
     pixels = _images.Pixels(options.range and tuple(options.range), options.mean, options.std, options.preprocess)
     if sum(key in arguments for key in _TARGETS) != 1:
-        raise ValueError("give one of --ratio, --macs, --params, --size-mb, --speedup and --max-loss")
+        raise ValueError("give exactly one of --ratio, --macs, --params, --size-mb, --speedup or --max-loss")
     if options.images is None and (options.speedup or options.max_loss) is not None:
         raise ValueError("--speedup and --max-loss need --images")
     _check_model_file(options.model)
@@ -158,7 +157,7 @@ def _factorize(options):
     elif pixels != _images.Pixels():
         raise ValueError("--range, --mean, --std and --preprocess are for pictures: give --images as well")
     model = _load(options.model)
-    from fcnn_utils import batch_norm, compress, deploy
+    from fcnn_utils import _report_page, batch_norm, compress, deploy
 
     exported = _ENGINE_OF[options.export.suffix] if options.export else "keras"
     for engine in filter(None, (exported, options.engine)):
@@ -170,10 +169,7 @@ def _factorize(options):
     if options.output:
         _save(small, options.output)
     if options.report:
-        (target,) = (key for key in _TARGETS if key in arguments)
-        made = f"Made from {options.model} with --{target.replace('_', '-')} {arguments[target]:,.6g}"
-        made += f" and the images of {options.images}" if options.images else ", without images"
-        notes = [f"{made}, {datetime.date.today()}.", *options.warnings]
+        notes = [_report_page.origin(options.model, options.images, arguments), *options.warnings]
         report.save(options.report, title=f"{options.model.name}, factorized", notes=notes)
         say(f"wrote {options.report}")
     if options.export:

@@ -162,7 +162,7 @@ def _onnxruntime(path, threads, precision):
     options.intra_op_num_threads = threads
     # Threads that keep spinning after a call slow down whatever runs next, such as the model it is compared with.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Exact sums of int8 products on x86 processors without VNNI, too: in 16 bits they saturate.
+    # Without VNNI, x86 processors add int8 products in 16 bits, where sums may saturate. This prevents it.
     options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     kinds = {"float": "float32", "double": "float64"}

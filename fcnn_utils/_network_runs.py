@@ -12,7 +12,7 @@ _ACTIVATION_BYTES = 2**30  # limit for the activations of a batch: Keras keeps a
 _KEPT_BYTES = 2**30  # limit for the stored inputs of a layer, so that the layers before it need not run again
 _COMPILED_MACS = 3e10  # compile above this number for all passes together: then it saves more time than it costs
 _EAGER_PASSES = 2  # of a cheaper network before it is compiled
-_SMALL_PART = 0.3  # share of the MACs that may be run again for every output, so that fewer networks are compiled
+_SUPERFLUOUS = 0.3  # share of a runner's MACs that may be superfluous before another network is compiled
 
 
 class Runner:
@@ -23,27 +23,28 @@ class Runner:
 
     Args:
         model: functional or Sequential.
-        parts: list of batches, each a list of arrays or tensors, one for each input.
+        batches: list of batches, each a list of arrays or tensors, one for each input.
         times: expected number of passes over all batches.
 
     Attributes:
-        macs: of the network for one image; 0 if they are not known.
+        macs: of the network for one image; calls whose MACs are not known count as 0.
     """
 
-    def __init__(self, model, parts, times=1):
-        self._model, self._parts, self._call = model, parts, functools.partial(model, training=False)
-        self.macs = _work(model, parts[0])[0]
-        self._passes_left = 0 if self.macs * times * sum(map(_length, parts)) > _COMPILED_MACS else _EAGER_PASSES
+    def __init__(self, model, batches, times=1):
+        self._model, self._batches, self._call = model, batches, functools.partial(model, training=False)
+        self.macs = _work(model, batches[0])[0]
+        is_expensive = self.macs * times * sum(map(_length, batches)) > _COMPILED_MACS
+        self._eager_passes_left = 0 if is_expensive else _EAGER_PASSES
 
     def __call__(self):
         """Yield the flat list of outputs of each batch."""
-        if self._passes_left == 0 and keras.backend.backend() == "tensorflow":
+        if self._eager_passes_left == 0 and keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
             self._call = tf.function(self._call, reduce_retracing=True)
-        self._passes_left -= 1
-        for part in self._parts:
-            result = keras.tree.flatten(self._call(keras_graph.pack_inputs(self._model, part)))
+        self._eager_passes_left -= 1
+        for batch in self._batches:
+            result = keras.tree.flatten(self._call(keras_graph.pack_inputs(self._model, batch)))
             yield [keras.ops.stop_gradient(y) for y in result]  # PyTorch's results would keep their whole history
 
 
@@ -64,7 +65,7 @@ class Rest:
 
     def __init__(self, model, images, size=None):
         self.model, self.count, self._runners = model, len(images[0]), {}
-        self._parts = _split(images, size or batch_size(model, images))  # what the model reads
+        self._batches = _split(images, size or batch_size(model, images))  # what the model reads
 
     def start_before(self, layer):
         """Run what comes before the layer and leave it out from now on, unless the result would be too large."""
@@ -72,13 +73,16 @@ class Rest:
         shape = () if head is None else head.output_shape[1:]
         if head is None or None in shape or 4 * self.count * math.prod(shape) > _KEPT_BYTES:
             return
-        for number, result in enumerate(Runner(head, self._parts)()):
-            self._parts[number] = result  # at once, so that the memory of the batch before can be used again
+        for number, result in enumerate(Runner(head, self._batches)()):
+            self._batches[number] = result  # at once, so that the memory of the batch before can be used again
         self.model = tail
-        if self._runners:
-            least = (1 - _SMALL_PART) * max(runner.macs for runner in self._runners.values())
-            if keras.backend.backend() != "tensorflow" or _work(tail, self._parts[0])[0] < least:
-                self._runners = {}
+        if self._runners and not self._may_reuse_runners():
+            self._runners = {}
+
+    def _may_reuse_runners(self):
+        """Return whether the runners of an earlier start do little more than what is left."""
+        left, known = _work(self.model, self._batches[0])[0], [runner.macs for runner in self._runners.values()]
+        return keras.backend.backend() == "tensorflow" and left > 0 and left >= (1 - _SUPERFLUOUS) * max(known)
 
     def read(self, node, count=None):
         """Yield what a layer reads at each of its calls, in float32, batch by batch.
@@ -94,7 +98,8 @@ class Rest:
     def outputs(self, count):
         """Return all outputs of the model for the first `count` images as rows (N, D); meant for many calls.
 
-        They may be computed from a point before that of `start_before`, with the layers' present weights.
+        A runner of an earlier start may be used again. It uses the present weights of the layers, and keeps its batches
+        of these images.
         """
         if count not in self._runners:
             self._runners[count] = Runner(self.model, self._first(count), times=4)
@@ -102,18 +107,18 @@ class Rest:
 
     def _first(self, count):
         """Return the batches of the first images, in all `count`."""
-        parts, left = [], math.inf if count is None else count
-        for part in self._parts:
+        batches, left = [], math.inf if count is None else count
+        for batch in self._batches:
             if left > 0:
-                parts.append([x[:left] for x in part] if _length(part) > left else part)
-                left -= _length(part)
-        return parts
+                batches.append([x[:left] for x in batch] if _length(batch) > left else batch)
+                left -= _length(batch)
+        return batches
 
 
 def batch_size(model, images):
-    """Return a power of two from 8 to 128, at which the activations stay below 1 GiB where possible.
+    """Return the size of a batch: the largest power of two from 8 to 128 that keeps the activations within 1 GiB.
 
-    If their number is not known, it is 8.
+    It is 8 if even that needs more, or if the activations are not known.
     """
     values = _work(model, images)[1]
     if not values:
@@ -131,8 +136,8 @@ def _split(images, size):
     return [[x[start : start + size] for x in images] for start in range(0, len(images[0]), size)]
 
 
-def _length(part):
-    return len(part[0])
+def _length(batch):
+    return len(batch[0])
 
 
 def _rows(results):
@@ -144,14 +149,14 @@ def _rows(results):
 def images_within(model, images, macs):
     """Return how many images of the shape of `images` the model can run on within a budget of MACs.
 
-    If its MACs are not known, this is 0.
+    Calls whose MACs are not known count as 0. If none is known, the result is 0.
     """
     known = _work(model, images)[0]
     return int(macs / known) if known else 0
 
 
 def _work(model, images):
-    """Return the MACs and the number of activations of a model for one of the images; 0 if they are not known."""
+    """Return the MACs and the number of activations of a model for one of the images; what is not known counts as 0."""
     inputs = None
     if any(None in x.shape[1:] for x in model.inputs):  # it takes images of any size
         inputs = [keras.KerasTensor((None, *x.shape[1:]), y.dtype) for x, y in zip(images, model.inputs, strict=True)]

@@ -9,8 +9,8 @@ import numpy as np
 from fcnn_utils import keras_graph
 from fcnn_utils._conv_options import same_padding
 
-_ROWS_OF_AN_IMAGE = 100  # at least so many patches are read, not all: neighbouring patches are redundant
-_ROWS_OF_ALL = 20_000  # of few images more patches are read, until all images have about so many
+_ROWS_OF_AN_IMAGE = 100  # about so many patches are read, not all, because neighbouring patches are redundant
+_ROWS_OF_ALL = 20_000  # with few images, more patches of each are read: about so many in all
 _BUFFER_VALUES = 2**24  # values that are collected before a matrix product
 
 
@@ -22,13 +22,13 @@ class Moments:
     """
 
     def __init__(self, path):
-        self.path, self.count, self._buffer = path, 0, []
+        self.path, self.count, self.size, self._buffer = path, 0, 0, []
         self.shifts, self.totals, self.products = None, [0, 0], [0, 0]
 
     def add(self, rows, outputs):
         """Add float32 rows and outputs. They are collected; the products are updated when the buffer is full."""
         self._buffer.append((rows, outputs))
-        self.count += len(rows)
+        self.count, self.size = self.count + len(rows), rows.shape[1]
         if sum(rows.size + outputs.size for rows, outputs in self._buffer) >= _BUFFER_VALUES:
             self._flush()
 
@@ -42,6 +42,11 @@ class Moments:
             self.totals[number] = self.totals[number] + x.sum(axis=0, dtype=np.float64)
             out = None if is_first else self.products[number]
             self.products[number] = np.add(self.products[number], both[0].T @ x, out=out, dtype=np.float64)
+
+    @property
+    def are_enough(self):
+        """Whether there are over three rows for each value of a row, so that the covariance need not be shrunk."""
+        return self.count > 3 * self.size
 
     def normal_equations(self):
         """Return mean (D,) and covariance (D, D) of the rows, mean (T,) of the outputs and their covariance (D, T).
@@ -82,19 +87,19 @@ def mean_output(layer, reads):
     return total / count
 
 
-def rows_per_image(images):
-    """Return how many patches of each image are read, given the number of images."""
-    return max(_ROWS_OF_AN_IMAGE, _ROWS_OF_ALL // images)
+def rows_per_image(image_count):
+    """Return how many patches of each image are to be read."""
+    return max(_ROWS_OF_AN_IMAGE, _ROWS_OF_ALL // image_count)
 
 
-def linear_rows(kind, count):
+def linear_rows(kind, per_image):
     """Return a function that computes a layer's outputs, without bias and activation, as rows (positions, T).
 
-    The rows match those of `patch_rows` with this count.
+    The rows match those of `patch_rows` with the same `per_image`.
     """
     if kind.has_patches:
         matrix = kind.kernels()[0].reshape(-1, kind.kernel_shape[-1])
-        return lambda x: patch_rows(kind, x, count) @ matrix
+        return lambda x: patch_rows(kind, x, per_image) @ matrix
     # transposed: run a copy of the layer
     layer = keras_graph.copy_layer(kind.layer, activation="linear", activity_regularizer=None, use_bias=False)
 
@@ -103,18 +108,18 @@ def linear_rows(kind, count):
             layer.build(tuple(x.shape))
             layer.set_weights(kind.layer.get_weights()[:1])
         y = keras.ops.convert_to_numpy(layer(x))
-        return y[_positions(y.shape[:-1], count)]
+        return y[_positions(y.shape[:-1], per_image)]
 
     return rows
 
 
-def patch_rows(kind, x, count):
+def patch_rows(kind, x, per_image):
     """Return the patches that a layer reads, as rows (positions, prod(kernel size) · S).
 
     Args:
         kind: `layer_kinds.KernelLayer`, neither grouped nor transposed.
         x: what the layer reads.
-        count: of the positions of an image, if it has so many; at least this number is taken, and often a few more.
+        per_image: number of positions of each image that are taken, approximately; all, if an image has fewer.
 
     `keras.ops.image.extract_patches` is not used: it convolves with an identity kernel, which takes as long as a layer
     with prod(kernel size) · S filters.
@@ -123,7 +128,7 @@ def patch_rows(kind, x, count):
     layer = kind.layer
     if not kind.axes:
         x = kind.input_rows(x)
-        return x[_positions(x.shape[:-1], count)]
+        return x[_positions(x.shape[:-1], per_image)]
     geometry, axes = (layer.kernel_size, layer.strides, layer.dilation_rate), tuple(range(1, x.ndim - 1))
     spans = [(size - 1) * dilation + 1 for size, _, dilation in zip(*geometry, strict=True)]
     if layer.padding == "causal":
@@ -135,22 +140,26 @@ def patch_rows(kind, x, count):
     steps, dilations = ([slice(None, None, n) for n in sizes] for sizes in geometry[1:])
     windows = windows[(slice(None), *steps, slice(None), *dilations)]
     rows = np.moveaxis(windows, len(axes) + 1, -1)[
-        _positions(windows.shape[: len(axes) + 1], count)
+        _positions(windows.shape[: len(axes) + 1], per_image)
     ]  # (rows, *kernel, S)
     return rows.reshape(len(rows), -1)
 
 
 def _without_copy(x):
-    """Return a tensor as an array that shares its memory, where the backend allows it; it is for reading only."""
+    """Return a tensor as an array, which shares its memory where the backend allows it. Do not write to it."""
     try:
         return np.asarray(memoryview(x))
-    except TypeError:
+    except (TypeError, BufferError):
         return keras.ops.convert_to_numpy(x)
 
 
-def _positions(shape, count):
-    """Return the indices (image, *position) of at least `count` positions of each image, of all if it has fewer."""
-    step = max(1, math.prod(shape[1:]) // count)
-    while math.gcd(step, shape[-1]) > 1:  # else it would keep to some columns of the image
-        step -= 1
+def _positions(shape, per_image):
+    """Return the indices (image, *position) of about `per_image` positions of each image, of all if it has fewer.
+
+    Every step-th position is taken. The step has no divisor in common with the width of the image. Otherwise only some
+    of its columns would be read.
+    """
+    wanted = max(1, math.prod(shape[1:]) // per_image)
+    steps = [step for step in range(wanted // 2 + 1, 2 * wanted + 2) if math.gcd(step, shape[-1]) == 1] or [1]
+    step = min(steps, key=lambda step: abs(math.log(step / wanted)))
     return np.unravel_index(np.arange(0, math.prod(shape), step), shape)

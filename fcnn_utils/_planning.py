@@ -9,8 +9,7 @@ from fcnn_utils import cost, factorizations, rank_selection, sensitivity
 
 _SMALLEST = 1e-9  # a fraction of the parameters that every smallest rank exceeds
 _TRIED = 5  # sizes of each layer and method whose loss is predicted from its own decomposition
-_STEPS = 60  # sizes whose loss is interpolated
-_MOST = 0.95  # share of the parameters at the largest of these sizes
+_STEPS = 60  # sizes between the tried ones, whose loss is interpolated
 _LARGE = 500_000  # kernels with more values: 3 sizes are tried, with at most 50% of the parameters instead of 70%
 
 
@@ -190,10 +189,15 @@ class Planner:
         plan = rank_selection.allocate(options, limit - fixed)
         return {path: choice for path, choice in plan.items() if choice is not None}
 
-    def predict(self, share):
-        """Predict the losses at sizes around a share of the layers' cost, unless that has been done."""
+    def predict(self, share, largest=None):
+        """Predict the losses at sizes around a share of the layers' cost, unless that has been done.
+
+        Args:
+            share: of the cost; the smallest size is a quarter of it.
+            largest: share of a kernel's parameters at the largest size; default: what the share of the cost suggests.
+        """
         if not self._candidates:
-            self._candidates = self._predict({path: self._ladder(site, share) for path, site in self._sites})
+            self._candidates = self._predict({path: self._ladder(site, share, largest) for path, site in self._sites})
 
     def smallest(self, costs):
         """Return the least cost of the whole network."""
@@ -277,21 +281,22 @@ class Planner:
             sizes = [method.count_parameters(site.kernel_shape, each.ranks) for each in group]
             loss = _interpolated(np.log(sizes), np.log([max(each.loss, 1e-9) for each in group]))
             smallest = method.count_parameters(site.kernel_shape, self.ranks(site, method, _SMALLEST))
-            largest = method.count_parameters(site.kernel_shape, self.ranks(site, method, _MOST))
-            for size in np.geomspace(smallest, largest, _STEPS if largest > smallest else 1):
+            for size in np.geomspace(smallest, sizes[-1], _STEPS if sizes[-1] > smallest else 1):
                 ranks = self.ranks(site, method, (size + 0.5) / math.prod(site.kernel_shape))
                 exact = method.count_parameters(site.kernel_shape, ranks)
                 option = Choice(method, ranks, own), costs.chain(site, method, ranks), math.exp(loss(math.log(exact)))
                 options.append(option)
         return [option for option in options if option[0] is None or option[1] < options[0][1]]
 
-    def _ladder(self, site, share):
-        """Return a list of (method, list of ranks) around a share of the layer's cost."""
+    def _ladder(self, site, share, largest):
+        """Return a list of (method, list of ranks); the arguments are those of `predict`."""
         is_large, ladder = math.prod(site.kernel_shape) > _LARGE, []
         tried, most = (3, 0.5) if is_large else (_TRIED, 0.7)
+        if largest is None:  # a layer may need more than its share
+            largest = min(3 * share, max(most, min(1.2 * share, 0.95)))
         for method in site.methods:
             least = self._least_fraction(site, method)
-            ends = max(least, min(share / 4, 0.2)), max(least, min(3 * share, most))
+            ends = max(least, min(share / 4, 0.2)), max(least, largest)
             ranks = [self.ranks(site, method, float(fraction)) for fraction in np.geomspace(*ends, tried)]
             ladder.append((method, sorted(set(ranks))))
         return ladder
@@ -305,9 +310,9 @@ class Planner:
 
 
 def _interpolated(x, y):
-    """Return the function that is linear between the points, below the first, and above the last of them."""
-    slopes = np.minimum(-0.5, np.diff(y) / np.diff(x)) if len(x) > 1 else [-1.0]
-    return lambda at: float(np.interp(at, x, y) + slopes[0] * min(at - x[0], 0) + slopes[-1] * max(at - x[-1], 0))
+    """Return the function that is linear between the points, and below the first of them."""
+    slope = min(-0.5, (y[1] - y[0]) / (x[1] - x[0])) if len(x) > 1 else -1.0
+    return lambda at: float(np.interp(at, x, y) if at >= x[0] else y[0] + slope * (at - x[0]))
 
 
 def _rounded_up(number):

@@ -4,6 +4,7 @@ Functions take a `_report.Report`. All its texts are escaped. The summary sets n
 dark background as well.
 """
 
+import datetime
 import html
 import math
 
@@ -13,6 +14,7 @@ import fcnn_utils
 
 _ENGINES = {"keras": "Keras", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "litert": "LiteRT"}
 _LEFT = 'style="text-align: left"'  # in a notebook, where numbers are on the right
+_UNSAID = "images", "verbose"  # arguments that the page does not tell
 _MANY = 20  # layers from which on a summary folds its table
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c2126; --back: #fff; --quiet: #5f6a75; --line: #d9dee3; --track: #eef1f4;
@@ -93,13 +95,32 @@ def page(report, title, notes=()):
 <footer>
 <p>A MAC is one multiply-add. The error is the relative error of a layer's kernel, as the weights alone give it. It is
 the norm of the difference over the norm of the kernel. Factors that were fitted to images may have a larger error and
-still change the outputs less. The change of the outputs is their root mean square change on the images, relative to
-that of the outputs.</p>
+still change the outputs less. If images were given, the change of the outputs is the root mean square of the change,
+divided by the root mean square of the outputs, on at most the first 128 images.</p>
 <p>fcnn_utils {html.escape(fcnn_utils.__version__)}</p>
 </footer>
 </body>
 </html>
 """
+
+
+def origin(model, images, arguments):
+    """Return a sentence on how a network was made.
+
+    Args:
+        model: path of the dense network.
+        images: path of the calibration images, or None.
+        arguments: dict of those of `compress.factorize`, with the names and values of the command line.
+    """
+    said = [f"Made from {model} on {datetime.date.today()} with"]
+    said += [f"--{key.replace('_', '-')} {_text(value)}" for key, value in arguments.items() if key not in _UNSAID]
+    return " ".join([*said, f"--images {images}." if images else "and without images."])
+
+
+def _text(value):
+    if isinstance(value, list):
+        return ",".join(value)
+    return f"{value:,.12g}" if isinstance(value, float) else str(value)
 
 
 def summary(report):

@@ -20,7 +20,7 @@ _KINDS = {
     "Attention": "an attention layer, which makes its projections itself: no chain can take their place",
 }
 _FEW_CHANNELS = 4  # a layer that reads fewer is skipped by default
-_SMALL = 0.01  # share of the costs that the smallest layers together may have; they are skipped by default
+_SMALL = 0.01  # share of the candidates' costs; the smallest ones, which together have no more, are skipped by default
 
 
 @dataclasses.dataclass(eq=False)
@@ -277,13 +277,16 @@ def choose(sites, named, excluded, model, methods):
 
 
 def _leave_small(sites):
-    """Give a reason to leave them to the smallest sites that together have at most 1% of parameters and of MACs."""
+    """Skip the smallest sites, which together have at most 1% of the parameters and at most 1% of the MACs of all.
+
+    They get the reason.
+    """
     costs = np.array([[site.parameters, site.macs] for site in sites], float).reshape(-1, 2)
     shares = np.nan_to_num(costs / np.maximum(costs.sum(axis=0), 1))  # MACs may be unknown
     order = np.argsort(shares.max(axis=1), kind="stable")
     for number, spent in zip(order, np.cumsum(shares[order], axis=0), strict=True):
         if spent.max() <= _SMALL:
-            sites[number].reason = "one of the small layers, together under 1% of the costs: little to save"
+            sites[number].reason = "one of the smallest layers, together at most 1% of the costs: little to save"
 
 
 def _listed(names):

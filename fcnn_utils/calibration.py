@@ -16,7 +16,7 @@ from fcnn_utils._network_runs import Rest, batch_size, following_norms, images_w
 from fcnn_utils._patches import Moments, linear_rows, mean_output, patch_rows, rows_per_image
 from fcnn_utils._progress import Progress
 
-_BATCH = 128  # images at a time, where batch norms are in training mode; fewer (32 or more) if they need over 4 GiB
+_BATCH = 128  # images at a time in training mode, if their activations stay within 4 GiB
 _FEWEST = 128  # images for patch statistics and refits, if there are so many
 _PASS_MACS = 5e11  # budget of MACs for one pass over the images
 
@@ -49,9 +49,8 @@ def patch_moments(model, node, images):
     """Estimate mean and covariance of the patches that a convolution or a Dense layer reads.
 
     Reading stops after the batch with the 128th image, or later, when there are more than 3 · D patches of D values. If
-    all images give
-    fewer patches, the covariance is shrunk towards a multiple of the identity (OAS: Chen, Wiesel, Eldar & Hero 2010,
-    arXiv 0907.4698).
+    all images give fewer patches, the covariance is shrunk towards a multiple of the identity (OAS: Chen, Wiesel, Eldar
+    & Hero 2010, arXiv 0907.4698).
 
     Args:
         model: built model with the layer in it.
@@ -76,16 +75,16 @@ def limit_images(model, images):
 def moments_of(rest, node):
     """Return `patch_moments` of a layer, from the `Rest` that contains it."""
     kind, moments, seen = layer_kinds.KernelLayer(node.layer), Moments(node.path), 0
-    count = rows_per_image(rest.count)
+    per_image = rows_per_image(rest.count)
     for read in rest.read(node):
         for x in read:
-            rows = patch_rows(kind, x, count)
+            rows = patch_rows(kind, x, per_image)
             moments.add(rows, rows[:, :0])
         seen += len(x)
-        if moments.count > 3 * rows.shape[1] and seen >= _FEWEST:
+        if moments.are_enough and seen >= _FEWEST:
             break
     mean, covariance = moments.normal_equations()[:2]
-    return mean, covariance if moments.count > 3 * len(mean) else _shrunk(covariance, moments.count)
+    return mean, covariance if moments.are_enough else _shrunk(covariance, moments.count)
 
 
 def refit_kernel(kernel, decomposition, moments):
@@ -111,8 +110,12 @@ def refit_kernel(kernel, decomposition, moments):
 def fit_to_outputs(kernel, decomposition, covariance):
     """Fit the last factor of a decomposition as in `refit_kernel`.
 
+    Args:
+        kernel, decomposition: as in `refit_kernel`.
+        covariance: (D, D) of the patches.
+
     Returns:
-        the fitted kernel (D, T) and its product with the covariance (D, D), which is cheap to compute here.
+        the fitted kernel (D, T), and the product covariance · kernel (D, T), which is cheap to compute here.
     """
     dense, basis, last = (
         x.astype(covariance.dtype)
@@ -129,11 +132,12 @@ def refit_layers(new, model, images, *, progress=None):
     The chains are refitted in their order in the model. In each, only the last layer changes: it gets the weights
     and the bias at which its output is nearest to that of the original layer. It reads what the refitted layers
     before it compute, so it corrects their errors, too (asymmetric reconstruction: Zhang et al. 2015, arXiv
-    1505.06798). If a layer has no bias, the moving means of the batch norms after it are shifted instead. If there are
-    no such batch norms, the mean is part of the fit. A layer counts as factorized if its kernel has another shape than
-    in `model`. Grouped and transposed layers at the end of a chain keep their weights. Only their mean output is
-    corrected, by the bias or by the batch norms after them. An EinsumDense layer stays as it is if its bias is not one
-    value for each column of its matrix. `new` is changed in place.
+    1505.06798). If the images give it at most 3 · D rows of D values, their covariance is shrunk as in `patch_moments`,
+    and the weights stay nearer to those from the kernel. If a layer has no bias, the moving means of the batch norms
+    after it are shifted instead. If there are no such batch norms, the mean is part of the fit. A layer counts as
+    factorized if its kernel has another shape than in `model`. Grouped and transposed layers at the end of a chain keep
+    their weights. Only their mean output is corrected, by the bias or by the batch norms after them. An EinsumDense
+    layer stays as it is if its bias is not one value for each column of its matrix. `new` is changed in place.
 
     Args:
         new: a factorized copy of `model`, from `compress.factorize`, whose layers keep their names.
@@ -162,8 +166,8 @@ def refit_layers(new, model, images, *, progress=None):
 def reestimate(model, images):
     """Re-estimate the statistics of all batch norms as their mean over batches of these images. In place.
 
-    The model runs in training mode, in batches of 32 to 128 images, depending on the memory that they need: dropout and
-    random augmentation layers act, too.
+    The model runs in training mode. Therefore dropout and random augmentation layers act, too. A batch has 32 to 128
+    images, depending on the memory that they need.
 
     Args:
         model: built functional or Sequential model. It is changed.
@@ -221,19 +225,19 @@ def _refit(new_rest, chain_end, rest, node, norms):
     kind, last_kind = layer_kinds.KernelLayer(dense), layer_kinds.KernelLayer(last)
     new_rest.start_before(last)
     rest.start_before(dense)
-    count = rows_per_image(rest.count)
-    outputs, moments = linear_rows(kind, count), Moments(node.path)
+    per_image = rows_per_image(rest.count)
+    outputs, moments = linear_rows(kind, per_image), Moments(node.path)
     for new_read, read in zip(new_rest.read(chain_end), rest.read(node), strict=True):
         for z, x in zip(new_read, read, strict=True):
-            moments.add(patch_rows(last_kind, z, count), outputs(x))
+            moments.add(patch_rows(last_kind, z, per_image), outputs(x))
     mean, gram, mean_output, right = moments.normal_equations()
     if last.bias is None and not norms:  # nothing corrects the mean separately
         gram, right = gram + np.outer(mean, mean), right + np.outer(mean, mean_output)
     start = last_kind.kernels()[0].reshape(len(mean), -1).astype(np.float64)
-    missing = right - gram @ start
-    if moments.count <= 3 * len(mean):  # few rows: stay near the start
+    residual = right - gram @ start
+    if not moments.are_enough:  # stay near the start
         gram = _shrunk(gram, moments.count)
-    weights = start + _least_squares(gram, missing)
+    weights = start + _least_squares(gram, residual)
     missing = mean_output - mean @ weights
     weights = last_kind.keras_kernel([weights.reshape(last_kind.kernel_shape)])
     bias = [] if last.bias is None else [keras.ops.convert_to_numpy(dense.bias) + last_kind.keras_bias(missing)]

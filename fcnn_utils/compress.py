@@ -82,27 +82,28 @@ def factorize(
         speedup: how many times as fast as the dense network the new one must be in `engine`, both with their batch
             norms folded (`fold_batch_norm`). `images` and a fixed input size are required. Layers and chains are timed
             once for each machine; these times are kept in `~/.cache/fcnn-utils` (or `FCNN_CACHE`). Then up to four
-            whole networks are timed, until one meets the speed-up. Nothing else should run meanwhile. If none meets
-            it, the fastest is returned, with a warning if it misses the speed-up by more than 5%.
+            whole networks are timed, until one meets the speed-up. Nothing else should run meanwhile. You get the
+            slowest that meets it, or else the fastest. It is timed once more, for the report. You are warned if this
+            speed-up is below the target by more than 5%.
         max_loss: largest change of the outputs on `images`, which are required, as is a fixed input size. You get the
             cheapest of six networks, as with `metric`. The change is the mean Kullback-Leibler divergence from the
             dense network's probabilities, in nats. For other outputs it is their mean squared change relative to their
             variance.
         metric: (function, at_least). Six networks are tried, by bisection on their MACs. You get the cheapest one for
-            which `function(network)`, such as its accuracy on your validation set, is at least `at_least`; if only the
-            dense network has that, a copy of it. The function is called seven times. `images` and a fixed input size
-            are required.
+            which `function(network)`, such as its accuracy on your validation set, is at least `at_least`. If none of
+            the six reaches it, you get a copy of the dense network. The function is called seven times. `images` and a
+            fixed input size are required.
         engine: with `speedup`, "onnxruntime", "openvino" or "litert".
         batch: with `speedup`, images per call.
         threads: with `speedup`, threads of the engine; default: all processors.
         layers: paths of the layers to convert, or patterns such as "block*/conv?". Default: all that can be converted,
-            except those that are part of a factorization already, and those where there is little to save and much
-            to lose: layers that read fewer than 4 channels, and the smallest layers, which together have at most 1% of
-            the parameters and of the MACs.
+            except three kinds: those that are part of a factorization already; those that read fewer than 4 channels
+            (little to save, much to lose); and the smallest ones, which together have at most 1% of the parameters and
+            at most 1% of the MACs of all these layers.
         exclude: paths or patterns of layers to leave as they are.
         images: a few hundred inputs (N, H, W, C), normalised as in training, without labels; or a list, a dict, a
-            dataset or another stream of batches (`calibration.check_images`), in random order: expensive networks use
-            only the first 128. The factors are then fitted to what the layers compute on them
+            dataset or another stream of batches (`calibration.check_images`). Shuffle them: some steps use only the
+            first ones, as few as 16 for an expensive network. The factors are fitted to what the layers compute on them
             (`calibration.refit_layers`).
         uniform: with `images` and `macs`, `params` or `size_mb`: use one ratio for all layers. Other targets ignore it.
         multiple: ranks are multiples of this (or the maximum rank). Default: 16 with `speedup`, because engines compute
@@ -117,8 +118,8 @@ def factorize(
         (new model, report). The report is a DataFrame with a row for each layer with weights: layer, method, ranks,
         relative_error (of the kernel, before `images` are used), degeneracy (CP only), params_before, params_after,
         macs_before, macs_after (NaN if they are not known), and the reason if the layer was left as it is. Printed, it
-        is a short table with totals. Its "output change" is the root mean square of the change of the outputs on
-        `images`, relative to that of the outputs.
+        is a short table with totals. Its "output change" is the root mean square of the change of the outputs,
+        divided by the root mean square of the outputs, on at most the first 128 images.
 
     Raises:
         ValueError: the model is not a built graph of layers; there is nothing to convert; a layer that is named does
@@ -188,7 +189,7 @@ def _target(options, **targets):
         known = {name for method in factorizations.FACTORIZATIONS.values() for name in method.option_names()}
         unknown = [f"{name}= is not known" for name in options if name not in known]
         got = "; ".join([f"got {' and '.join(got) or 'none'}", *unknown])
-        raise ValueError(f"give one of {', '.join(names[:-1])} and {names[-1]}; {got}")
+        raise ValueError(f"give exactly one of {', '.join(names[:-1])} or {names[-1]}; {got}")
     ((kind, target),) = given.items()
     if kind == "ranks":
         if not isinstance(target, dict):

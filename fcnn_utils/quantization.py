@@ -65,8 +65,8 @@ def quantize(model, images, path):
 
     For OpenVINO, install NNCF (`pip install nncf`). NNCF reports its use to its authors by default; here this is
     switched off. On processors without 8-bit dot products (VNNI, Arm's dotprod) int8 may be slower than float32. On x86
-    processors without them sums may saturate: `deploy.load` prevents this in ONNX Runtime, by
-    "session.x64quantprecision"; set it in sessions of your own, and in the other engines compare the outputs again.
+    processors without them, sums may saturate. In ONNX Runtime, `deploy.load` prevents this by the option
+    "session.x64quantprecision". Set it in sessions of your own, too. In the other engines, compare the outputs again.
 
     Args:
         model: built, functional or Sequential, as in `deploy.export`. It does not change.

@@ -93,7 +93,7 @@ def predict_losses(model, images, ladders, *, progress=None):
     Args:
         model: built functional or Sequential model. It is not changed.
         images: see `calibration.check_images`. The output errors use at most the first 256 images, the losses at most
-            the first 64. If the network is expensive, these are fewer, but at least 128 and 16.
+            the first 64. An expensive network gets fewer: at least 128 and 16, respectively.
         ladders: dict path -> list of (method, list of at least one tuple of ranks, options of the decomposition).
         progress: `Progress` to print with, or None.
 
@@ -201,7 +201,7 @@ class _Trial:
         return self._mean - mean_output(self._layer, self._reads)
 
     def output_error(self, parts):
-        """Return the squared error of the output of a layer that is refitted, relative to its variance."""
+        """Return the squared error of the output of a refitted layer, relative to the variance of this output."""
         fitted, weighted = calibration.fit_to_outputs(self._kernels[0], parts[0], self._moments[1])
         lost = np.sum((self._matrix - fitted) * (self._weighted - weighted))
         return max(float(lost / max(np.trace(self._outputs), 1e-300)), 0.0)
@@ -243,7 +243,7 @@ def _path(node):
 def _losses(trial, groups, is_cheap):
     """Return the losses of the decompositions of a layer, a list for each method.
 
-    `is_cheap` is whether the network is: then a third loss is measured for each layer, and one more for each method.
+    If `is_cheap`, a third loss is measured for each layer, and one more for each method.
     """
     if not trial.is_refitted:  # the kernel's error says little about the loss: measure each
         return [[trial.loss(trial.refit(step)) for step in group] for group in groups]

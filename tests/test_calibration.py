@@ -375,17 +375,17 @@ def test_a_gram_matrix_with_a_negative_eigenvalue_is_solved_where_it_is_known():
     assert np.allclose(known.T @ calibration._least_squares(gram, right), expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["svd", "cp"])
-@pytest.mark.parametrize("kind", ["one large image", "few rows of a dense layer"])
-def test_refits_to_few_images_are_better_than_none_on_other_images(method, kind):
-    if kind == "one large image":
-        shape, layer, ranks, count = (60, 60, 16), layers.Conv2D(96, 3, name="layer"), {"svd": 60, "cp": 120}[method], 1
-    elif method == "cp":
-        pytest.skip("dense layers have only the method svd")
-    else:
-        shape, layer, ranks, count = (200,), layers.Dense(120, name="layer"), 60, 64
+@pytest.mark.parametrize(
+    ("shape", "make", "method", "rank", "count"),
+    [
+        ((60, 60, 16), lambda: layers.Conv2D(96, 3, name="layer"), "svd", 60, 1),  # one large image
+        ((60, 60, 16), lambda: layers.Conv2D(96, 3, name="layer"), "cp", 120, 1),
+        ((200,), lambda: layers.Dense(120, name="layer"), "svd", 60, 64),  # hardly more rows than weights of a column
+    ],
+)
+def test_refits_to_few_images_are_better_than_none_on_other_images(shape, make, method, rank, count):
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input(shape), layer])
+    model = keras.Sequential([keras.Input(shape), make()])
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((shape[-1],) * 2) * np.geomspace(1, 0.02, shape[-1])
 
@@ -395,6 +395,6 @@ def test_refits_to_few_images_are_better_than_none_on_other_images(method, kind)
     some, others = images(count), images(100)
     expected, errors = model.predict(others, verbose=0), []
     for given in (some, None):
-        new, _ = compress.factorize(model, method, ranks={"layer": ranks}, images=given, verbose=0)
+        new, _ = compress.factorize(model, method, ranks={"layer": rank}, images=given, verbose=0)
         errors.append(np.linalg.norm(new.predict(others, verbose=0) - expected))
     assert errors[0] < 0.95 * errors[1]

@@ -96,7 +96,9 @@ def test_factorize_writes_the_model_its_export_and_a_report(here, capfd):
     assert np.allclose(deploy.load("small.onnx")(x), small.predict_on_batch(x), atol=1e-4)
     assert "2 converted" in out and out.splitlines()[-3].startswith("wrote small.keras (0.0")
     assert error.splitlines() == ["loading model.keras"]
-    assert "model.keras, factorized" in Path("report.html").read_text() and "conv2" in Path("report.html").read_text()
+    page = Path("report.html").read_text()
+    assert "model.keras, factorized" in page and "conv2" in page
+    assert f"with --macs {budget:,.12g} --method spatial" in page and "and without images." in page
     assert files() == ["images.npy", "model.keras", "photos", "report.html", "small.keras", "small.onnx"]
 
 
@@ -173,8 +175,8 @@ def test_bad_option_is_one_sentence_before_keras_is_needed(here, monkeypatch, ca
     "arguments, message",
     [
         ("--ratio 0", "ratio must be a number between"),
-        ("", "give one of --ratio, --macs, --params, --size-mb, --speedup and --max-loss"),
-        ("--ratio 0.5 --macs 1k", "give one of --ratio, --macs, --params, --size-mb, --speedup and --max-loss"),
+        ("", "give exactly one of --ratio, --macs, --params, --size-mb, --speedup or --max-loss"),
+        ("--ratio 0.5 --macs 1k", "give exactly one of --ratio, --macs, --params, --size-mb, --speedup or --max-loss"),
         ("--speedup 2", "--speedup and --max-loss need --images"),
         ("--ratio 0.5 --images photos", "say how its training images were scaled: --range 0 1"),
         ("--ratio 0.5 --images photos --preprocess nope", "--preprocess must be one of convnext, "),

@@ -511,8 +511,9 @@ def test_ranks_are_multiples_of_a_step(zoo):
 
 def test_invalid_arguments_are_rejected_with_what_is_allowed(zoo):
     for arguments, message in (
-        ({}, "give one of ratio=, ranks=, macs=, .* and metric="),
-        ({"ratio": 0.5, "macs": 1e6}, "give one of ratio=, ranks=, macs=, .* and metric="),
+        ({}, "give exactly one of ratio=, ranks=, macs=, .* or metric=; got none$"),
+        ({"ration": 0.5}, "got none; ration= is not known$"),
+        ({"ratio": 0.5, "macs": 1e6}, "give exactly one of .* or metric=; got ratio= and macs=$"),
         ({"ratio": 0}, "ratio must be a number between"),
         ({"ratio": 0.001}, "ratio must be at least [0-9.]+, the share of cp at rank 1; got 0.001"),
         ({"method": "qr", "ratio": 0.5}, "method must be one of"),

@@ -253,11 +253,14 @@ def test_an_exact_decomposition_is_not_corrected():
 
 
 def test_factors_found_in_float32_keep_the_bound_at_any_number_of_sweeps():
+    """The bound is on the sum of the squared norms of the components."""
     tensor = np.random.default_rng(0).standard_normal((9, 12, 14))
     bound = np.sum(tensor**2)
     for seed in range(4):
         for count in (1, 2, 5, 20):
             starts = [als.initial_factors(tensor, 20, seed, 1)]
-            factors, _ = als.sweeps_in_float32(tensor, starts, count, 0, 0.5, squared_norm=bound)
+            factors, error = als.sweeps_in_float32(tensor, starts, count, 0, 0.5, squared_norm=bound)
             sizes = np.prod([np.sum(factor**2, axis=0) for factor in factors], axis=0)
             assert sizes.sum() <= bound * (1 + 1e-12)
+            rebuilt = np.einsum("ir,jr,kr", *factors)
+            assert np.linalg.norm(tensor - rebuilt) / np.sqrt(bound) == pytest.approx(error, rel=1e-3) and error < 0.97

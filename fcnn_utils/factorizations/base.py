@@ -34,7 +34,7 @@ from fcnn_utils._checks import check_number
 from fcnn_utils._processors import one_blas_thread
 from fcnn_utils.factorizations.chain import SPATIAL, ChainLayer, place_strides
 
-_LARGE = 500_000  # values of a kernel from which on an SVD uses several BLAS threads
+_LARGE = 500_000  # above so many values of a kernel, methods by SVD may use several BLAS threads
 
 FACTORIZATIONS = {}  # name -> class; a subclass that sets a name registers itself
 
@@ -107,8 +107,8 @@ class Factorization:
             ValueError: the kernel, a rank or the value of an option is not allowed.
         """
         kernel = check_kernel(kernel)
-        has_large_products = cls.is_nested and kernel.size > _LARGE
-        with contextlib.nullcontext() if has_large_products else one_blas_thread():
+        may_use_threads = cls.is_nested and kernel.size > _LARGE
+        with contextlib.nullcontext() if may_use_threads else one_blas_thread():
             return cls.from_factors(kernel, cls._factors(kernel, cls.check_ranks(kernel.shape, ranks), **options))
 
     @classmethod

@@ -24,8 +24,8 @@ def decompose_many(kernels):
     """
     with one_blas_thread(), ThreadPoolExecutor(available_cores()) as pool:
         running = {}
-        for name, (method, kernel, ranks, options) in sorted(kernels.items(), key=_size, reverse=True):
-            running[name] = pool.submit(method.decompose, kernel, ranks, **options)  # large ones first
+        for name, (method, kernel, ranks, options) in sorted(kernels.items(), key=_size, reverse=True):  # large first
+            running[name] = pool.submit(method.decompose, kernel, ranks, **options)
         for name in kernels:
             try:
                 yield name, running[name].result()
@@ -70,8 +70,8 @@ def decompose_ladders(kernel, ladders):
         ladder = [method.check_ranks(kernel.shape, ranks) for ranks in ladder]
         steps = [ladder] if method.is_nested and ladder else [[ranks] for ranks in ladder]
         jobs.append([(method, kernel, step, options) for step in steps])
-    is_one = sum(map(len, jobs)) == 1
-    with contextlib.nullcontext() if is_one else one_blas_thread(), ThreadPoolExecutor(available_cores()) as pool:
+    has_one_job = sum(map(len, jobs)) == 1  # then BLAS may have the other processors
+    with contextlib.nullcontext() if has_one_job else one_blas_thread(), ThreadPoolExecutor(available_cores()) as pool:
         running = [[pool.submit(_steps, *job) for job in group] for group in jobs]
         return [[result for future in group for result in future.result()] for group in running]
 

@@ -10,7 +10,7 @@ from fcnn_utils import _graph_cut, cost, keras_graph, layer_kinds
 
 _ACTIVATION_BYTES = 2**30  # limit for the activations of a batch: Keras keeps all of them until the last layer has run
 _KEPT_BYTES = 2**30  # limit for the stored inputs of a layer, so that the layers before it need not run again
-_COMPILED_MACS = 3e10  # compile above this number for all passes together: then it saves more time than it costs
+_COMPILED_MACS = 3e9  # compile above this number for all passes together: then it saves more time than it costs
 _EAGER_PASSES = 2  # of a cheaper network before it is compiled
 _SUPERFLUOUS = 0.3  # share of a runner's MACs that may be superfluous before another network is compiled
 

@@ -9,6 +9,7 @@ The added layers are stock layers: they are saved and loaded without custom obje
 """
 
 import math
+import numbers
 
 import numpy as np
 
@@ -203,6 +204,11 @@ def _target(options, **targets):
             float(check_number("least value of the metric", target[1], float, -math.inf, math.inf)),
         )
     low, high = _RANGES.get(kind, (1, math.inf))
+    if kind in ("macs", "params") and isinstance(target, numbers.Real) and 0 < target < 1:
+        raise ValueError(
+            f"{kind} is a number of {'multiply-adds' if kind == 'macs' else 'weights'}, not a share; got {target}: "
+            f"give {target} * fcnn.total_costs(model)[{kind!r}]"
+        )
     return kind, float(check_number(kind, target, float, low, high))
 
 

@@ -194,6 +194,8 @@ def test_targets_that_cannot_be_are_rejected(wide):
         ({"metric": 3, "images": pictures()}, "metric must be .function of a model, least value.; got 3"),
         ({"metric": (lambda model: "high", 0), "images": pictures()}, "must return a finite number; got 'high'"),
         ({"speedup": 0.5, "images": pictures()}, "speedup must be a number between 1.01 and 1000"),
+        ({"macs": 0.5}, r"multiply-adds, not a share; got 0.5: give 0.5 \* fcnn.total_costs\(model\)\['macs'\]"),
+        ({"params": 0.25}, r"weights, not a share; got 0.25: give 0.25 \* fcnn.total_costs\(model\)\['params'\]"),
         ({"params": 10}, "params must be at least [0-9,]+, with"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -26,7 +26,7 @@ from fcnn_utils._patches import mean_output
 from fcnn_utils._progress import Progress
 
 _IMAGES = 256  # most images for a refit; fewer for expensive networks (`calibration.limit_images`)
-_LOSS_IMAGES = 8, 32  # fewest and most for a loss; with 64, the outputs of the factorized networks change as much
+_LOSS_IMAGES = 16, 32  # fewest and most for a loss; with 64, the outputs of the factorized networks change as much
 _LOSS_MACS = 1e12  # budget of MACs for measuring one loss of every layer
 _MEASURED = 3  # losses measured per layer; then one more per method
 _MEASURED_IF_EXPENSIVE = 2  # losses measured per layer of an expensive network; no further ones per method
@@ -93,7 +93,7 @@ def predict_losses(model, images, ladders, *, progress=None):
     Args:
         model: built functional or Sequential model. It is not changed.
         images: see `calibration.check_images`. The output errors use at most the first 256 images, the losses at most
-            the first 32. An expensive network gets fewer: at least 128 and 8, respectively.
+            the first 32. An expensive network gets fewer: at least 128 and 16, respectively.
         ladders: dict path -> list of (method, list of at least one tuple of ranks, options of the decomposition).
         progress: `Progress` to print with, or None.
 

@@ -81,9 +81,10 @@ def ladders(nodes, *methods, ranks=(2, 4, 8)):
     }
 
 
-def test_predicted_losses_are_close_to_measured_ones():
+def test_predicted_losses_are_close_to_measured_ones(monkeypatch):
     """Of 15 candidates a layer six are measured. The others are interpolated by the error of the layer's output."""
     model, images = network(), pictures()
+    monkeypatch.setattr(sensitivity, "_LOSS_IMAGES", (16, len(images)))  # as many as `layer_sensitivity` uses
     nodes = convolutions(model)
     found = sensitivity.predict_losses(model, images, ladders(nodes, "spatial", "svd", "cp", ranks=(1, 2, 3, 5, 7)))
     assert list(found) == ["conv1", "conv2"]
@@ -104,12 +105,13 @@ def test_predicted_losses_are_close_to_measured_ones():
         )  # one is a third of the measured one
 
 
-def test_each_loss_of_a_layer_that_is_not_refitted_is_measured():
+def test_each_loss_of_a_layer_that_is_not_refitted_is_measured(monkeypatch):
     """The loss is that of the network that `factorize` makes, whose mean outputs are corrected."""
     inputs = keras.Input((10, 9, 6))
     x = layers.Conv2D(8, 3, groups=2, activation="relu", name="grouped")(inputs)
     x = layers.Dense(5, activation="softmax")(layers.GlobalAveragePooling2D()(x))
     model, images = with_random_weights(keras.Model(inputs, x)), pictures()
+    monkeypatch.setattr(sensitivity, "_LOSS_IMAGES", (16, len(images)))
     (node, _) = [node for node in keras_graph.layer_nodes(model) if node.layer.weights]
     ((group,),) = sensitivity.predict_losses(model, images, ladders([node], "svd", ranks=(1, 2, 3))).values()
     for candidate in group:
@@ -121,6 +123,7 @@ def test_each_loss_of_a_layer_that_is_not_refitted_is_measured():
 def test_of_an_expensive_network_two_losses_per_layer_are_measured(monkeypatch):
     """They use 16 images. The predicted losses differ from those of a larger budget by less than a factor of 1.5."""
     model, images, counts = network(), pictures(), []
+    monkeypatch.setattr(sensitivity, "_LOSS_IMAGES", (16, len(images)))
     nodes = convolutions(model)
     asked = ladders(nodes, "spatial", "svd", "cp", ranks=(1, 2, 3, 5, 7))
     plain, outputs = sensitivity.predict_losses(model, images, asked), _network_runs.Rest.outputs

@@ -122,8 +122,9 @@ class Planner:
         path, named = site.node.path, named_method(value)
         allowed = [method for method in site.methods if method is named or (named is None and method in methods)]
         if not allowed:
-            names = " or ".join(method.name for method in ([named] if named else methods))
-            raise ValueError(f"layer {path!r} can't be factorized by {names}")
+            refused = [named] if named else methods
+            names = " or ".join(method.name for method in refused)
+            raise ValueError(f"layer {path!r} can't be factorized by {names}: {site.refusal(refused[0])}")
         if len(allowed) > 1:
             raise ValueError(
                 f"ranks must name the method where several are allowed: {{{path!r}: ({allowed[0].name!r}, {value!r})}}"

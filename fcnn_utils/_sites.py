@@ -98,21 +98,20 @@ class Site:
 
     def offer(self, methods):
         """Keep those of the methods whose chain can be built here, as `methods`; set `obstacle` if there is none."""
-        self.methods, refusals = [], []
-        for method in methods:
-            try:
-                self._check_method(method)
-                self.methods.append(method)
-            except ValueError as error:
-                refusals.append(str(error))
+        self.methods = [method for method in methods if not self.refusal(method)]
         if not self.methods:
-            self.obstacle = self.reason = refusals[0]
+            self.obstacle = self.reason = self.refusal(methods[0])
 
-    def _check_method(self, method):
+    def refusal(self, method):
+        """Return why the chain of this method can't be built here; empty if it can."""
         if self.kind.is_pointwise and not issubclass(method, factorizations.SVD):
-            raise ValueError(f"{'1×1' if self.kind.axes else 'dense'}: only svd factorizes it")
+            return f"{'1×1' if self.kind.axes else 'dense'}: only svd factorizes it"
         ranks = (1,) * len(method.max_ranks(self.kernel_shape))
-        self.kind.block(self.input_shape, method.chain(self.kernel_shape, ranks), use_bias=False)
+        try:
+            self.kind.block(self.input_shape, method.chain(self.kernel_shape, ranks), use_bias=False)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def _other_part(self):
         """Return a layer that forms a factorization together with this one; None if there is none.

@@ -539,6 +539,10 @@ def test_invalid_arguments_are_rejected_with_what_is_allowed(zoo):
         ({"ranks": {"shared": ("qr", 3)}}, "method must be one of"),
         ({"ranks": {"point": ("cp", 3)}}, "layer 'point' can't be factorized: 1×1: only svd factorizes it"),
         ({"ranks": {"point": 3}, "method": ["cp", "tt"]}, "layer 'point' can't be factorized: 1×1: only svd"),
+        (
+            {"ranks": {"point": ("cp", 3), "shared": ("svd", 3)}},
+            "layer 'point' can't be factorized by cp: 1×1: only svd factorizes it",
+        ),
         ({"ranks": {"shar*": 3}}, "ranks= takes exact paths of layers that are not excluded; got 'shar.'"),
         ({"ranks": {"shared": 3}, "exclude": "shared"}, "no layer to factorize|ranks= takes exact paths"),
         ({"size_mb": 1e-5}, "size_mb must be at least [0-9.]+ MB, with cp at rank 1"),

@@ -20,18 +20,23 @@ def take(model, images):
         arrays = _fitting(model, images)
     else:
         arrays = _from_batches(model, images)
-    for array, x in zip(arrays, model.inputs, strict=True):
-        if array.dtype.kind in "iub" and "float" in x.dtype and not _is_rescaled(model):
-            raise ValueError(
-                f"calibration images are whole numbers ({array.dtype}), and model {model.name!r} has no Rescaling or "
-                "Normalization layer: normalise them as in training, and give floats"
-            )
+    refuse_pixels(model, arrays, "calibration images")
     arrays = [array.astype(x.dtype, copy=False) for array, x in zip(arrays, model.inputs, strict=True)]
     if not all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f"):
         raise ValueError("calibration images must be finite numbers; some are NaN or infinite")
     if len({len(array) for array in arrays}) > 1:
         raise ValueError(f"all inputs must have the same number of images; got {[len(array) for array in arrays]}")
     return arrays
+
+
+def refuse_pixels(model, arrays, name):
+    """Raise ValueError if an array has whole numbers and the model takes floats that it does not rescale itself."""
+    for array, x in zip(arrays, model.inputs, strict=True):
+        if array.dtype.kind in "iub" and "float" in x.dtype and not _is_rescaled(model):
+            raise ValueError(
+                f"{name} are whole numbers ({array.dtype}), and model {model.name!r} has no Rescaling or "
+                "Normalization layer: normalise them as in training, and give floats"
+            )
 
 
 def batches(model, inputs, size):

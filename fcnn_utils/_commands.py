@@ -16,6 +16,7 @@ _ENGINE_OF = {".onnx": "onnxruntime", ".xml": "openvino", ".tflite": "litert"}
 _MODELS = (".keras", ".h5")
 _TARGETS = ("ratio", "macs", "params", "size_mb", "speedup", "max_loss")
 _UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
+_MAX_IMAGES = 500
 _BUSY = 0.05  # share of the processor from which on the load by other programs is mentioned
 _EXAMPLES = """examples:
   fcnn factorize model.keras --ratio 0.25 --output small.keras
@@ -85,7 +86,9 @@ def _add_images(images):
         metavar="PATH",
         help="a folder of pictures; or an .npy or .npz file of images, normalised as in training",
     )
-    images.add_argument("--max-images", type=int, default=500, metavar="N", help="use N of them (default: 500)")
+    images.add_argument(
+        "--max-images", type=int, default=_MAX_IMAGES, metavar="N", help="use N of them (default: %(default)d)"
+    )
     images.add_argument(
         "--range",
         type=float,
@@ -169,7 +172,9 @@ def _factorize(options):
     if options.output:
         _save(small, options.output)
     if options.report:
-        notes = [_report_page.origin(options.model, options.images, arguments), *options.warnings]
+        said = {key: value for key, value in (arguments | vars(pixels)).items() if value is not None}
+        said |= {"max_images": options.max_images} if options.max_images != _MAX_IMAGES else {}
+        notes = [_report_page.origin(options.model, options.images, said), *options.warnings]
         report.save(options.report, title=f"{options.model.name}, factorized", notes=notes)
         say(f"wrote {options.report}")
     if options.export:

@@ -311,8 +311,8 @@ class Planner:
 
 
 def _interpolated(x, y):
-    """Return the function that is linear between the points, and below the first of them."""
-    slope = min(-0.5, (y[1] - y[0]) / (x[1] - x[0])) if len(x) > 1 else -1.0
+    """Return the function that is linear between the points, and below the first with a slope of -3 to -0.5."""
+    slope = np.clip((y[1] - y[0]) / (x[1] - x[0]), -3, -0.5) if len(x) > 1 else -1.0
     return lambda at: float(np.interp(at, x, y) if at >= x[0] else y[0] + slope * (at - x[0]))
 
 

@@ -96,7 +96,8 @@ def page(report, title, notes=()):
 <p>A MAC is one multiply-add. The error is the relative error of a layer's kernel, as the weights alone give it. It is
 the norm of the difference over the norm of the kernel. Factors that were fitted to images may have a larger error and
 still change the outputs less. If images were given, the change of the outputs is the root mean square of the change,
-divided by the root mean square of the outputs, on at most the first 128 images.</p>
+divided by the root mean square of the outputs, on at most the first 128 of these images. Others change more if the
+images were few. A time is the median; the ratio of times is the median over pairs of calls, taken in turn.</p>
 <p>fcnn_utils {html.escape(fcnn_utils.__version__)}</p>
 </footer>
 </body>
@@ -110,7 +111,7 @@ def origin(model, images, arguments):
     Args:
         model: path of the dense network.
         images: path of the calibration images, or None.
-        arguments: dict of those of `compress.factorize`, with the names and values of the command line.
+        arguments: dict of those of the command line, by name.
     """
     said = [f"Made from {model} on {datetime.date.today()} with"]
     said += [f"--{key.replace('_', '-')} {_text(value)}" for key, value in arguments.items() if key not in _UNSAID]
@@ -118,8 +119,8 @@ def origin(model, images, arguments):
 
 
 def _text(value):
-    if isinstance(value, list):
-        return ",".join(value)
+    if isinstance(value, (list, tuple)):
+        return ("," if isinstance(value, list) else " ").join(map(_text, value))
     return f"{value:,.12g}" if isinstance(value, float) else str(value)
 
 

@@ -10,6 +10,7 @@ The added layers are stock layers: they are saved and loaded without custom obje
 
 import math
 import numbers
+import warnings
 
 import numpy as np
 
@@ -25,6 +26,7 @@ AUTO = ("svd", "spatial", "tucker", "cp")
 _RANGES = {"ratio": (1e-9, 1), "size_mb": (1e-6, math.inf), "max_loss": (1e-9, math.inf), "speedup": (1.01, 1000)}
 _LARGE_CP = 3e8  # a CP counts as large if kernel size × rank exceeds this
 _SWEEPS_OF_LARGE = 30  # of a large CP; the error of the kernel is up to 4% larger than after 100
+_FEW_IMAGES = 32  # fewer can be fitted well by a network that is bad on others
 _COMPARED = 32, 128  # fewest and most images for the final comparison of outputs; fewer for expensive networks
 _COMPARED_MACS = 1e11  # budget of MACs of this comparison, for each network
 
@@ -153,6 +155,12 @@ def factorize(
     if images is not None:
         for given in progress.over([images], "calibration images checked", name=lambda _: "done"):
             images = calibration.check_images(model, given)
+        if len(images[0]) < _FEW_IMAGES:
+            warnings.warn(
+                f"{len(images[0])} calibration images are few: the layers are fitted to them, and the output change on "
+                "others can be many times that in the report. Give a few hundred",
+                stacklevel=2,
+            )
 
     sites = find_sites(model)
     chosen = choose(sites, target if kind == "ranks" else layers, exclude, model, offered)

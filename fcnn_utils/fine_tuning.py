@@ -15,7 +15,7 @@ import types
 import keras
 import numpy as np
 
-from fcnn_utils import _losses
+from fcnn_utils import _calibration_inputs, _losses, keras_graph
 from fcnn_utils._checks import check_choice, check_number
 
 _BATCH = 128  # the default learning rate was measured with it
@@ -134,6 +134,9 @@ def fine_tune(
         check_number("clip_norm", clip_norm, float, 1e-9, 1e9)
     data, first, steps = _read(student, train, batch_size, steps_per_epoch)
     x, labels = first
+    inputs = keras.tree.flatten(x)
+    if keras_graph.is_graph(student) and len(inputs) == len(student.inputs):
+        _calibration_inputs.refuse_pixels(student, inputs, "images")
     share = _share(distillation, teacher, labels)
     shapes = _output_shapes(student, teacher, x)
     loss, loss_weights, outputs, teacher_outputs = _losses.choose(student, teacher, shapes, labels, loss, from_logits)
@@ -364,6 +367,9 @@ def _chain(first, rest):
 def _as_first_batch(x, y):
     x, y = keras.tree.map_structure(_as_array, (x, y))
     labels = [each for each in keras.tree.flatten(y) if each is not None]
+    for each in labels:
+        if each.dtype.kind in "OSU":
+            raise ValueError(f"labels must be numbers, such as 0, 1, 2 for the classes; got {each.dtype}")
     return x, labels or None
 
 

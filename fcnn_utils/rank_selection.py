@@ -174,11 +174,12 @@ def allocate(options, budget):
     if cheapest > budget:
         raise ValueError(f"budget must be at least {cheapest:,}, the cost of the cheapest choices; got {budget:,}")
     options = {path: _undominated(choices) for path, choices in options.items()}
+    lost, options = _below(options, budget)
     one_each = block_diag([np.ones((1, len(choices))) for choices in options.values()])
     # The solver tolerates 1e-6 in constraints and objective. Scaled like this, that is far less than one MAC.
     cost = np.array([cost * (1e8 / budget) for choices in options.values() for _, cost, _ in choices])
-    loss = np.array([loss for choices in options.values() for *_, loss in choices])
-    loss *= 1e6 / max(loss.max(), 1e-9)
+    loss = np.concatenate([[loss - choices[-1][2] for *_, loss in choices] for choices in options.values()])
+    loss *= 1e6 / max(lost, 1e-300)
     limits = LinearConstraint(vstack([one_each, cost]), [1] * len(options) + [0], [1] * len(options) + [1e8])
     taken = milp(loss, integrality=np.ones(len(loss)), bounds=Bounds(0, 1), constraints=limits).x > 0.5
     plan, start = {}, 0
@@ -186,6 +187,42 @@ def allocate(options, budget):
         plan[path] = choices[int(np.argmax(taken[start : start + len(choices)]))][0]
         start += len(choices)
     return plan
+
+
+def _below(options, budget):
+    """Leave out the choices that lose more than a plan within the budget.
+
+    The plan minimises loss + λ · cost in each layer, at the smallest λ that keeps it within the budget (Everett 1963,
+    Oper. Res. 11(3)).
+
+    Args:
+        options: dict path -> list of undominated (choice, cost, loss), which starts with the cheapest. The losses
+            count from that of the last one.
+        budget: largest sum of the costs.
+
+    Returns:
+        the loss of the plan, and the options that are left.
+    """
+    layers = [np.array([row[1:] for row in choices], float) for choices in options.values()]
+
+    def plan(weight):
+        taken = [one[np.argmin(one[:, 1] - one[-1, 1] + weight * one[:, 0])] for one in layers]
+        return sum(cost for cost, _ in taken), sum(
+            loss - one[-1, 1] for one, (_, loss) in zip(layers, taken, strict=True)
+        )
+
+    low, high = -200.0, 200.0  # logarithms of λ
+    cost, lost = plan(0.0)
+    if cost > budget:
+        lost = sum(one[0, 1] - one[-1, 1] for one in layers)
+        for _ in range(100):
+            middle = (low + high) / 2
+            cost, found = plan(math.exp(middle))
+            low, high, lost = (low, middle, min(lost, found)) if cost <= budget else (middle, high, lost)
+    bound = lost * (1 + 1e-9)
+    return lost, {
+        path: [row for row in choices if row[2] - choices[-1][2] <= bound] for path, choices in options.items()
+    }
 
 
 def _undominated(choices):

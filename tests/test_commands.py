@@ -134,6 +134,10 @@ def test_factorize_passes_scaled_pictures_on(here, calls):
     assert run("factorize model.keras --ratio 0.5 --report a.html --images photos --range -1 1 --max-images 2") == 0
     expected = 2 * np.load("images.npy")[[0, 3]] - 1  # the pictures are of the model's size
     assert np.allclose(calls[0]["images"], expected, atol=2 / 255)
+    assert "with --ratio 0.5 --range -1 1 --max-images 2 --images photos." in Path("a.html").read_text()
+    mean = "factorize model.keras --ratio 0.5 --report a.html --images photos --range 0 1 --mean 0.5,0.25,0 --std 2"
+    assert run(mean) == 0
+    assert "--range 0 1 --mean 0.5,0.25,0 --std 2 --images photos." in Path("a.html").read_text()
 
 
 def test_warnings_are_lines_without_a_place_in_the_code(here, monkeypatch, capfd):

@@ -509,6 +509,16 @@ def test_ranks_are_multiples_of_a_step(zoo):
     compress.factorize(zoo, "cp", ratio=least, multiple=16)  # what the message says is allowed
 
 
+@pytest.mark.parametrize("count", [31, 32])
+def test_a_warning_says_that_few_images_are_fitted_too_well(recwarn, count):
+    model = small_model(layers.Conv2D(16, 3))
+    images = np.random.default_rng(0).standard_normal((count, *model.input_shape[1:])).astype("float32")
+    compress.factorize(model, "svd", ratio=0.5, images=images, verbose=0)
+    assert [str(each.message)[:29] for each in recwarn if "few" in str(each.message)] == (
+        ["31 calibration images are few"] if count < 32 else []
+    )
+
+
 def test_invalid_arguments_are_rejected_with_what_is_allowed(zoo):
     for arguments, message in (
         ({}, "give exactly one of ratio=, ranks=, macs=, .* or metric=; got none$"),

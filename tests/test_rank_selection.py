@@ -158,6 +158,19 @@ def test_allocation_is_the_best_of_all_combinations(seed):
     assert sum(loss for _, loss in taken) <= best * (1 + 1e-4) + 1e-12
 
 
+@pytest.mark.parametrize("worst", [1.0, 1e6, 1e12])
+def test_allocation_does_not_depend_on_losses_that_nobody_would_accept(worst):
+    """An option of an enormous loss leaves the small ones distinct: the solver's tolerances are relative to it."""
+    layers = {
+        path: [(None, 100, 0.0), ("good", 60, 1e-6 * number), ("poor", 20, 1e-4), ("last", 1, worst)]
+        for number, path in enumerate("abcd", 1)
+    }
+    assert allocate(layers, 400) == dict.fromkeys("abcd")
+    assert allocate(layers, 320) == {"a": "good", "b": "good", "c": None, "d": None}
+    assert allocate(layers, 300) == {"a": "good", "b": "good", "c": "good", "d": None}
+    assert allocate(layers, 80) == dict.fromkeys("abcd", "poor")
+
+
 @pytest.mark.parametrize("dense", [101, 1_000_001, 10**12 + 1])
 def test_a_budget_is_kept_to_the_last_unit(dense):
     """Solvers take small differences for rounding; a budget that one more unit would meet is not met."""

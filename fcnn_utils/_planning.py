@@ -97,12 +97,15 @@ class Planner:
         multiple: ranks are multiples of this, or the largest rank.
         options: function from a method to the options of its decompositions.
         progress: `Progress`.
+
+    Attributes:
+        multiple: as given.
     """
 
     # parameters: what the user said
     def __init__(self, model, chosen, images, multiple, options, progress):
         self._model, self._chosen, self._images = model, chosen, images
-        self._multiple, self._options, self._progress = multiple, options, progress
+        self.multiple, self._options, self._progress = multiple, options, progress
         self._candidates = {}  # path -> list of lists of `Candidate`
 
     def given(self, ranks, methods):
@@ -144,7 +147,7 @@ class Planner:
         if ratio < min(least.values()):
             raise ValueError(
                 f"ratio must be at least {_rounded_up(min(least.values()))}, the share of {self._names()} at rank "
-                f"{self._multiple}; got {ratio:g}: raise it{self._or_lower_multiple}"
+                f"{self.multiple}; got {ratio:g}: raise it{self._or_lower_multiple}"
             )
         sites = {path: site for path, site in self._sites if least[path] <= ratio}
         ladders = {
@@ -180,7 +183,7 @@ class Planner:
         if limit < least:
             raise ValueError(
                 f"{costs.name} must be at least {_rounded_up(least)}{costs.unit}, with {self._names()} at rank "
-                f"{self._multiple} in every layer that is converted; got {_plain(limit)}{costs.unit}: raise it"
+                f"{self.multiple} in every layer that is converted; got {_plain(limit)}{costs.unit}: raise it"
                 f"{self._or_lower_multiple}, or name more layers by layers="
             )
         if uniform or self._images is None:
@@ -207,7 +210,7 @@ class Planner:
     def ranks(self, site, method, fraction):
         """Return the largest ranks that keep this share of the parameters, or the smallest."""
         share = max(fraction, self._least_fraction(site, method))
-        return rank_selection.ranks_for_fraction(method, site.kernel_shape, share, multiple=self._multiple)
+        return rank_selection.ranks_for_fraction(method, site.kernel_shape, share, multiple=self.multiple)
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
@@ -217,14 +220,14 @@ class Planner:
 
     @property
     def _or_lower_multiple(self):
-        return ", or lower multiple=" if self._multiple > 1 else ""
+        return ", or lower multiple=" if self.multiple > 1 else ""
 
     def _names(self):
         return " or ".join(sorted({method.name for _, site in self._sites for method in site.methods}))
 
     def _least_fraction(self, site, method):
         """Return a share of the dense parameters that is just enough for the smallest ranks."""
-        least = tuple(min(self._multiple, high) for high in method.max_ranks(site.kernel_shape))
+        least = tuple(min(self.multiple, high) for high in method.max_ranks(site.kernel_shape))
         return (method.count_parameters(site.kernel_shape, least) + 0.5) / math.prod(site.kernel_shape)
 
     def _least_cost(self, costs):

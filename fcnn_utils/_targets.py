@@ -104,7 +104,8 @@ def by_speedup(model, chosen, planner, speedup, engine, batch, threads, progress
         if enough:
             why = ", although it was in an earlier measurement: measure again on a quiet machine"
         else:
-            why = ", with the smallest ranks" if is_smallest else ""
+            lower = f" of multiple={planner.multiple}" if planner.multiple > 1 else ""
+            why = f", with the smallest ranks{lower}" if is_smallest else ""
             why += f": {fixed:.0%} of the dense network's time is outside the layers that are converted"
         warnings.warn(
             f"the network is {reached:.2f} times as fast in {engine}, not {speedup:g} times{why}", stacklevel=3

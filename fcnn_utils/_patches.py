@@ -9,7 +9,7 @@ import numpy as np
 from fcnn_utils import keras_graph
 from fcnn_utils._conv_options import same_padding
 
-_ROWS_OF_AN_IMAGE = 100  # about so many patches are read, not all, because neighbouring patches are redundant
+_ROWS_OF_AN_IMAGE = 100  # so many patches are read, not all, because neighbouring patches are redundant
 _ROWS_OF_ALL = 20_000  # with few images, more patches of each are read: about so many in all
 _BUFFER_VALUES = 2**24  # values that are collected before a matrix product
 
@@ -119,7 +119,7 @@ def patch_rows(kind, x, per_image):
     Args:
         kind: `layer_kinds.KernelLayer`, neither grouped nor transposed.
         x: what the layer reads.
-        per_image: number of positions of each image that are taken, approximately; all, if an image has fewer.
+        per_image: number of positions of each image that are taken; all, if an image has fewer.
 
     `keras.ops.image.extract_patches` is not used: it convolves with an identity kernel, which takes as long as a layer
     with prod(kernel size) · S filters.
@@ -154,12 +154,14 @@ def _without_copy(x):
 
 
 def _positions(shape, per_image):
-    """Return the indices (image, *position) of about `per_image` positions of each image, of all if it has fewer.
+    """Return the indices (image, *position) of `per_image` positions of each image, of all if it has fewer.
 
-    Every step-th position is taken. The step has no divisor in common with the width of the image. Otherwise only some
-    of its columns would be read.
+    The positions of an image are divided into equal stretches. One position is drawn from each, so that no column or
+    row is preferred. The draw is always the same.
     """
-    wanted = max(1, math.prod(shape[1:]) // per_image)
-    steps = [step for step in range(wanted // 2 + 1, 2 * wanted + 2) if math.gcd(step, shape[-1]) == 1] or [1]
-    step = min(steps, key=lambda step: abs(math.log(step / wanted)))
-    return np.unravel_index(np.arange(0, math.prod(shape), step), shape)
+    size = math.prod(shape[1:])
+    count = min(size, per_image)
+    starts = np.arange(count + 1) * size // count
+    offsets = (np.random.default_rng(0).random((shape[0], count)) * np.diff(starts)).astype(int)
+    first = np.arange(shape[0])[:, None] * size
+    return np.unravel_index((first + starts[:-1] + offsets).ravel(), shape)

@@ -26,14 +26,14 @@ def test_moments_of_several_blocks_with_a_drifting_mean(monkeypatch):
 @pytest.mark.parametrize(
     "shape", [(9,), (10, 10), (14, 14), (15, 15), (23, 30), (30, 30), (45, 60), (56, 56), (7, 9, 11)]
 )
-def test_positions_are_about_as_many_as_asked_and_of_all_columns(shape):
-    images, *position = _patches._positions((3, *shape), 100)
-    counts = np.bincount(images)
-    if np.prod(shape) <= 100:
-        assert counts.tolist() == [np.prod(shape)] * 3
-    else:
-        assert len(counts) == 3 and counts.min() >= 60 and counts.max() <= 220
-    assert set(position[-1]) == set(range(shape[-1]))
+def test_positions_are_as_many_as_asked_differ_and_are_of_all_columns_and_rows(shape):
+    images, *position = _patches._positions((9, *shape), 100)
+    count = min(np.prod(shape), 100)
+    assert np.bincount(images).tolist() == [count] * 9
+    assert len(set(zip(images, *position, strict=True))) == 9 * count
+    for axis, size in zip(position, shape, strict=True):
+        shares = np.bincount(axis, minlength=size) / len(axis)
+        assert len(shares) == size and 0.2 < size * shares.min() and size * shares.max() < 2
 
 
 def test_of_few_images_more_positions_are_read():

@@ -123,25 +123,29 @@ def partial_products(tensor, factors):
 def _solve(gram, product, total, squared_norm, ridge):
     """Return the factor (I_n, R) for a bound on the norm, from ZᵀZ and X₍ₙ₎ Z; its squared error; the next ridge.
 
-    `ridge` is the first λ. The third result is where the next sweep may start. With a bound, λ is at least 100 times
-    the rounding error, so that a singular ZᵀZ does no harm. Each step of Newton's iteration for 1 / ‖A‖ (Moré &
+    `ridge` is the first λ. The third result is where the next sweep may start. If ZᵀZ is nearly singular and there is
+    a bound, λ is at least 100 times the rounding error of the type. Each step of Newton's iteration for 1 / ‖A‖ (Moré &
     Sorensen 1983, SIAM J. Sci. Stat. Comput. 4(3)) needs a Cholesky factorization, not eigenvectors. The iteration
     stops near the bound; A is scaled down if it exceeds the bound. The result is None if that fails, or if ZᵀZ is
     nearly singular and there is no bound.
     """
     limit, diagonal, eps = math.sqrt(squared_norm), np.diag_indices_from(gram), np.finfo(gram.dtype).eps
     potrf, potrs, pocon, trtrs = get_lapack_funcs(("potrf", "potrs", "pocon", "trtrs"), (gram,))
-    least = 0.0 if limit == math.inf else 100 * eps  # small beside the diagonal of ZᵀZ, which is 1
-    ridge = max(ridge, least)
+    least = 100 * eps  # small beside the diagonal of ZᵀZ, which is 1
     for _ in range(12):
         shifted = gram.copy()
         shifted[diagonal] += ridge
         cholesky, failed = potrf(shifted.T, overwrite_a=True)
-        if failed or (not ridge and pocon(cholesky, np.linalg.norm(gram, 1))[0] < 5e5 * eps):
+        if not ridge and (failed or pocon(cholesky, np.linalg.norm(gram, 1))[0] < 5e5 * eps):
+            if limit == math.inf:
+                return None
+            ridge = least
+            continue
+        if failed:
             return None
         factor = potrs(cholesky, product.T)[0].T
         size, overlap = np.linalg.norm(factor), np.vdot(product, factor)
-        if not size or (ridge == least and size <= limit):
+        if not size or (ridge <= least and size <= limit):
             return factor, total - overlap - ridge * size**2, ridge
         half = np.linalg.norm(trtrs(cholesky, factor.T, trans=1)[0])  # its square is −½ d‖A‖²/dλ
         next_ridge = max(ridge + (size / half) ** 2 * (size / limit - 1), least)

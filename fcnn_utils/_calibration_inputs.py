@@ -30,7 +30,7 @@ def take(model, images):
 
 
 def refuse_pixels(model, arrays, name):
-    """Raise ValueError if an array has whole numbers and the model takes floats that it does not rescale itself."""
+    """Raise ValueError if an array has whole numbers, and the model takes floats and has no layer that rescales."""
     for array, x in zip(arrays, model.inputs, strict=True):
         if array.dtype.kind in "iub" and "float" in x.dtype and not _is_rescaled(model):
             raise ValueError(

@@ -12,7 +12,7 @@ _ACTIVATION_BYTES = 2**30  # limit for the activations of a batch: Keras keeps a
 _KEPT_BYTES = 2**30  # limit for the stored inputs of a layer, so that the layers before it need not run again
 _COMPILED_MACS = 3e9  # compile above this number for all passes together: then it saves more time than it costs
 _EAGER_PASSES = 2  # of a cheaper network before it is compiled
-_SUPERFLUOUS = 0.3  # share of a runner's MACs that may be superfluous before another network is compiled
+_SUPERFLUOUS = 0.3  # if more of a runner's MACs repeat what is known already, a new runner is made
 
 
 class Runner:
@@ -27,7 +27,7 @@ class Runner:
         times: expected number of passes over all batches.
 
     Attributes:
-        macs: of the network for one image; calls whose MACs are not known count as 0.
+        macs: of the network for one image, as from `_work`.
     """
 
     def __init__(self, model, batches, times=1):
@@ -80,7 +80,7 @@ class Rest:
             self._runners = {}
 
     def _may_reuse_runners(self):
-        """Return whether the runners of an earlier start do little more than what is left."""
+        """Return whether the runners that were made for earlier layers repeat few of their MACs."""
         left, known = _work(self.model, self._batches[0])[0], [runner.macs for runner in self._runners.values()]
         return keras.backend.backend() == "tensorflow" and left > 0 and left >= (1 - _SUPERFLUOUS) * max(known)
 
@@ -98,8 +98,8 @@ class Rest:
     def outputs(self, count):
         """Return all outputs of the model for the first `count` images as rows (N, D); meant for many calls.
 
-        A runner of an earlier start may be used again. It uses the present weights of the layers, and keeps its batches
-        of these images.
+        A runner that was made for an earlier layer may be used again. It repeats some layers, but with their present
+        weights, and it keeps its own batches.
         """
         if count not in self._runners:
             self._runners[count] = Runner(self.model, self._first(count), times=4)
@@ -118,7 +118,7 @@ class Rest:
 def batch_size(model, images):
     """Return the size of a batch: the largest power of two from 8 to 128 that keeps the activations within 1 GiB.
 
-    It is 8 if even that needs more, or if the activations are not known.
+    It is 8 if the activations of 8 images need more, or if they are not known.
     """
     values = _work(model, images)[1]
     if not values:
@@ -149,14 +149,17 @@ def _rows(results):
 def images_within(model, images, macs):
     """Return how many images of the shape of `images` the model can run on within a budget of MACs.
 
-    Calls whose MACs are not known count as 0. If none is known, the result is 0.
+    The result is 0 if no MACs are known (`_work`).
     """
     known = _work(model, images)[0]
     return int(macs / known) if known else 0
 
 
 def _work(model, images):
-    """Return the MACs and the number of activations of a model for one of the images; what is not known counts as 0."""
+    """Return the MACs and the number of activations of a model for one image.
+
+    Layers whose MACs are not known count as 0. If the size of any layer is not fixed, both are 0.
+    """
     inputs = None
     if any(None in x.shape[1:] for x in model.inputs):  # it takes images of any size
         inputs = [keras.KerasTensor((None, *x.shape[1:]), y.dtype) for x, y in zip(images, model.inputs, strict=True)]

@@ -9,8 +9,8 @@ import numpy as np
 from fcnn_utils import keras_graph
 from fcnn_utils._conv_options import same_padding
 
-_ROWS_OF_AN_IMAGE = 100  # so many patches are read, not all, because neighbouring patches are redundant
-_ROWS_OF_ALL = 20_000  # with few images, more patches of each are read: about so many in all
+_ROWS_OF_AN_IMAGE = 100  # fewest patches to read of each image; neighbouring patches are redundant
+_ROWS_OF_ALL = 20_000  # of fewer than 200 images more patches are read, so that there are about this many in all
 _BUFFER_VALUES = 2**24  # values that are collected before a matrix product
 
 
@@ -45,7 +45,7 @@ class Moments:
 
     @property
     def are_enough(self):
-        """Whether there are over three rows for each value of a row, so that the covariance need not be shrunk."""
+        """Whether there are more than 3 · D rows of D values. With fewer, the covariance must be shrunk."""
         return self.count > 3 * self.size
 
     def normal_equations(self):
@@ -156,8 +156,8 @@ def _without_copy(x):
 def _positions(shape, per_image):
     """Return the indices (image, *position) of `per_image` positions of each image, of all if it has fewer.
 
-    The positions of an image are divided into equal stretches. One position is drawn from each, so that no column or
-    row is preferred. The draw is always the same.
+    The positions of an image are divided into consecutive stretches of nearly equal length. One position is drawn at
+    random from each, so that no row or column is preferred. The same shape always gives the same positions.
     """
     size = math.prod(shape[1:])
     count = min(size, per_image)

@@ -9,8 +9,8 @@ from fcnn_utils import cost, factorizations, rank_selection, sensitivity
 
 _SMALLEST = 1e-9  # a fraction of the parameters that every smallest rank exceeds
 _TRIED = 5  # sizes of each layer and method whose loss is predicted from its own decomposition
-_STEPS = 60  # sizes between the tried ones, whose loss is interpolated
-_LARGE = 500_000  # kernels with more values: 3 sizes are tried, with at most 50% of the parameters instead of 70%
+_STEPS = 60  # sizes from the smallest ranks to the largest tried ones; their losses follow from those of the tried ones
+_LARGE = 500_000  # of larger kernels only 3 sizes are tried, and larger ones seldom (`_ladder`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Planner:
         progress: `Progress`.
 
     Attributes:
-        multiple: as given.
+        multiple: see above.
     """
 
     # parameters: what the user said
@@ -197,8 +197,10 @@ class Planner:
         """Predict the losses at sizes around a share of the layers' cost, unless that has been done.
 
         Args:
-            share: of the cost; the smallest size is a quarter of it.
-            largest: share of a kernel's parameters at the largest size; default: what the share of the cost suggests.
+            share: of the layers' cost that may remain. The smallest size that is tried has a quarter of this share of a
+                kernel's parameters, but at most 20%.
+            largest: share of a kernel's parameters at the largest size that is tried. Default: three times `share`, but
+                at most 70% (large kernels: 50%) or, if that is more, 1.2 times `share` up to 95%.
         """
         if not self._candidates:
             self._candidates = self._predict({path: self._ladder(site, share, largest) for path, site in self._sites})
@@ -296,7 +298,7 @@ class Planner:
         """Return a list of (method, list of ranks); the arguments are those of `predict`."""
         is_large, ladder = math.prod(site.kernel_shape) > _LARGE, []
         tried, most = (3, 0.5) if is_large else (_TRIED, 0.7)
-        if largest is None:  # a layer may need more than its share
+        if largest is None:  # a layer may keep more than the average share
             largest = min(3 * share, max(most, min(1.2 * share, 0.95)))
         for method in site.methods:
             least = self._least_fraction(site, method)
@@ -314,7 +316,11 @@ class Planner:
 
 
 def _interpolated(x, y):
-    """Return the function that is linear between the points, and below the first with a slope of -3 to -0.5."""
+    """Return a function that interpolates the points (log size, log loss) linearly.
+
+    Below the first point it continues with the first slope, limited to -3 to -0.5; -1 for a single point. Above the
+    last point it is constant.
+    """
     slope = np.clip((y[1] - y[0]) / (x[1] - x[0]), -3, -0.5) if len(x) > 1 else -1.0
     return lambda at: float(np.interp(at, x, y) if at >= x[0] else y[0] + slope * (at - x[0]))
 

@@ -14,7 +14,7 @@ import fcnn_utils
 
 _ENGINES = {"keras": "Keras", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "litert": "LiteRT"}
 _LEFT = 'style="text-align: left"'  # in a notebook, where numbers are on the right
-_UNSAID = "images", "verbose"  # arguments that the page does not tell
+_NOT_LISTED = "images", "verbose"  # the page gives the path of the images, and `verbose` changes no result
 _MANY = 20  # layers from which on a summary folds its table
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c2126; --back: #fff; --quiet: #5f6a75; --line: #d9dee3; --track: #eef1f4;
@@ -96,8 +96,9 @@ def page(report, title, notes=()):
 <p>A MAC is one multiply-add. The error is the relative error of a layer's kernel, as the weights alone give it. It is
 the norm of the difference over the norm of the kernel. Factors that were fitted to images may have a larger error and
 still change the outputs less. If images were given, the change of the outputs is the root mean square of the change,
-divided by the root mean square of the outputs, on at most the first 128 of these images. Others change more if the
-images were few. A time is the median; the ratio of times is the median over pairs of calls, taken in turn.</p>
+divided by the root mean square of the outputs, on at most the first 128 of these images. On other
+images the outputs change more, above all if the images were few. Times are medians over calls. The networks were called
+in turn, and a measured speed-up is the median of the ratios of paired calls.</p>
 <p>fcnn_utils {html.escape(fcnn_utils.__version__)}</p>
 </footer>
 </body>
@@ -111,17 +112,20 @@ def origin(model, images, arguments):
     Args:
         model: path of the dense network.
         images: path of the calibration images, or None.
-        arguments: dict of those of the command line, by name.
+        arguments: dict of the options of the command line, by name; True for one without a value.
     """
     said = [f"Made from {model} on {datetime.date.today()} with"]
-    said += [f"--{key.replace('_', '-')} {_text(value)}" for key, value in arguments.items() if key not in _UNSAID]
+    said += [_option(key, value) for key, value in arguments.items() if key not in _NOT_LISTED]
     return " ".join([*said, f"--images {images}." if images else "and without images."])
 
 
-def _text(value):
-    if isinstance(value, (list, tuple)):
-        return ("," if isinstance(value, list) else " ").join(map(_text, value))
-    return f"{value:,.12g}" if isinstance(value, float) else str(value)
+def _option(name, value):
+    """Write an option as on the command line: a list with commas, a tuple with spaces, True without a value."""
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    text = (" " if isinstance(value, tuple) else ",").join(
+        f"{each:.12g}" if isinstance(each, float) else str(each) for each in numbers
+    )
+    return f"--{name.replace('_', '-')}" + (f" {text}" if value is not True else "")
 
 
 def summary(report):

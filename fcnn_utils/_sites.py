@@ -20,7 +20,7 @@ _KINDS = {
     "Attention": "an attention layer, which makes its projections itself: no chain can take their place",
 }
 _FEW_CHANNELS = 4  # a layer that reads fewer is skipped by default
-_SMALL = 0.01  # share of the candidates' costs; the smallest ones, which together have no more, are skipped by default
+_SMALL = 0.01  # the smallest candidates, which together have at most this share of all costs, are skipped by default
 
 
 @dataclasses.dataclass(eq=False)
@@ -276,9 +276,9 @@ def choose(sites, named, excluded, model, methods):
 
 
 def _leave_small(sites):
-    """Skip the smallest sites, which together have at most 1% of the parameters and at most 1% of the MACs of all.
+    """Set the reason of the smallest sites, which are skipped for it.
 
-    They get the reason.
+    Together they have at most 1% of the parameters and at most 1% of the MACs of the given sites.
     """
     costs = np.array([[site.parameters, site.macs] for site in sites], float).reshape(-1, 2)
     shares = np.nan_to_num(costs / np.maximum(costs.sum(axis=0), 1))  # MACs may be unknown

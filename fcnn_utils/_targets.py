@@ -9,7 +9,7 @@ from fcnn_utils._clock import Clock
 from fcnn_utils._network_runs import output_change, outputs_of
 
 _ROUNDS = 4  # networks that are timed
-_TOLERANCE = 0.05  # a speed-up that exceeds what was asked by more is too much
+_TOLERANCE = 0.05  # of a speed-up: the search stops within it above the target; further below, a warning follows
 _CALLS = 40  # of each network
 _EVALUATIONS = 6  # networks whose metric is computed, beside the dense one
 _RANGE = 0.04, 0.7  # shares of a kernel's parameters whose chains are timed
@@ -74,10 +74,11 @@ class Timer:
 def by_speedup(model, chosen, planner, speedup, engine, batch, threads, progress):
     """Return the plan whose network is at least `speedup` times as fast as the dense one, and what was measured.
 
-    The costs of the candidates are measured layer by layer (`_clock`). The network of the plan is then timed as a
-    whole, and the limit corrected, until the measured speed-up is met. Of the networks that are fast enough, the
-    slowest is taken; if there is none, the fastest. It is timed once more, for the report. A warning follows if this
-    speed-up is below the target by more than 5%.
+    The costs of the candidates are measured layer by layer (`_clock`). Then up to four whole
+    networks are timed, and the limit is corrected after each. The search stops early if one exceeds the target by at
+    most 5%, or if even the smallest network is too slow. The slowest of these networks that meets the target is taken;
+    if none meets it, the fastest. It is timed once more, for the report. A warning follows if this last speed-up is
+    more than 5% below the target.
     """
     clock = Clock(engine, batch, threads, weight_bytes=4 * model.count_params())  # first: it checks what it is given
     timer = Timer(model, chosen, engine, batch, threads)
@@ -102,13 +103,14 @@ def by_speedup(model, chosen, planner, speedup, engine, batch, threads, progress
     if reached < (1 - _TOLERANCE) * speedup:
         fixed = max(0.0, 1 - sum(costs.dense(site) for site in chosen.values()) / costs.total)
         if enough:
-            why = ", although it was in an earlier measurement: measure again on a quiet machine"
+            why = ". An earlier measurement met the target: measure again on a quiet machine"
         else:
             lower = f" of multiple={planner.multiple}" if planner.multiple > 1 else ""
             why = f", with the smallest ranks{lower}" if is_smallest else ""
-            why += f": {fixed:.0%} of the dense network's time is outside the layers that are converted"
+            why += f": {fixed:.0%} of the dense network's time is outside the layers that may be converted"
         warnings.warn(
-            f"the network is {reached:.2f} times as fast in {engine}, not {speedup:g} times{why}", stacklevel=3
+            f"in {engine} the network is {reached:.2f} times as fast as the dense one, not {speedup:g} times{why}",
+            stacklevel=3,
         )
     before, after = timer.table["median_ms"].iloc[[0, -1]]
     return plan, {
@@ -120,8 +122,8 @@ def by_speedup(model, chosen, planner, speedup, engine, batch, threads, progress
     }
 
 
-def _first(pair):
-    return pair[0]
+def _first(item):
+    return item[0]
 
 
 class Metric:

@@ -115,7 +115,7 @@ def fit_to_outputs(kernel, decomposition, covariance):
         covariance: (D, D) of the patches.
 
     Returns:
-        the fitted kernel (D, T), and the product covariance · kernel (D, T), which is cheap to compute here.
+        the fitted kernel (D, T), and the covariance times the fitted kernel (D, T), which is cheap to compute here.
     """
     dense, basis, last = (
         x.astype(covariance.dtype)

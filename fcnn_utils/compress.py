@@ -26,7 +26,7 @@ AUTO = ("svd", "spatial", "tucker", "cp")
 _RANGES = {"ratio": (1e-9, 1), "size_mb": (1e-6, math.inf), "max_loss": (1e-9, math.inf), "speedup": (1.01, 1000)}
 _LARGE_CP = 3e8  # a CP counts as large if kernel size × rank exceeds this
 _SWEEPS_OF_LARGE = 30  # of a large CP; the error of the kernel is up to 4% larger than after 100
-_FEW_IMAGES = 32  # fewer can be fitted well by a network that is bad on others
+_FEW_IMAGES = 32  # with fewer images, the fit may be good on these images and poor on others
 _COMPARED = 32, 128  # fewest and most images for the final comparison of outputs; fewer for expensive networks
 _COMPARED_MACS = 1e11  # budget of MACs of this comparison, for each network
 
@@ -85,9 +85,10 @@ def factorize(
         speedup: how many times as fast as the dense network the new one must be in `engine`, both with their batch
             norms folded (`fold_batch_norm`). `images` and a fixed input size are required. Layers and chains are timed
             once for each machine; these times are kept in `~/.cache/fcnn-utils` (or `FCNN_CACHE`). Then up to four
-            whole networks are timed, until one meets the speed-up. Nothing else should run meanwhile. You get the
-            slowest that meets it, or else the fastest. It is timed once more, for the report. You are warned if this
-            speed-up is below the target by more than 5%.
+            whole networks are timed. The search stops early if one exceeds the target by at most 5%, or if even the
+            smallest network is too slow. Run nothing else meanwhile. You get the slowest of these networks that meets
+            the target. If none meets it, you get the fastest. The chosen network is timed once more, and the report
+            gives this last measurement.
         max_loss: largest change of the outputs on `images`, which are required, as is a fixed input size. You get the
             cheapest of six networks, as with `metric`. The change is the mean Kullback-Leibler divergence from the
             dense network's probabilities, in nats. For other outputs it is their mean squared change relative to their
@@ -100,9 +101,9 @@ def factorize(
         batch: with `speedup`, images per call.
         threads: with `speedup`, threads of the engine; default: all processors.
         layers: paths of the layers to convert, or patterns such as "block*/conv?". Default: all that can be converted,
-            except three kinds: those that are part of a factorization already; those that read fewer than 4 channels
-            (little to save, much to lose); and the smallest ones, which together have at most 1% of the parameters and
-            at most 1% of the MACs of all these layers.
+            with three exceptions. Layers that are part of a factorization already stay. Layers that read fewer than 4
+            channels stay, because there is little to save and much to lose. Of the remaining layers, the smallest stay:
+            together they have at most 1% of the parameters and at most 1% of the MACs of the remaining layers.
         exclude: paths or patterns of layers to leave as they are.
         images: a few hundred inputs (N, H, W, C), normalised as in training, without labels; or a list, a dict, a
             dataset or another stream of batches (`calibration.check_images`). Shuffle them: some steps use only the
@@ -157,8 +158,8 @@ def factorize(
             images = calibration.check_images(model, given)
         if len(images[0]) < _FEW_IMAGES:
             warnings.warn(
-                f"{len(images[0])} calibration images are few: the layers are fitted to them, and the output change on "
-                "others can be many times that in the report. Give a few hundred",
+                f"calibration images: {len(images[0])} are few. The layers are fitted to these, so the outputs can "
+                "change much more on other images than the report says. Give a few hundred images",
                 stacklevel=2,
             )
 
@@ -214,8 +215,8 @@ def _target(options, **targets):
     low, high = _RANGES.get(kind, (1, math.inf))
     if kind in ("macs", "params") and isinstance(target, numbers.Real) and 0 < target < 1:
         raise ValueError(
-            f"{kind} is a number of {'multiply-adds' if kind == 'macs' else 'weights'}, not a share; got {target}: "
-            f"give {target} * fcnn.total_costs(model)[{kind!r}]"
+            f"{kind} is a number of {'multiply-adds' if kind == 'macs' else 'weights'}, not a share of them; got "
+            f"{target}: give this share of fcnn.total_costs(model)[{kind!r}], which `fcnn cost` prints"
         )
     return kind, float(check_number(kind, target, float, low, high))
 

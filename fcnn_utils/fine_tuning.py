@@ -120,7 +120,8 @@ def fine_tune(
 
     Raises:
         ValueError: there are neither labels nor a teacher; the data, the loss, the student and the teacher do not fit;
-            the number of steps is not known; or an argument is not allowed.
+            the inputs are whole numbers that the student does not rescale; the labels are not numbers; the number of
+            steps is not known; or an argument is not allowed.
         Diverged: the loss or a weight is not finite. The student then has its weights from before.
     """
     for name in options:
@@ -369,7 +370,9 @@ def _as_first_batch(x, y):
     labels = [each for each in keras.tree.flatten(y) if each is not None]
     for each in labels:
         if each.dtype.kind in "OSU":
-            raise ValueError(f"labels must be numbers, such as 0, 1, 2 for the classes; got {each.dtype}")
+            raise ValueError(
+                f"labels must be numbers, such as 0, 1, 2 for the classes; got text or objects ({each.dtype})"
+            )
     return x, labels or None
 
 

@@ -176,7 +176,7 @@ def allocate(options, budget):
     options = {path: _undominated(choices) for path, choices in options.items()}
     lost, options = _below(options, budget)
     one_each = block_diag([np.ones((1, len(choices))) for choices in options.values()])
-    # The solver tolerates 1e-6 in constraints and objective. Scaled like this, that is far less than one MAC.
+    # The solver tolerates 1e-6: with these scales, 1e-14 of the budget and 1e-12 of the loss of a simple plan.
     cost = np.array([cost * (1e8 / budget) for choices in options.values() for _, cost, _ in choices])
     loss = np.concatenate([[loss - choices[-1][2] for *_, loss in choices] for choices in options.values()])
     loss *= 1e6 / max(lost, 1e-300)
@@ -190,14 +190,14 @@ def allocate(options, budget):
 
 
 def _below(options, budget):
-    """Leave out the choices that lose more than a plan within the budget.
+    """Leave out choices that cannot be part of the best plan; enormous losses would spoil the solver's scale.
 
-    The plan minimises loss + λ · cost in each layer, at the smallest λ that keeps it within the budget (Everett 1963,
-    Oper. Res. 11(3)).
+    A plan within the budget is found first. In each layer it minimises loss + λ · cost, at the smallest λ that keeps
+    the budget (Everett 1963, Oper. Res. 11(3)). A choice that loses more than this whole plan is left out.
 
     Args:
-        options: dict path -> list of undominated (choice, cost, loss), which starts with the cheapest. The losses
-            count from that of the last one.
+        options: dict path -> list of undominated (choice, cost, loss), from the cheapest to the most expensive. All
+            losses are taken relative to that of the most expensive choice.
         budget: largest sum of the costs.
 
     Returns:

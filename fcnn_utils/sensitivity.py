@@ -1,6 +1,6 @@
 """Predict how much a network's outputs change when one of its layers is factorized.
 
-The losses come from a few hundred unlabelled images; see `calibration` for their forms. Each layer is tried by itself:
+Unlabelled images are enough; see `calibration` for their forms. Each layer is tried by itself:
 its kernel is replaced by a decomposition, and all other layers stay as they are. The last factor is refitted to the
 layer's output on these images (`calibration.refit_kernel`). Grouped and transposed convolutions, and layers that read
 more than 10,000 values for one output, are not refitted: only the mean of their output is corrected.
@@ -26,7 +26,7 @@ from fcnn_utils._patches import mean_output
 from fcnn_utils._progress import Progress
 
 _IMAGES = 256  # most images for a refit; fewer for expensive networks (`calibration.limit_images`)
-_LOSS_IMAGES = 16, 32  # fewest and most for a loss; with 64, the outputs of the factorized networks change as much
+_LOSS_IMAGES = 16, 32  # fewest and most for a loss
 _LOSS_MACS = 1e12  # budget of MACs for measuring one loss of every layer
 _MEASURED = 3  # losses measured per layer; then one more per method
 _MEASURED_IF_EXPENSIVE = 2  # losses measured per layer of an expensive network; no further ones per method
@@ -243,7 +243,8 @@ def _path(node):
 def _losses(trial, groups, is_cheap):
     """Return the losses of the decompositions of a layer, a list for each method.
 
-    If `is_cheap`, a third loss is measured for each layer, and one more for each method.
+    If the network is cheap to run, three losses are measured instead of two. With several methods, one more is measured
+    for each that is not clearly worse than another.
     """
     if not trial.is_refitted:  # the kernel's error says little about the loss: measure each
         return [[trial.loss(trial.refit(step)) for step in group] for group in groups]

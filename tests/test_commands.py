@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -98,7 +99,7 @@ def test_factorize_writes_the_model_its_export_and_a_report(here, capfd):
     assert error.splitlines() == ["loading model.keras"]
     page = Path("report.html").read_text()
     assert "model.keras, factorized" in page and "conv2" in page
-    assert f"with --macs {budget:,.12g} --method spatial" in page and "and without images." in page
+    assert f"with --macs {budget:.12g} --method spatial" in page and "and without images." in page
     assert files() == ["images.npy", "model.keras", "photos", "report.html", "small.keras", "small.onnx"]
 
 
@@ -126,6 +127,10 @@ def test_factorize_passes_on_only_what_was_given(here, calls):
     expected = {"method": ["cp", "tucker"], "speedup": 2, "batch": 8, "engine": "openvino", "threads": 2}
     expected |= {"layers": ["conv1", "conv2"], "exclude": ["classes"], "uniform": True, "multiple": 4, "seed": 1}
     assert given == expected | {"verbose": 0}
+    (listed,) = re.findall(r"Made from model.keras on [0-9-]+ with ([^<]*)\.", Path("a.html").read_text())
+    assert run(f"factorize model.keras --report b.html {listed}") == 0  # the page lists what makes the same call
+    again = calls.pop()
+    assert np.array_equal(again.pop("images"), np.load("images.npy")) and again == expected
     assert run("factorize model.keras --report a.html --method svd --max-loss 0.1 --images images.npy") == 0
     assert calls.pop().items() >= {"method": "svd", "max_loss": 0.1}.items()
 

@@ -223,7 +223,7 @@ def test_a_bound_on_the_norms_is_kept_and_changes_nothing_if_it_holds_already(tr
 @pytest.mark.parametrize("first", [0.0, 0.05, 100.0])
 @pytest.mark.parametrize("share", [0.3, 0.95, 2.0])
 def test_bounded_update_needs_no_eigenvectors_even_if_columns_are_equal(dtype, first, share):
-    """It comes near the bound from any first λ, within it, and computes its own error."""
+    """From any first λ the bound is kept, the solution by eigenvectors is near, and the returned error is right."""
     rng = np.random.default_rng(0)
     z, x = rng.standard_normal((60, 8)), rng.standard_normal((5, 60))
     z = np.concatenate([z, z[:, :3]], axis=1)

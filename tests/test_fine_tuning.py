@@ -419,7 +419,7 @@ def subclassed():
         (lambda: (linear(), (X, list(CLASSES)), {}), "convert lists of numbers"),
         (lambda: (linear(), (X, CLASSES[:30]), {}), r"the same number of rows.*\[40, 30\]"),
         (lambda: (linear(), (X, CLASSES + 3), {}), "values from 3 to .*, do not fit .*, or labels from 0 to 4"),
-        (lambda: (linear(), (X, CLASSES.astype(str)), {}), "labels must be numbers, such as 0, 1, 2.*; got <U"),
+        (lambda: (linear(), (X, CLASSES.astype(str)), {}), "labels must be numbers.*got text or objects .<U"),
         (lambda: (linear(), (X.astype("uint8"), CLASSES), {}), "images are whole numbers .uint8.*normalise them"),
         (lambda: (linear(0, "linear", 1), (X, CLASSES % 2), {}), "give loss=, such as 'mse' or"),
         (lambda: (linear(), (X, CLASSES), {"loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True)}),

@@ -113,7 +113,7 @@ def test_read_keeps_to_the_number_of_images_and_the_size_of_a_batch(monkeypatch)
 
 
 def test_images_of_the_shape_of_a_result_stay_unchanged():
-    """There the results of a part would fit into the array of the images."""
+    """The outputs of a layer have the shape of the images here. They must not be written into the user's array."""
     convolutions = [layers.Conv2D(4, 3, padding="same", name=f"conv{number}") for number in range(3)]
     model, x = keras.Sequential([keras.Input((6, 6, 4)), *convolutions]), np.ones((20, 6, 6, 4), "float32")
     rest = _network_runs.Rest(model, [x])

@@ -160,7 +160,7 @@ def test_allocation_is_the_best_of_all_combinations(seed):
 
 @pytest.mark.parametrize("worst", [1.0, 1e6, 1e12])
 def test_allocation_does_not_depend_on_losses_that_nobody_would_accept(worst):
-    """An option of an enormous loss leaves the small ones distinct: the solver's tolerances are relative to it."""
+    """The solver's tolerance is relative to the scale of the losses. Enormous losses must not set it."""
     layers = {
         path: [(None, 100, 0.0), ("good", 60, 1e-6 * number), ("poor", 20, 1e-4), ("last", 1, worst)]
         for number, path in enumerate("abcd", 1)

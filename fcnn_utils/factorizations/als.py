@@ -4,7 +4,7 @@ One sweep updates every mode in turn. The update of mode n of a tensor X solves 
 where Z is the Khatri-Rao product of the other factors, with columns of unit norm. In the eigenbasis of
 ZᵀZ = V diag(d) Vᵀ the solution is  A V = X₍ₙ₎ Z V / (d + λ).  Given d and the squared norms of the columns of
 X₍ₙ₎ Z V (`squares`), its error and its norm are functions of λ alone. Therefore λ can be chosen for a given error or a
-given norm without another solve.
+given norm without another solve. For a given norm, Cholesky factorizations are faster, unless they fail (`_solve`).
 
 It is implemented here because libraries have a fixed ridge at most: TensorLy's `parafac` has `l2_reg`.
 """
@@ -75,7 +75,7 @@ def sweep(tensor, factors, squared_norm=math.inf, squared_error=None, ridges=Non
     Args:
         tensor: array with two or more modes.
         factors: list of (I_n, R), one for each mode.
-        squared_norm: λ is as small as ‖A‖² ≤ squared_norm allows; with `ridges`, ‖A‖ may stay 0.1% below its bound.
+        squared_norm: λ is as small as ‖A‖² ≤ squared_norm allows; ‖A‖ may stay 0.1% below its bound.
         squared_error: λ is as large as ‖X₍ₙ₎ − A Zᵀ‖² ≤ squared_error allows; 0 if the error is larger even then.
         ridges: list with the λ of each mode in the last sweep, where the search for a bounded norm starts (0: from
             nothing). It is updated.
@@ -123,11 +123,11 @@ def partial_products(tensor, factors):
 def _solve(gram, product, total, squared_norm, ridge):
     """Return the factor (I_n, R) for a bound on the norm, from ZᵀZ and X₍ₙ₎ Z; its squared error; the next ridge.
 
-    `ridge` is the first λ. The third result is where the next sweep may start. If ZᵀZ is nearly singular and there is
-    a bound, λ is at least 100 times the rounding error of the type. Each step of Newton's iteration for 1 / ‖A‖ (Moré &
-    Sorensen 1983, SIAM J. Sci. Stat. Comput. 4(3)) needs a Cholesky factorization, not eigenvectors. The iteration
-    stops near the bound; A is scaled down if it exceeds the bound. The result is None if that fails, or if ZᵀZ is
-    nearly singular and there is no bound.
+    `ridge` is the first λ. The third result is where the next sweep may start. λ is 0 or at least 100 times the machine
+    epsilon, which helps where ZᵀZ is nearly singular and changes little elsewhere. Each step of Newton's iteration for
+    1 / ‖A‖ (Moré & Sorensen 1983, SIAM J. Sci. Stat. Comput. 4(3)) needs a Cholesky factorization, not eigenvectors.
+    The iteration stops near the bound; A is scaled down if it exceeds the bound. The result is None if that fails, or
+    if ZᵀZ is nearly singular and there is no bound.
     """
     limit, diagonal, eps = math.sqrt(squared_norm), np.diag_indices_from(gram), np.finfo(gram.dtype).eps
     potrf, potrs, pocon, trtrs = get_lapack_funcs(("potrf", "potrs", "pocon", "trtrs"), (gram,))

@@ -34,7 +34,7 @@ from fcnn_utils._checks import check_number
 from fcnn_utils._processors import one_blas_thread
 from fcnn_utils.factorizations.chain import SPATIAL, ChainLayer, place_strides
 
-_LARGE = 500_000  # above so many values of a kernel, methods by SVD may use several BLAS threads
+_LARGE = 500_000  # nested methods may use several BLAS threads for the one SVD of a larger kernel
 
 FACTORIZATIONS = {}  # name -> class; a subclass that sets a name registers itself
 

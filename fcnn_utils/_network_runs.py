@@ -41,7 +41,7 @@ class Runner:
         if self._eager_passes_left == 0 and keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
-            self._call = tf.function(self._call, reduce_retracing=True)
+            self._call = tf.function(self._call, reduce_retracing=True, autograph=False)
         self._eager_passes_left -= 1
         for batch in self._batches:
             result = keras.tree.flatten(self._call(keras_graph.pack_inputs(self._model, batch)))

@@ -1,6 +1,7 @@
 """Choose the method and the ranks of every layer, for a ratio or for a budget of the whole network."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from fcnn_utils import cost, factorizations, rank_selection, sensitivity
 _SMALLEST = 1e-9  # a fraction of the parameters that every smallest rank exceeds
 _TRIED = 5  # sizes of each layer and method whose loss is predicted from its own decomposition
 _STEPS = 60  # sizes from the smallest ranks to the largest tried ones; their losses follow from those of the tried ones
+_NEGLIGIBLE = 0.02  # share of a budget below which it is not worth the time to factorize the cheapest layers
 _LARGE = 500_000  # of larger kernels only 3 sizes are tried, and larger ones seldom (`_ladder`)
 
 
@@ -188,12 +190,12 @@ class Planner:
             )
         if uniform or self._images is None:
             return self._uniform(costs, limit - fixed)
-        self.predict((limit - fixed) / max(costs.total - fixed, 1e-300))
+        self.predict((limit - fixed) / max(costs.total - fixed, 1e-300), without=self._negligible(costs, limit - fixed))
         options = {path: self._choices(site, costs) for path, site in self._sites}
         plan = rank_selection.allocate(options, limit - fixed)
         return {path: choice for path, choice in plan.items() if choice is not None}
 
-    def predict(self, share, largest=None):
+    def predict(self, share, largest=None, without=()):
         """Predict the losses at sizes around a share of the layers' cost, unless that has been done.
 
         Args:
@@ -201,9 +203,11 @@ class Planner:
                 kernel's parameters, but at most 20%.
             largest: share of a kernel's parameters at the largest size that is tried. Default: three times `share`, but
                 at most 70% (large kernels: 50%) or, if that is more, 1.2 times `share` up to 95%.
+            without: paths of layers that are not tried; they stay dense.
         """
         if not self._candidates:
-            self._candidates = self._predict({path: self._ladder(site, share, largest) for path, site in self._sites})
+            tried = [(path, site) for path, site in self._sites if path not in without]
+            self._candidates = self._predict({path: self._ladder(site, share, largest) for path, site in tried})
 
     def smallest(self, costs):
         """Return the least cost of the whole network."""
@@ -232,15 +236,24 @@ class Planner:
         least = tuple(min(self.multiple, high) for high in method.max_ranks(site.kernel_shape))
         return (method.count_parameters(site.kernel_shape, least) + 0.5) / math.prod(site.kernel_shape)
 
-    def _least_cost(self, costs):
-        ends = (
-            min(
-                costs.dense(site),
-                *(costs.chain(site, each, self.ranks(site, each, _SMALLEST)) for each in site.methods),
-            )
-            for _, site in self._sites
-        )
-        return sum(ends)
+    def _least_cost(self, costs, dense=()):
+        """Return the least cost of all layers together; those of the paths `dense` stay dense."""
+        total = 0
+        for path, site in self._sites:
+            methods = () if path in dense else site.methods
+            chains = [costs.chain(site, each, self.ranks(site, each, _SMALLEST)) for each in methods]
+            total += min([costs.dense(site), *chains])
+        return total
+
+    def _negligible(self, costs, limit):
+        """Return the paths of the cheapest layers, which take at most 2% of the limit of all layers if they stay dense.
+
+        There are none if the others alone can't meet the limit.
+        """
+        cheapest = sorted((costs.dense(site), path) for path, site in self._sites)
+        spent = itertools.accumulate(cost for cost, _ in cheapest)
+        paths = {path for total, (_, path) in zip(spent, cheapest, strict=True) if total <= _NEGLIGIBLE * limit}
+        return paths if self._least_cost(costs, dense=paths) <= limit else set()
 
     def _least_error(self, site, ladder):
         """Return the choice of the smallest error of the kernels; `ladder` is a list of (method, [ranks])."""
@@ -282,7 +295,7 @@ class Planner:
     def _choices(self, site, costs):
         """Return the options of a layer for `rank_selection.allocate`; the choice None is the dense layer."""
         options = [(None, costs.dense(site), 0.0)]
-        for group in self._candidates[site.node.path]:
+        for group in self._candidates.get(site.node.path, []):
             method, own = group[0].method, group[0].options
             sizes = [method.count_parameters(site.kernel_shape, each.ranks) for each in group]
             loss = _interpolated(np.log(sizes), np.log([max(each.loss, 1e-9) for each in group]))

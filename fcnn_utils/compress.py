@@ -79,7 +79,8 @@ def factorize(
         ranks: dict path -> ranks of each layer to convert, for one `method`; or path -> (method, ranks), with any
             method. Paths must be exact, and none may be in `exclude`.
         macs: largest number of multiply-adds of the whole network for one image. If the dense network needs no more,
-            all layers stay dense. The same holds for `params` and `size_mb`.
+            all layers stay dense. With `images`, the cheapest layers stay dense if together they need at most 2% of the
+            budget, unless it can't be met otherwise. The same holds for `params` and `size_mb`.
         params: largest number of weights of the whole network.
         size_mb: largest size of these weights in 10⁶ bytes, in the precision in which the model stores them.
         speedup: how many times as fast as the dense network the new one must be in `engine`, both with their batch

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from keras import layers
 
-from fcnn_utils import _planning, _sites, _targets, compress, cost, deploy, factorizations
+from fcnn_utils import _planning, _sites, _targets, compress, cost, deploy, factorizations, sensitivity
 from fcnn_utils._network_runs import output_change, outputs_of
 from tests.calibration_networks import network, pictures, with_random_weights
 
@@ -88,6 +88,31 @@ def test_ranks_may_name_the_method_of_each_layer(wide):
     found = report[report["reason"] == ""].set_index("layer")
     assert found["method"].to_dict() == {"block_conv1": "cp", "block_conv2": "tt", "hidden": "svd"}
     assert found["ranks"].tolist() == [(5,), (4, 6, 7), (3,)] and new.output_shape == wide.output_shape
+
+
+@pytest.mark.parametrize(("target", "left"), [("macs", {"hidden", "head"}), ("params", {"head"})])
+def test_a_budget_does_not_try_layers_that_need_at_most_2_percent_of_it(wide, monkeypatch, target, left):
+    """`hidden` and `head` have 0.2% of the MACs. They have 6.4% and 1.0% of the parameters."""
+    predict, tried = sensitivity.predict_losses, []
+
+    def spy(model, images, ladders, **options):
+        tried.extend(ladders)
+        return predict(model, images, ladders, **options)
+
+    monkeypatch.setattr(sensitivity, "predict_losses", spy)
+    budget = {target: 0.7 * cost.total_costs(wide)[target]}
+    _, report = compress.factorize(wide, images=pictures(), layers="*", verbose=0, **budget)
+    with_kernel = {"block_conv1", "block_conv2", "point", "hidden", "head"}
+    assert with_kernel - set(tried) == left
+    assert left <= set(report[report["reason"] == "left dense by the budget"]["layer"])
+
+
+def test_a_budget_that_needs_every_layer_is_met(wide):
+    least = 7964
+    with pytest.raises(ValueError, match="macs must be at least 7,964, "):
+        compress.factorize(wide, macs=least - 1, layers="*", verbose=0)
+    new, report = compress.factorize(wide, macs=least, layers="*", images=pictures(), verbose=0)
+    assert cost.total_costs(new)["macs"] == least and report["method"].notna().sum() == 5
 
 
 def test_the_smallest_layers_are_left_unless_they_are_named():

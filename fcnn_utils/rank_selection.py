@@ -174,55 +174,68 @@ def allocate(options, budget):
     if cheapest > budget:
         raise ValueError(f"budget must be at least {cheapest:,}, the cost of the cheapest choices; got {budget:,}")
     options = {path: _undominated(choices) for path, choices in options.items()}
-    lost, options = _below(options, budget)
-    one_each = block_diag([np.ones((1, len(choices))) for choices in options.values()])
-    # The solver tolerates 1e-6: with these scales, 1e-14 of the budget and 1e-12 of the loss of a simple plan.
-    cost = np.array([cost * (1e8 / budget) for choices in options.values() for _, cost, _ in choices])
-    loss = np.concatenate([[loss - choices[-1][2] for *_, loss in choices] for choices in options.values()])
-    loss *= 1e6 / max(lost, 1e-300)
-    limits = LinearConstraint(vstack([one_each, cost]), [1] * len(options) + [0], [1] * len(options) + [1e8])
-    taken = milp(loss, integrality=np.ones(len(loss)), bounds=Bounds(0, 1), constraints=limits).x > 0.5
-    plan, start = {}, 0
-    for path, choices in options.items():
-        plan[path] = choices[int(np.argmax(taken[start : start + len(choices)]))][0]
-        start += len(choices)
+    plan, lost = _simple_plan(options, budget)
+    options = {  # enormous losses would spoil the solver's scale
+        path: [row for row in choices if row[2] - choices[-1][2] <= lost * (1 + 1e-9)]
+        for path, choices in options.items()
+    }
+    for limit in (budget, budget * (1 - 1e-6)):  # the solver may exceed its limit a little
+        found = _best_plan(options, limit, lost)
+        if found and sum(options[path][number][1] for path, number in found.items()) <= budget:
+            return {path: options[path][number][0] for path, number in found.items()}
     return plan
 
 
-def _below(options, budget):
-    """Leave out choices that cannot be part of the best plan; enormous losses would spoil the solver's scale.
-
-    A plan within the budget is found first. In each layer it minimises loss + λ · cost, at the smallest λ that keeps
-    the budget (Everett 1963, Oper. Res. 11(3)). A choice that loses more than this whole plan is left out.
+def _best_plan(options, budget, lost):
+    """Return dict path -> index of a choice; None if the solver finds no plan.
 
     Args:
-        options: dict path -> list of undominated (choice, cost, loss), from the cheapest to the most expensive. All
-            losses are taken relative to that of the most expensive choice.
+        options: dict path -> list of undominated (choice, cost, loss), from the cheapest to the most expensive. Losses
+            count relative to that of the most expensive choice.
         budget: largest sum of the costs.
+        lost: sum of the losses of some plan.
+    """
+    one_each = block_diag([np.ones((1, len(choices))) for choices in options.values()])
+    # The solver tolerates 1e-6: with these scales, 1e-14 of the budget and 1e-12 of the loss of a simple plan.
+    scale = 1e8 / budget if budget else 1.0
+    cost = np.array([cost * scale for choices in options.values() for _, cost, _ in choices])
+    loss = np.concatenate([[loss - choices[-1][2] for *_, loss in choices] for choices in options.values()])
+    loss *= 1e6 / max(lost, 1e-300)
+    limits = LinearConstraint(vstack([one_each, cost]), [1] * len(options) + [0], [1] * len(options) + [budget * scale])
+    taken = milp(loss, integrality=np.ones(len(loss)), bounds=Bounds(0, 1), constraints=limits).x
+    if taken is None:
+        return None
+    ends = np.cumsum([len(choices) for choices in options.values()])
+    return {path: int(np.argmax(own)) for path, own in zip(options, np.split(taken, ends[:-1]), strict=True)}
 
-    Returns:
-        the loss of the plan, and the options that are left.
+
+def _simple_plan(options, budget):
+    """Return a plan within the budget, dict path -> choice, and the sum of its losses.
+
+    In each layer it minimises loss + λ · cost, at the smallest λ that keeps the budget (Everett 1963, Oper. Res.
+    11(3)). No choice that loses more than this whole plan is part of the best one. `options` are those of `_best_plan`.
     """
     layers = [np.array([row[1:] for row in choices], float) for choices in options.values()]
+    costs = [[row[1] for row in choices] for choices in options.values()]  # as they are: floats may be inexact
 
     def plan(weight):
-        taken = [one[np.argmin(one[:, 1] - one[-1, 1] + weight * one[:, 0])] for one in layers]
-        return sum(cost for cost, _ in taken), sum(
-            loss - one[-1, 1] for one, (_, loss) in zip(layers, taken, strict=True)
-        )
+        """Return the loss and the indices of the choices; None if they exceed the budget."""
+        taken = [int(np.argmin(one[:, 1] - one[-1, 1] + weight * one[:, 0])) for one in layers]
+        if sum(cost[number] for cost, number in zip(costs, taken, strict=True)) > budget:
+            return None
+        return sum(one[number, 1] - one[-1, 1] for one, number in zip(layers, taken, strict=True)), taken
 
-    low, high = -200.0, 200.0  # logarithms of λ
-    cost, lost = plan(0.0)
-    if cost > budget:
-        lost = sum(one[0, 1] - one[-1, 1] for one in layers)
+    best = plan(0.0)
+    if best is None:
+        zeros = [0] * len(layers)
+        best = sum(one[0, 1] - one[-1, 1] for one in layers), zeros
+        low, high = -200.0, 200.0  # logarithms of λ
         for _ in range(100):
             middle = (low + high) / 2
-            cost, found = plan(math.exp(middle))
-            low, high, lost = (low, middle, min(lost, found)) if cost <= budget else (middle, high, lost)
-    bound = lost * (1 + 1e-9)
-    return lost, {
-        path: [row for row in choices if row[2] - choices[-1][2] <= bound] for path, choices in options.items()
-    }
+            found = plan(math.exp(middle))
+            low, high, best = (low, middle, min(best, found)) if found else (middle, high, best)
+    lost, taken = best
+    return {path: options[path][number][0] for path, number in zip(options, taken, strict=True)}, lost
 
 
 def _undominated(choices):

@@ -11,6 +11,9 @@ from fcnn_utils import keras_graph
 
 LIMIT = 2000  # inputs that are taken from a stream of batches
 _CHECKED = 256  # inputs whose statistics are compared
+_REARRANGING = tuple(
+    getattr(layers, f"{kind}{axes}D") for kind in ("ZeroPadding", "Cropping", "UpSampling") for axes in (1, 2, 3)
+) + (layers.Flatten, layers.Reshape, layers.Permute, layers.Identity, layers.Dropout, layers.Concatenate)
 _FAR = 2.5  # factor between the standard deviations from which on images are taken for wrong
 
 
@@ -30,12 +33,17 @@ def take(model, images):
 
 
 def refuse_pixels(model, arrays, name):
-    """Raise ValueError if an array has whole numbers, and the model takes floats and has no layer that rescales."""
+    """Raise ValueError if a convolution or a dense layer of the model would read whole numbers as they are.
+
+    Rows of features and the numbers 0 and 1 are allowed. So is a model with an input of integers, and one that
+    rescales, embeds or normalises first.
+    """
     for array, x in zip(arrays, model.inputs, strict=True):
-        if array.dtype.kind in "iub" and "float" in x.dtype and not _is_rescaled(model):
+        are_pixels = array.dtype.kind in "iu" and array.ndim > 2 and array.max(initial=0) > 1
+        if are_pixels and "float" in x.dtype and _is_read_as_it_is(model, x):
             raise ValueError(
-                f"{name} are whole numbers ({array.dtype}), and model {model.name!r} has no Rescaling or "
-                "Normalization layer: normalise them as in training, and give floats"
+                f"{name} are whole numbers ({array.dtype}), and model {model.name!r} does not rescale them: normalise "
+                "them as in training, and give floats"
             )
 
 
@@ -116,7 +124,7 @@ def _fitting(model, value):
     if isinstance(value, (tuple, list)) and value:
         candidates.append(value[0])  # (inputs, labels)
     for candidate in candidates:
-        arrays = _by_input(model, candidate)
+        arrays = by_input(model, candidate)
         if arrays is not None and all(map(_fits, arrays, model.inputs)):
             return arrays
     if isinstance(value, dict) and set(value) != {x.name for x in model.inputs}:
@@ -132,8 +140,13 @@ def _fitting(model, value):
     )
 
 
-def _by_input(model, value):
-    """Return one array for each input of the model; None if there are more or fewer, or other names."""
+def by_input(model, value):
+    """Return one array for each input of the model; None if there are more or fewer, or other names.
+
+    Args:
+        model: functional or Sequential.
+        value: an array, a list of arrays, or a dict of arrays by the names of the inputs.
+    """
     if isinstance(value, dict):
         names = [x.name for x in model.inputs]
         if set(names) != set(value):
@@ -161,6 +174,19 @@ def _fits(array, x):
     )
 
 
-def _is_rescaled(model):
-    nodes = keras_graph.layer_nodes(model)
-    return any(isinstance(node.layer, (layers.Rescaling, layers.Normalization)) for node in nodes)
+def _is_read_as_it_is(model, tensor):
+    """Return whether a layer with a kernel reads this tensor of a model, or the same values in another arrangement."""
+    for node in keras_graph.keras_nodes(keras_graph.graph_of(model)):
+        operation = node.operation
+        for position, x in enumerate(node.input_tensors):
+            if x is not tensor:
+                continue
+            if keras_graph.is_graph(operation):
+                if _is_read_as_it_is(operation, keras_graph.graph_of(operation).inputs[position]):
+                    return True
+            elif isinstance(operation, _REARRANGING):
+                if _is_read_as_it_is(model, node.outputs[0]):
+                    return True
+            elif hasattr(operation, "kernel_size") or isinstance(operation, (layers.Dense, layers.EinsumDense)):
+                return True
+    return False

@@ -35,7 +35,7 @@ def check_images(model, images):
 
     Raises:
         ValueError: the images do not have the shapes or types of the model's inputs, there are none, or they are not
-            finite. Or they are integers, and the model has neither integer inputs nor a layer that rescales them.
+            finite. Or they are pixels in whole numbers, and the model does not rescale them.
 
     Warns:
         UserWarning: the images differ from those of the training, by the statistics of the first batch norm.

@@ -120,8 +120,8 @@ def fine_tune(
 
     Raises:
         ValueError: there are neither labels nor a teacher; the data, the loss, the student and the teacher do not fit;
-            the inputs are whole numbers that the student does not rescale; the labels are not numbers; the number of
-            steps is not known; or an argument is not allowed.
+            the inputs are pixels in whole numbers, and the student does not rescale them; the labels are not numbers;
+            the number of steps is not known; or an argument is not allowed.
         Diverged: the loss or a weight is not finite. The student then has its weights from before.
     """
     for name in options:
@@ -135,9 +135,10 @@ def fine_tune(
         check_number("clip_norm", clip_norm, float, 1e-9, 1e9)
     data, first, steps = _read(student, train, batch_size, steps_per_epoch)
     x, labels = first
-    inputs = keras.tree.flatten(x)
-    if keras_graph.is_graph(student) and len(inputs) == len(student.inputs):
-        _calibration_inputs.refuse_pixels(student, inputs, "images")
+    _refuse_pixels(student, x, "images")
+    if isinstance(validation_data, (tuple, list)):
+        x_val, y_val, _ = keras.utils.unpack_x_y_sample_weight(tuple(validation_data))
+        _refuse_pixels(student, _as_first_batch(x_val, y_val)[0], "validation images")
     share = _share(distillation, teacher, labels)
     shapes = _output_shapes(student, teacher, x)
     loss, loss_weights, outputs, teacher_outputs = _losses.choose(student, teacher, shapes, labels, loss, from_logits)
@@ -265,6 +266,12 @@ def _check_models(student, teacher):
             "student and teacher share weights, so training would change the teacher, too: give a copy of the model as "
             "teacher="
         )
+
+
+def _refuse_pixels(student, x, name):
+    inputs = _calibration_inputs.by_input(student, x) if keras_graph.is_graph(student) else None
+    if inputs is not None:
+        _calibration_inputs.refuse_pixels(student, inputs, name)
 
 
 def _share(distillation, teacher, labels):

@@ -130,15 +130,50 @@ def test_of_an_endless_stream_two_thousand_images_are_taken():
     assert taken.shape == (2000, 2)
 
 
-def test_whole_numbers_are_taken_if_the_model_rescales_them():
-    images = np.ones((2, 4, 4, 3), "uint8")
-    plain = keras.Sequential([keras.Input((4, 4, 3)), layers.Flatten()], name="plain")
-    with pytest.raises(ValueError, match="whole numbers .uint8., and model 'plain' has no Rescaling"):
-        calibration.check_images(plain, images)
-    rescaled = keras.Sequential([keras.Input((4, 4, 3)), layers.Rescaling(1 / 255), layers.Flatten()])
-    whole = keras.Sequential([keras.Input((4, 4, 3), dtype="uint8"), layers.Flatten()])
-    assert calibration.check_images(rescaled, images)[0].dtype == "float32"
-    assert calibration.check_images(whole, images)[0].dtype == "uint8"
+def after(*first):
+    """Make a network of a convolution that reads (8, 8, 3) inputs after other layers."""
+    x = inputs = keras.Input((8, 8, 3))
+    for layer in first:
+        x = layer(x)
+    return keras.Model(inputs, layers.Flatten()(layers.Conv2D(4, 3)(x)), name="plain")
+
+
+def nested(*first):
+    inputs = keras.Input((8, 8, 3))
+    return keras.Model(inputs, after(*first)(layers.ZeroPadding2D(0)(inputs)), name="plain")
+
+
+def dense():
+    return keras.Sequential([keras.Input((8, 8, 3)), layers.Flatten(), layers.Dense(4)], name="plain")
+
+
+@pytest.mark.parametrize("make", [after, lambda: after(layers.ZeroPadding2D(0), layers.Dropout(0.5)), nested, dense])
+def test_pixels_in_whole_numbers_are_refused_if_a_kernel_reads_them(make):
+    with pytest.raises(ValueError, match="images are whole numbers .uint8., and model 'plain' does not rescale them"):
+        calibration.check_images(make(), np.full((2, 8, 8, 3), 255, "uint8"))
+
+
+@pytest.mark.filterwarnings("ignore:the calibration images do not look like")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: after(layers.Rescaling(1 / 255)),
+        lambda: after(lambda x: x / 255),
+        lambda: after(layers.BatchNormalization()),
+        lambda: nested(layers.Rescaling(1 / 255)),
+        lambda: keras.Sequential([keras.Input((8, 8, 3), dtype="uint8"), layers.Flatten()]),
+        lambda: keras.Sequential([keras.Input((8, 8, 3)), layers.Reshape((-1,)), layers.Embedding(256, 4)]),
+    ],
+)
+def test_whole_numbers_are_taken_if_no_kernel_reads_them(make):
+    model, images = make(), np.full((2, 8, 8, 3), 255, "uint8")
+    assert calibration.check_images(model, images)[0].dtype == model.inputs[0].dtype
+
+
+def test_whole_numbers_that_are_no_pixels_are_taken():
+    assert calibration.check_images(after(), np.ones((2, 8, 8, 3), "uint8"))[0].dtype == "float32"
+    features = keras.Sequential([keras.Input((5,)), layers.Dense(3)])
+    assert calibration.check_images(features, np.full((2, 5), 40))[0].dtype == "float32"
 
 
 @pytest.mark.parametrize("wrong", [lambda x: 255 * x, lambda x: 0 * x, lambda x: 0.1 * x, lambda x: x + 20])

@@ -12,6 +12,7 @@ from fcnn_utils import _losses, calibration, compress, fine_tuning
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((40, 6)).astype("float32")
 CLASSES = RNG.integers(0, 5, 40)
+PIXELS = np.full((40, 2, 3, 1), 255, "uint8")
 ONE_HOT = np.eye(5, dtype="float32")[CLASSES]
 QUIET = {"verbose": 0}
 
@@ -20,6 +21,10 @@ def linear(seed=0, activation="softmax", units=5):
     """A linear map with an activation, which can be computed by hand."""
     keras.utils.set_random_seed(seed)
     return keras.Sequential([keras.Input((6,)), layers.Dense(units, activation=activation)])
+
+
+def flat():
+    return keras.Sequential([keras.Input((2, 3, 1)), layers.Flatten(), layers.Dense(5, activation="softmax")])
 
 
 def scores(model):
@@ -420,7 +425,10 @@ def subclassed():
         (lambda: (linear(), (X, CLASSES[:30]), {}), r"the same number of rows.*\[40, 30\]"),
         (lambda: (linear(), (X, CLASSES + 3), {}), "values from 3 to .*, do not fit .*, or labels from 0 to 4"),
         (lambda: (linear(), (X, CLASSES.astype(str)), {}), "labels must be numbers.*got text or objects .<U"),
-        (lambda: (linear(), (X.astype("uint8"), CLASSES), {}), "images are whole numbers .uint8.*normalise them"),
+        (lambda: (flat(), (PIXELS, CLASSES), {}), "images are whole numbers .uint8.*normalise them"),
+        (lambda: (flat(), (PIXELS / 255, CLASSES), {"validation_data": (PIXELS, CLASSES)}),
+         "validation images are whole numbers .uint8"),
+        (lambda: (linear(), (X, CLASSES), {"validation_data": (X, CLASSES.astype(str))}), "labels must be numbers"),
         (lambda: (linear(0, "linear", 1), (X, CLASSES % 2), {}), "give loss=, such as 'mse' or"),
         (lambda: (linear(), (X, CLASSES), {"loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True)}),
          "from_logits=True, but the student ends in probabilities"),
@@ -437,6 +445,17 @@ def test_bad_arguments_are_refused(make, message):
     student, train, options = make()
     with pytest.raises(ValueError, match=message):
         fine_tuning.fine_tune(student, train, **options)
+
+
+def test_inputs_of_whole_numbers_are_matched_by_their_names():
+    """A dict is flattened in the order of its names, which is not that of the model's inputs."""
+    words, numbers = keras.Input((4,), name="words", dtype="int32"), keras.Input((2, 3, 1), name="a picture")
+    x = layers.Concatenate()([layers.Flatten()(layers.Embedding(10, 2)(words)), layers.Flatten()(numbers)])
+    model = keras.Model([words, numbers], layers.Dense(5, activation="softmax")(x))
+    train = {"words": RNG.integers(0, 10, (40, 4)), "a picture": RNG.standard_normal((40, 2, 3, 1)).astype("float32")}
+    assert len(fine_tuning.fine_tune(model, (train, CLASSES), verbose=0).epoch) == 1
+    with pytest.raises(ValueError, match="images are whole numbers"):
+        fine_tuning.fine_tune(model, (train | {"a picture": PIXELS}, CLASSES), verbose=0)
 
 
 def test_subclassed_models_train_if_they_say_what_they_end_in():

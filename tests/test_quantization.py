@@ -229,7 +229,7 @@ def test_bad_arguments_are_rejected_in_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"must have the shape \(N, 8, 8, 3\)"):
         quantization.quantize(factorized(), images(size=9), path)
     with pytest.raises(ValueError, match="calibration images are whole numbers"):
-        quantization.quantize(factorized(), np.zeros((4, 8, 8, 3), "uint8"), path)
+        quantization.quantize(factorized(), np.full((4, 8, 8, 3), 9, "uint8"), path)
     with pytest.raises(ValueError, match="model must be a built keras.Model; got int"):
         quantization.quantize(3, images(), path)
     monkeypatch.setattr(quantization, "_quantize_onnx", lambda *_: {}["Conv"])

@@ -53,11 +53,11 @@ def batches(model, inputs, size):
     return [keras_graph.pack_inputs(model, [x[start : start + size] for x in inputs]) for start in parts]
 
 
-def warn_if_unlike_training(model, inputs):
+def warn_if_unlike_training(model, inputs, name="calibration images"):
     """Compare the inputs with the statistics that the first batch normalisation has from the training.
 
     Warn if the standard deviations differ by a factor of more than 2.5, or the means by more than 2.5 standard
-    deviations.
+    deviations. Nothing is compared if the model has no batch normalisation, or if it was never trained.
 
     Raises:
         ValueError: the normalisation reads values that are not finite.
@@ -65,6 +65,12 @@ def warn_if_unlike_training(model, inputs):
     nodes = keras_graph.layer_nodes(model)
     norm = next((node for node in nodes if node.is_channel_norm and not any(node.training)), None)
     if norm is None:
+        return
+    mean, variance = (
+        np.asarray(keras.ops.convert_to_numpy(x), np.float64)
+        for x in (norm.layer.moving_mean, norm.layer.moving_variance)
+    )
+    if not mean.any() and (variance == 1).all():
         return
     reader = keras_graph.input_model(model, norm.path)
     sums = []  # of each batch: count, sum and sum of squares for each channel
@@ -75,18 +81,14 @@ def warn_if_unlike_training(model, inputs):
     count, total, squares = (sum(each) for each in zip(*sums, strict=True))
     if not np.isfinite(squares).all():
         raise ValueError(
-            f"layer {norm.path!r} reads values that are not finite on the calibration images: check their normalisation"
+            f"layer {norm.path!r} reads values that are not finite on the {name}: check their normalisation"
         )
-    mean, variance = (
-        np.asarray(keras.ops.convert_to_numpy(x), np.float64)
-        for x in (norm.layer.moving_mean, norm.layer.moving_variance)
-    )
     found_mean = total / count
     trained, found = np.sqrt(variance.mean()), np.sqrt(max(np.mean(squares / count - found_mean**2), 0))
     distance = np.sqrt(np.mean((found_mean - mean) ** 2 / (variance + norm.layer.epsilon)))
     if not trained / _FAR < found < trained * _FAR or distance > _FAR:
         warnings.warn(
-            f"the calibration images do not look like the training images: at {norm.path!r} the standard deviation "
+            f"the {name} do not look like those of the training: at {norm.path!r} the standard deviation "
             f"is {found:.3g}, in training it was {trained:.3g}, and the means differ by {distance:.1f} standard "
             "deviations. Normalise the images as in training. If they are, the moving averages of the batch norms may "
             "be inaccurate, as after a short training: `fcnn.reestimate(model, images)` computes them anew",

@@ -92,6 +92,16 @@ def choose(student, teacher, shapes, labels, loss, from_logits):
     return loss, weights, outputs, [_of_teacher(*pair) for pair in zip(outputs, teacher_ends, strict=True)]
 
 
+def check_labels(loss, labels, shapes, name):
+    """Raise ValueError if a loss of one output does not take labels; `name` says which these are."""
+    if len(shapes) == 1 and not _suits(loss, labels, shapes[0]):
+        found = " and ".join(f"{y.shape} {_range(y)}" for y in labels)
+        raise ValueError(
+            f"{name}, {found}, do not fit the student's output, {shapes[0]}, and the loss "
+            f"{_name(loss)}: give them in the form of the training labels"
+        )
+
+
 def default_metrics(outputs, loss):
     """Return the accuracy for a classifier with one output and a cross-entropy; [] for any other model."""
     if len(outputs) > 1 or _kind_of_loss(loss)[0] is None:
@@ -230,9 +240,12 @@ def _kind_of_loss(loss):
 
 
 def _suits(loss, labels, shape):
-    """Return whether a compiled loss takes labels of this form: class numbers, or a value for each output."""
-    is_sparse = _name(loss) == "sparse_categorical_crossentropy"
-    return _name(loss) is None or is_sparse == _are_numbers(labels, shape)
+    """Return whether a loss of one output takes labels of this form: class numbers, or a value for each output."""
+    if _name(loss) is None:
+        return True
+    if _name(loss) == "sparse_categorical_crossentropy":
+        return _are_numbers(labels, shape)
+    return len(labels) == 1 and (labels[0].shape[1:] == shape[1:] or (*labels[0].shape[1:], 1) == shape[1:])
 
 
 def _are_numbers(labels, shape):

@@ -179,7 +179,10 @@ def factorize(
     if kind in ("max_loss", "metric"):
         metric = _targets.Metric(*target) if kind == "metric" else _targets.Metric.of_loss(model, images, target)
         return _targets.cheapest(model, planner, COSTS["macs"](model, chosen), metric, builder, progress)
-    return builder(planner.within(COSTS[kind](model, chosen), target, uniform))
+    costs = COSTS[kind](model, chosen)
+    if target >= costs.total:
+        warnings.warn(f"{kind}={target:g} is no less than the dense network needs: all layers stay dense", stacklevel=2)
+    return builder(planner.within(costs, target, uniform))
 
 
 def _methods(method):
@@ -187,8 +190,9 @@ def _methods(method):
     if isinstance(method, str) and method == "auto":
         method = AUTO
     named = list(method) if isinstance(method, (tuple, list)) else [method]
-    if not named:
-        raise ValueError("method must be a name, or a list of at least one")
+    known = list(factorizations.FACTORIZATIONS)
+    if not named or any(isinstance(each, str) and each not in known for each in named):
+        raise ValueError(f"method must be 'auto', one of {', '.join(known)}, or a list of these; got {method!r}")
     return list(dict.fromkeys(factorizations.get(each) for each in named))
 
 

@@ -8,17 +8,14 @@ the others. Hence the rate rises slowly from 0 to a small peak, and the norm of 
 """
 
 import contextlib
-import itertools
 import math
-import types
 
 import keras
 import numpy as np
 
-from fcnn_utils import _calibration_inputs, _losses, keras_graph
+from fcnn_utils import _losses, _training_data
 from fcnn_utils._checks import check_choice, check_number
 
-_BATCH = 128  # the default learning rate was measured with it
 _FIT_OPTIONS = ("class_weight", "shuffle", "validation_batch_size", "validation_freq", "validation_steps")
 
 
@@ -133,15 +130,13 @@ def fine_tune(
     check_number("warmup", warmup, float, 0, 1)
     if clip_norm is not None:
         check_number("clip_norm", clip_norm, float, 1e-9, 1e9)
-    data, first, steps = _read(student, train, batch_size, steps_per_epoch)
+    data, first, steps = _training_data.read(student, train, batch_size, steps_per_epoch)
     x, labels = first
-    _refuse_pixels(student, x, "images")
-    if isinstance(validation_data, (tuple, list)):
-        x_val, y_val, _ = keras.utils.unpack_x_y_sample_weight(tuple(validation_data))
-        _refuse_pixels(student, _as_first_batch(x_val, y_val)[0], "validation images")
+    _training_data.check_images(student, x, "images")
     share = _share(distillation, teacher, labels)
     shapes = _output_shapes(student, teacher, x)
     loss, loss_weights, outputs, teacher_outputs = _losses.choose(student, teacher, shapes, labels, loss, from_logits)
+    _training_data.check_validation(student, validation_data, loss, labels, shapes)
     if labels is None and metrics:
         raise ValueError("metrics need labels, and train has none: leave out metrics=")
     if metrics is None:
@@ -268,12 +263,6 @@ def _check_models(student, teacher):
         )
 
 
-def _refuse_pixels(student, x, name):
-    inputs = _calibration_inputs.by_input(student, x) if keras_graph.is_graph(student) else None
-    if inputs is not None:
-        _calibration_inputs.refuse_pixels(student, inputs, name)
-
-
 def _share(distillation, teacher, labels):
     """Return the weight of the distance from the teacher."""
     if teacher is None:
@@ -306,85 +295,3 @@ def _output_shapes(student, teacher, x):
     if shapes[0] != shapes[-1]:
         raise ValueError(f"student and teacher must have the same outputs; got {shapes[0]} and {shapes[1]}")
     return [tuple(each.shape) for each in keras.tree.flatten(found[0])]
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
-def _read(student, train, batch_size, steps_per_epoch):
-    """Return the data as arguments of `fit`, the first batch as (inputs, list of labels or None), and the steps."""
-    if steps_per_epoch is not None:
-        check_number("steps_per_epoch", steps_per_epoch, int, 1, 10**9)
-    if hasattr(train, "shape") or isinstance(train, (tuple, list, dict)):
-        return _read_arrays(student, train, batch_size, steps_per_epoch)
-    if batch_size is not None:
-        raise ValueError(f"batch_size is for arrays; the batches of a {type(train).__name__} have a size already")
-    steps = steps_per_epoch or _count(train)
-    if not steps:
-        raise ValueError(
-            f"the number of batches in this {type(train).__name__} is not known, or 0: give steps_per_epoch="
-        )
-    try:
-        iterator = iter([train[0]] if isinstance(train, keras.utils.PyDataset) else train)
-        first = next(iterator)
-    except TypeError:
-        raise ValueError(
-            "train must be arrays, a tf.data.Dataset, a keras.utils.PyDataset, a PyTorch DataLoader or a generator; "
-            f"got a {type(train).__name__}"
-        ) from None
-    except StopIteration:
-        raise ValueError("train must have at least one batch; got none") from None
-    if isinstance(train, types.GeneratorType):
-        train = _chain(first, iterator)
-    x, y, _ = keras.utils.unpack_x_y_sample_weight(first)
-    shuffle = isinstance(train, keras.utils.PyDataset)  # `fit` warns if it shall shuffle what shuffles itself
-    return {"x": train, "shuffle": shuffle}, _as_first_batch(x, y), steps
-
-
-def _read_arrays(student, train, batch_size, steps_per_epoch):
-    is_pair = isinstance(train, tuple) or isinstance(train, list) and len(getattr(student, "inputs", None) or [0]) == 1
-    x, y, weight = keras.utils.unpack_x_y_sample_weight(tuple(train) if is_pair else (train,))
-    arrays = keras.tree.flatten((x, y, weight))
-    if not all(each is None or getattr(each, "shape", ()) for each in arrays):
-        raise ValueError("train must hold arrays, such as NumPy's: convert lists of numbers by np.array")
-    sizes = [int(each.shape[0]) for each in arrays if each is not None]
-    if len(set(sizes)) > 1 or sizes[0] == 0:
-        raise ValueError(f"the arrays of train must have the same number of rows, at least one; got {sizes}")
-    batch_size = check_number("batch_size", _BATCH if batch_size is None else batch_size, int, 1, 10**9)
-    first = keras.tree.map_structure(lambda each: None if each is None else each[:batch_size], (x, y))
-    data = {"x": x, "y": y, "sample_weight": weight, "batch_size": batch_size}
-    return data, _as_first_batch(*first), steps_per_epoch or math.ceil(sizes[0] / batch_size)
-
-
-def _count(stream):
-    """Return the number of batches; None if it is not known or has no end."""
-    if isinstance(stream, keras.utils.PyDataset):
-        return stream.num_batches
-    try:
-        return len(stream)
-    except TypeError:
-        return None
-
-
-def _chain(first, rest):
-    """Yield the first batch and the rest as tuples: `fit` takes generators of tuples, but no other iterators."""
-    for batch in itertools.chain([first], rest):
-        yield tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-
-
-def _as_first_batch(x, y):
-    x, y = keras.tree.map_structure(_as_array, (x, y))
-    labels = [each for each in keras.tree.flatten(y) if each is not None]
-    for each in labels:
-        if each.dtype.kind in "OSU":
-            raise ValueError(
-                f"labels must be numbers, such as 0, 1, 2 for the classes; got text or objects ({each.dtype})"
-            )
-    return x, labels or None
-
-
-def _as_array(value):
-    if value is None:
-        return None
-    value = value.detach().cpu() if hasattr(value, "detach") else value  # a tensor of PyTorch
-    return np.asarray(value.numpy() if hasattr(value, "numpy") else value)

@@ -455,7 +455,8 @@ def test_a_budget_is_kept_and_used(zoo):
         new, report = compress.factorize(zoo, "spatial", macs=share * macs(zoo))
         assert 0.85 * share * macs(zoo) < macs(new) <= share * macs(zoo)  # a rank more is some percent of so few MACs
         assert (report["macs_after"] <= report["macs_before"]).all()
-    untouched, report = compress.factorize(zoo, "cp", macs=1e12)
+    with pytest.warns(UserWarning, match=r"macs=1e\+12 is no less than the dense network needs: all layers stay dense"):
+        untouched, report = compress.factorize(zoo, "cp", macs=1e12)
     assert distance(zoo, untouched) == 0 and (report["reason"] != "").all()
     smallest = smallest_budget(zoo)
     assert macs(compress.factorize(zoo, "cp", macs=smallest)[0]) == smallest
@@ -526,7 +527,7 @@ def test_invalid_arguments_are_rejected_with_what_is_allowed(zoo):
         ({"ratio": 0.5, "macs": 1e6}, "give exactly one of .* or metric=; got ratio= and macs=$"),
         ({"ratio": 0}, "ratio must be a number between"),
         ({"ratio": 0.001}, "ratio must be at least [0-9.]+, the share of cp at rank 1; got 0.001"),
-        ({"method": "qr", "ratio": 0.5}, "method must be one of"),
+        ({"method": "qr", "ratio": 0.5}, "method must be 'auto', one of cp, .*, or a list of these; got 'qr'"),
         ({"ratio": 0.5, "layers": ["shared", "nope"]}, "no layer 'nope' with weights in model 'zoo'.*inner/conv"),
         ({"ratio": 0.5, "layers": []}, "name at least one layer"),
         ({"ratio": 0.5, "layers": "point"}, "layer 'point' can't be factorized: 1×1: only svd factorizes it"),
@@ -542,7 +543,7 @@ def test_invalid_arguments_are_rejected_with_what_is_allowed(zoo):
         ({"ratio": 0.5, "seed": -1}, "seed must be a whole number"),
         ({"ratio": 0.5, "speed": 3}, "cp has no option 'speed'; it has .*n_starts"),
         ({"ratio": 0.5, "speed": 3, "method": "auto"}, "none of svd, spatial, tucker, cp has an option 'speed'"),
-        ({"method": [], "ratio": 0.5}, "method must be a name, or a list of at least one"),
+        ({"method": [], "ratio": 0.5}, r"method must be 'auto', one of .*, or a list of these; got \[\]"),
         ({"ratio": 0.5, "exclude": "nope*"}, "no layer 'nope.' with weights in model 'zoo'"),
         ({"ratio": 0.5, "exclude": "*"}, "no layer to factorize by cp .*: excluded"),
         ({"ranks": {"shared": 3}, "method": ["cp", "svd"]}, "must name the method .*: {'shared': .'cp', 3.}"),

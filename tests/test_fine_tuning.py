@@ -27,6 +27,13 @@ def flat():
     return keras.Sequential([keras.Input((2, 3, 1)), layers.Flatten(), layers.Dense(5, activation="softmax")])
 
 
+def tuned_to_rows():
+    """A student that is compiled for one-hot labels, with labels that are no classes."""
+    student = linear()
+    fine_tuning.fine_tune(student, (X, ONE_HOT), verbose=0)
+    return student, (X, CLASSES + 3), {}
+
+
 def scores(model):
     """The outputs of `linear` without its activation, in double precision."""
     kernel, bias = (weight.astype("float64") for weight in model.get_weights())
@@ -429,6 +436,13 @@ def subclassed():
         (lambda: (flat(), (PIXELS / 255, CLASSES), {"validation_data": (PIXELS, CLASSES)}),
          "validation images are whole numbers .uint8"),
         (lambda: (linear(), (X, CLASSES), {"validation_data": (X, CLASSES.astype(str))}), "labels must be numbers"),
+        (lambda: (linear(), (X, CLASSES), {"validation_data": (X, CLASSES + 3)}),
+         "the validation labels, .* with values from 3 to 7, do not fit .* sparse_categorical_crossentropy"),
+        (lambda: (linear(), (X, CLASSES), {"validation_data": (X, ONE_HOT)}), "the validation labels.*do not fit"),
+        (lambda: (linear(), (X, ONE_HOT), {"validation_data": (X, CLASSES)}), "the validation labels.*do not fit"),
+        (lambda: (linear(), (X, CLASSES), {"validation_data": (X, CLASSES[:9])}), r"same number of rows.*\[40, 9\]"),
+        (lambda: (linear(), (X, CLASSES), {"validation_data": X}), r"validation_data must be \(x, y\)"),
+        (tuned_to_rows, "values from 3 to 7, do not fit .*, or labels from 0 to 4"),
         (lambda: (linear(0, "linear", 1), (X, CLASSES % 2), {}), "give loss=, such as 'mse' or"),
         (lambda: (linear(), (X, CLASSES), {"loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True)}),
          "from_logits=True, but the student ends in probabilities"),
@@ -456,6 +470,24 @@ def test_inputs_of_whole_numbers_are_matched_by_their_names():
     assert len(fine_tuning.fine_tune(model, (train, CLASSES), verbose=0).epoch) == 1
     with pytest.raises(ValueError, match="images are whole numbers"):
         fine_tuning.fine_tune(model, (train | {"a picture": PIXELS}, CLASSES), verbose=0)
+
+
+@pytest.mark.parametrize(("factor", "warned"), [(1, False), (255, True)])
+def test_images_on_another_scale_than_in_training_are_told(factor, warned):
+    x = RNG.uniform(0, 1, (200, 8, 8, 3)).astype("float32")
+    model = keras.Sequential(
+        [keras.Input((8, 8, 3)), layers.Conv2D(4, 3), layers.BatchNormalization(name="norm"), layers.Flatten(),
+         layers.Dense(5, activation="softmax")]
+    )  # fmt: skip
+    calibration.reestimate(model, x)
+    given = factor * x, RNG.integers(0, 5, 200)
+    for options in ({}, {"validation_data": given}):
+        train = given if not options else (x, given[1])
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            fine_tuning.fine_tune(model, train, verbose=0, learning_rate=0.0, **options)
+        assert any("at 'norm' the standard deviation" in str(each.message) for each in told) == warned
+        calibration.reestimate(model, x)
 
 
 def test_subclassed_models_train_if_they_say_what_they_end_in():

@@ -92,16 +92,22 @@ def _as_array(value):
     return np.asarray(value.numpy() if hasattr(value, "numpy") else value)
 
 
-def check_images(student, x, name):
-    """Raise ValueError if the inputs are pixels in whole numbers; warn if they are unlike those of the training."""
-    inputs = _calibration_inputs.by_input(student, x) if keras_graph.is_graph(student) else None
-    if inputs is not None:
-        _calibration_inputs.refuse_pixels(student, inputs, name)
-        _calibration_inputs.warn_if_unlike_training(student, inputs, name)
+def check_images(student, teacher, x, name):
+    """Raise ValueError if the inputs are pixels in whole numbers; warn if they are unlike those of the training.
+
+    The batch norms of the teacher tell what these were like, or those of the student if there is no teacher.
+    """
+    for model, check in (
+        (student, _calibration_inputs.refuse_pixels),
+        (student if teacher is None else teacher, _calibration_inputs.warn_if_unlike_training),
+    ):
+        inputs = _calibration_inputs.by_input(model, x) if keras_graph.is_graph(model) else None
+        if inputs is not None:
+            check(model, inputs, name)
 
 
 # parameters: the data, and what they must fit
-def check_validation(student, validation_data, loss, labels, shapes):
+def check_validation(student, teacher, validation_data, loss, labels, shapes):
     """Raise ValueError if arrays for the validation do not fit; a stream of batches is not read."""
     if not (hasattr(validation_data, "shape") or isinstance(validation_data, (tuple, list))):
         return
@@ -113,6 +119,6 @@ def check_validation(student, validation_data, loss, labels, shapes):
     if len(set(sizes)) > 1 or not sizes[0]:
         raise ValueError(f"the arrays of validation_data must have the same number of rows, at least one; got {sizes}")
     x, found = _as_first_batch(x, y)
-    check_images(student, x, "validation images")
+    check_images(student, teacher, x, "validation images")
     if labels is not None:
         _losses.check_labels(loss, found, shapes, "the validation labels")

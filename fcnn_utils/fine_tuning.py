@@ -132,11 +132,11 @@ def fine_tune(
         check_number("clip_norm", clip_norm, float, 1e-9, 1e9)
     data, first, steps = _training_data.read(student, train, batch_size, steps_per_epoch)
     x, labels = first
-    _training_data.check_images(student, x, "images")
+    _training_data.check_images(student, teacher, x, "images")
     share = _share(distillation, teacher, labels)
     shapes = _output_shapes(student, teacher, x)
     loss, loss_weights, outputs, teacher_outputs = _losses.choose(student, teacher, shapes, labels, loss, from_logits)
-    _training_data.check_validation(student, validation_data, loss, labels, shapes)
+    _training_data.check_validation(student, teacher, validation_data, loss, labels, shapes)
     if labels is None and metrics:
         raise ValueError("metrics need labels, and train has none: leave out metrics=")
     if metrics is None:

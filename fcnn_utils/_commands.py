@@ -174,10 +174,7 @@ def _factorize(options):
     if options.report:
         said = {key: value for key, value in (arguments | vars(pixels)).items() if value is not None}
         said |= {"max_images": options.max_images} if options.max_images != _MAX_IMAGES else {}
-        notes = [
-            _report_page.origin(options.model, options.images, said),
-            *(f"Warning: {text}" for text in options.warnings),
-        ]
+        notes = [_report_page.origin(options.model, options.images, said), *options.warnings]
         report.save(options.report, title=f"{options.model.name}, factorized", notes=notes)
         say(f"wrote {options.report}")
     if options.export:

@@ -148,7 +148,7 @@ def test_factorize_passes_scaled_pictures_on(here, calls):
 def test_the_report_page_has_the_warnings(here):
     given = "--images images.npy --report report.html --output small.keras --quiet"
     assert run(f"factorize model.keras --method spatial --ratio 0.5 {given}") == 0
-    assert "<p>Warning: calibration images: 30 are few. The layers are" in Path("report.html").read_text()
+    assert "<p>warning: calibration images: 30 are few. The layers are" in Path("report.html").read_text()
 
 
 def test_warnings_are_lines_without_a_place_in_the_code(here, monkeypatch, capfd):

@@ -472,6 +472,14 @@ def test_inputs_of_whole_numbers_are_matched_by_their_names():
         fine_tuning.fine_tune(model, (train | {"a picture": PIXELS}, CLASSES), verbose=0)
 
 
+def test_a_class_that_the_loss_ignores_may_be_in_the_labels():
+    student, labels = linear(), np.where(np.arange(40) % 3, CLASSES, 255)
+    loss = keras.losses.SparseCategoricalCrossentropy(ignore_class=255)
+    for given in ({"loss": loss}, {}):  # the second time it is that of the compiled student
+        fine_tuning.fine_tune(student, (X, labels), validation_data=(X, labels), metrics=[], verbose=0, **given)
+        assert student.loss is loss
+
+
 @pytest.mark.parametrize(("factor", "warned"), [(1, False), (255, True)])
 def test_images_on_another_scale_than_in_training_are_told(factor, warned):
     x = RNG.uniform(0, 1, (200, 8, 8, 3)).astype("float32")

@@ -7,6 +7,7 @@ Each engine numbers the inputs and outputs of a file in an order of its own. A f
 import ast
 import contextlib
 import dataclasses
+import functools
 import re
 import zipfile
 from pathlib import Path
@@ -81,8 +82,8 @@ def run_file(engine, path, threads, precision):
 
 
 @contextlib.contextmanager
-def inlined_functions(engine):
-    """Let TensorFlow trace the functions within a model as parts of the graph, which tf2onnx needs.
+def ready_for_tf2onnx(engine):
+    """Let TensorFlow trace the functions within a model as parts of the graph, and let tf2onnx write all of GELU.
 
     Keras computes grouped convolutions in a function of their own.
     """
@@ -91,12 +92,31 @@ def inlined_functions(engine):
         return
     import tensorflow as tf  # Keras has no name for this setting
 
+    _register_erfc()
+
     before = tf.config.functions_run_eagerly()
     tf.config.run_functions_eagerly(True)
     try:
         yield
     finally:
         tf.config.run_functions_eagerly(before)
+
+
+@functools.cache
+def _register_erfc():
+    """Teach tf2onnx 1 - erf(x), a part of GELU for which it has no rule."""
+    from tf2onnx import utils
+    from tf2onnx.handler import tf_op
+
+    @tf_op("Erfc")
+    class Erfc:
+        @classmethod
+        def version_9(cls, graph, node, **_):
+            shape, dtype = graph.get_shape(node.output[0]), graph.get_dtype(node.output[0])
+            graph.remove_node(node.name)
+            one = graph.make_const(utils.make_name("one"), np.ones((), utils.map_onnx_to_numpy_type(dtype)))
+            inputs = [one.output[0], graph.make_node("Erf", node.input).output[0]]
+            graph.make_node("Sub", inputs, name=node.name, outputs=node.output, shapes=[shape], dtypes=[dtype])
 
 
 def complete(engine, path, labels):

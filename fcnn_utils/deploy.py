@@ -253,7 +253,7 @@ def write(model, engine, file, **settings):
     labels, outputs = _labels(model, names, outputs), keras.tree.flatten(outputs)
     flat = keras.Model(*(x if len(x) > 1 else x[0] for x in (inputs, outputs)), name=model.name)
     signature = [keras.InputSpec(shape=(None, *x.shape[1:]), dtype=x.dtype, name=name) for x, name in named]
-    with warnings.catch_warnings(), _engines.inlined_functions(engine):
+    with warnings.catch_warnings(), _engines.ready_for_tf2onnx(engine):
         warnings.simplefilter("ignore")  # the exporters warn about their own code
         signature = [signature] if len(signature) > 1 else signature
         flat.export(str(file), format=_FORMATS[engine], verbose=False, input_signature=signature, **settings)

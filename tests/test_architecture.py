@@ -16,7 +16,7 @@ PACKAGE = Path(fcnn_utils.__file__).parent
 SOURCES = {path: path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 # Functions that may import a backend, because Keras has no function for what they need.
 MAY_IMPORT_A_BACKEND = {
-    "_engines.inlined_functions",  # grouped convolutions are functions, which the exporter to ONNX lacks
+    "_engines.ready_for_tf2onnx",  # grouped convolutions are functions, which the exporter to ONNX lacks
     "_network_runs.__call__",  # TensorFlow compiles networks that are expensive or run often
     "benchmark.wait_for",  # computations are asynchronous on a GPU
     "course.environment.deterministic",

@@ -243,8 +243,6 @@ def test_the_networks_cost_what_tensorflow_counts(name):
 # --- exported --------------------------------------------------------------------------------------------------------
 
 REFUSED = {  # what the exporters cannot do
-    ("transformer", "onnxruntime"): "because of its Dense 'dense_.*': No Op registered for Erfc; replace",
-    ("convmixer", "onnxruntime"): "because of its Activation 'activation.*': No Op registered for Erfc; replace",
     ("captcha", "litert"): "because of its Bidirectional 'bidirectional.*': .*FlexTensorListReserve.* failed; replace",
     ("video", "litert"): "because of its GRU 'gru.*': .*FlexTensorListReserve.* failed; replace",
     ("captcha", "openvino"): "because of its Bidirectional '.*': No conversion rule .*TensorList.*; replace",

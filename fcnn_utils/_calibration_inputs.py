@@ -35,8 +35,8 @@ def take(model, images):
 def refuse_pixels(model, arrays, name):
     """Raise ValueError if a convolution or a dense layer of the model would read whole numbers as they are.
 
-    Rows of features and the numbers 0 and 1 are allowed. So is a model with an input of integers, and one that
-    rescales, embeds or normalises first.
+    Arrays of at most two axes, and arrays without a number above 1, are allowed. So is a model with an input of
+    integers, and one that rescales, embeds or normalises first.
     """
     for array, x in zip(arrays, model.inputs, strict=True):
         are_pixels = array.dtype.kind in "iu" and array.ndim > 2 and array.max(initial=0) > 1
@@ -57,7 +57,7 @@ def warn_if_unlike_training(model, inputs, name="calibration images"):
     """Compare the inputs with the statistics that the first batch normalisation has from the training.
 
     Warn if the standard deviations differ by a factor of more than 2.5, or the means by more than 2.5 standard
-    deviations. Nothing is compared if the model has no batch normalisation, or if it was never trained.
+    deviations. Nothing is compared without a batch normalisation, or if its moving averages are the initial ones.
 
     Raises:
         ValueError: the normalisation reads values that are not finite.

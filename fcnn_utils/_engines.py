@@ -83,10 +83,7 @@ def run_file(engine, path, threads, precision):
 
 @contextlib.contextmanager
 def ready_for_tf2onnx(engine):
-    """Let TensorFlow trace the functions within a model as parts of the graph, and let tf2onnx write all of GELU.
-
-    Keras computes grouped convolutions in a function of their own.
-    """
+    """Make TensorFlow inline the functions of a model, such as its grouped convolutions; make tf2onnx convert GELU."""
     if engine != "onnxruntime" or keras.config.backend() != "tensorflow":
         yield
         return
@@ -104,7 +101,7 @@ def ready_for_tf2onnx(engine):
 
 @functools.cache
 def _register_erfc():
-    """Teach tf2onnx 1 - erf(x), a part of GELU for which it has no rule."""
+    """Register a rule of tf2onnx for `Erfc`, 1 - erf(x), which GELU uses and tf2onnx lacks."""
     from tf2onnx import utils
     from tf2onnx.handler import tf_op
 

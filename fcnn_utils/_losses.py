@@ -240,7 +240,7 @@ def _kind_of_loss(loss):
 
 
 def _suits(loss, labels, shape):
-    """Return whether a loss of one output takes labels of this form: class numbers, or a value for each output."""
+    """Return whether the loss of a single output takes labels of this form; a loss that is not known takes any."""
     if _name(loss) is None or getattr(loss, "ignore_class", None) is not None:
         return True
     if _name(loss) == "sparse_categorical_crossentropy":

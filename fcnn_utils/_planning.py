@@ -246,9 +246,9 @@ class Planner:
         return total
 
     def _negligible(self, costs, limit):
-        """Return the paths of the cheapest layers, which take at most 2% of the limit of all layers if they stay dense.
+        """Return the paths of the cheapest layers, whose dense costs sum to at most 2% of the limit.
 
-        There are none if the others alone can't meet the limit.
+        Return none if the limit can't be met with these layers dense.
         """
         cheapest = sorted((costs.dense(site), path) for path, site in self._sites)
         spent = itertools.accumulate(cost for cost, _ in cheapest)

@@ -114,7 +114,7 @@ def check_validation(student, teacher, validation_data, loss, labels, shapes):
     given = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
     x, y, _ = keras.utils.unpack_x_y_sample_weight(tuple(given))
     if y is None and labels is not None:
-        raise ValueError("validation_data must be (x, y), or a stream of such batches")
+        raise ValueError("validation_data must be (x, y), (x, y, sample weights), or a stream of such batches")
     sizes = [len(each) for each in keras.tree.flatten((x, y)) if each is not None]
     if len(set(sizes)) > 1 or not sizes[0]:
         raise ValueError(f"the arrays of validation_data must have the same number of rows, at least one; got {sizes}")

@@ -79,8 +79,9 @@ def factorize(
         ranks: dict path -> ranks of each layer to convert, for one `method`; or path -> (method, ranks), with any
             method. Paths must be exact, and none may be in `exclude`.
         macs: largest number of multiply-adds of the whole network for one image. If the dense network needs no more,
-            all layers stay dense. With `images`, the cheapest layers stay dense if together they need at most 2% of the
-            budget, unless it can't be met otherwise. The same holds for `params` and `size_mb`.
+            all layers stay dense. With `images` and without `uniform`, the cheapest layers stay dense, up to 2% of what
+            is left for the layers to convert, if the others can still meet the budget. All this holds for `params` and
+            `size_mb`, too.
         params: largest number of weights of the whole network.
         size_mb: largest size of these weights in 10⁶ bytes, in the precision in which the model stores them.
         speedup: how many times as fast as the dense network the new one must be in `engine`, both with their batch
@@ -130,6 +131,10 @@ def factorize(
         ValueError: the model is not a built graph of layers; there is nothing to convert; a layer that is named does
             not exist or can't be converted; the budget is below the smallest possible; the model does not take the
             images; or an argument is not allowed.
+
+    Warns:
+        UserWarning: the dense network needs no more than the budget; there are fewer than 32 images, or they are unlike
+            those of the training (`calibration.check_images`); or the speed-up is missed by more than 5%.
     """
     model, methods, progress = keras_graph.check_graph(model), _methods(method), Progress(verbose)
     kind, target = _target(
@@ -181,7 +186,7 @@ def factorize(
         return _targets.cheapest(model, planner, COSTS["macs"](model, chosen), metric, builder, progress)
     costs = COSTS[kind](model, chosen)
     if target >= costs.total:
-        warnings.warn(f"{kind}={target:g} is no less than the dense network needs: all layers stay dense", stacklevel=2)
+        warnings.warn(f"the dense network needs no more than {kind}={target:g}: all layers stay dense", stacklevel=2)
     return builder(planner.within(costs, target, uniform))
 
 

@@ -120,6 +120,10 @@ def fine_tune(
             the inputs are pixels in whole numbers, and the student does not rescale them; the labels are not numbers;
             the number of steps is not known; or an argument is not allowed.
         Diverged: the loss or a weight is not finite. The student then has its weights from before.
+
+    Warns:
+        UserWarning: the inputs are unlike those of the training, by the batch norms of the teacher, or of the student
+            if there is no teacher.
     """
     for name in options:
         check_choice("argument of fit", name, _FIT_OPTIONS)

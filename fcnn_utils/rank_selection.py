@@ -179,7 +179,7 @@ def allocate(options, budget):
         path: [row for row in choices if row[2] - choices[-1][2] <= lost * (1 + 1e-9)]
         for path, choices in options.items()
     }
-    for limit in (budget, budget * (1 - 1e-6)):  # the solver may exceed its limit a little
+    for limit in (budget, budget * (1 - 1e-6)):  # the solver may exceed its limit slightly; the second leaves a margin
         found = _best_plan(options, limit, lost)
         if found and sum(options[path][number][1] for path, number in found.items()) <= budget:
             return {path: options[path][number][0] for path, number in found.items()}
@@ -213,7 +213,7 @@ def _simple_plan(options, budget):
     """Return a plan within the budget, dict path -> choice, and the sum of its losses.
 
     In each layer it minimises loss + λ · cost, at the smallest λ that keeps the budget (Everett 1963, Oper. Res.
-    11(3)). No choice that loses more than this whole plan is part of the best one. `options` are those of `_best_plan`.
+    11(3)). The best plan has no choice that loses more than this whole plan. `options`: as in `_best_plan`.
     """
     layers = [np.array([row[1:] for row in choices], float) for choices in options.values()]
     costs = [[row[1] for row in choices] for choices in options.values()]  # as they are: floats may be inexact

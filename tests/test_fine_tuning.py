@@ -441,7 +441,7 @@ def subclassed():
         (lambda: (linear(), (X, CLASSES), {"validation_data": (X, ONE_HOT)}), "the validation labels.*do not fit"),
         (lambda: (linear(), (X, ONE_HOT), {"validation_data": (X, CLASSES)}), "the validation labels.*do not fit"),
         (lambda: (linear(), (X, CLASSES), {"validation_data": (X, CLASSES[:9])}), r"same number of rows.*\[40, 9\]"),
-        (lambda: (linear(), (X, CLASSES), {"validation_data": X}), r"validation_data must be \(x, y\)"),
+        (lambda: (linear(), (X, CLASSES), {"validation_data": X}), r"validation_data must be \(x, y\), "),
         (tuned_to_rows, "values from 3 to 7, do not fit .*, or labels from 0 to 4"),
         (lambda: (linear(0, "linear", 1), (X, CLASSES % 2), {}), "give loss=, such as 'mse' or"),
         (lambda: (linear(), (X, CLASSES), {"loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True)}),

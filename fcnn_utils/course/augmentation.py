@@ -1,59 +1,99 @@
-"""Input pipeline in NumPy: normalisation, shuffling, augmentation, batches.
+"""Input pipeline: normalisation, shuffling, augmentation, batches.
 
-The order and the augmentation of the images depend only on the seed and the epoch. Therefore an
-interrupted run continues exactly as if it had not been interrupted.
+`plan` draws what happens to each image of an epoch, in NumPy. It depends only on the seed and the epoch. Therefore an
+interrupted run continues exactly as if it had not been interrupted. `make_batch` does it, by operations of Keras:
+inside a tf.data pipeline, in a compiled program on a GPU, or at once.
 """
 
 import numpy as np
+from keras import ops
 
 
-def batches(split, recipe, epoch, scale, classes):
-    """Generate the shuffled, augmented batches of one epoch. The last, incomplete batch is dropped.
+def plan(split, recipe, epoch):
+    """Draw the images of one epoch and their augmentation. The last, incomplete batch is dropped.
 
     Args:
         split: `data.Split`.
         recipe: `recipes.Recipe`; uses `seed`, `batch_size`, `balanced`, `flip` and `shift`.
         epoch: number of the epoch, from 0.
-        scale: (mean, standard deviation), from `channel_statistics`.
-        classes: number of classes, the length of a one-hot label.
 
-    Yields:
-        (images, labels): normalised (B, H, W, C) and one-hot (B, classes), both float32.
+    Returns:
+        (steps, B, 4) int32: for each image of each batch its number in `split`, and its moves: see `move`.
     """
-    rng = np.random.default_rng([recipe.seed, epoch])
+    rng, size = np.random.default_rng([recipe.seed, epoch]), recipe.batch_size
     order = _balanced_order(split.fine, rng) if recipe.balanced else rng.permutation(len(split))
     mirrored = None
     if recipe.flip == "alternating":  # mirror one half of the images in even epochs, the other in odd
         mirrored = (np.random.default_rng([recipe.seed, 2**32]).permutation(len(split)) + epoch) % 2 == 0
-    one_hot = np.eye(classes, dtype="float32")
-    for start in range(0, len(split) - recipe.batch_size + 1, recipe.batch_size):
-        chosen = order[start : start + recipe.batch_size]
-        mirror = None if mirrored is None else mirrored[chosen]
-        yield augment(normalize(split.images[chosen], scale), recipe, rng, mirror), one_hot[split.fine[chosen]]
+    batches = order[: len(order) // size * size].reshape(-1, size)
+    moves = [_draw_moves(size, recipe, rng, None if mirrored is None else mirrored[batch]) for batch in batches]
+    return np.concatenate([batches[..., None], np.reshape(moves, (*batches.shape, 3))], axis=-1).astype("int32")
 
 
-def augment(images, recipe, rng, mirror=None):
-    """Mirror and shift normalised images by the recipe's `flip` and `shift`.
+def make_batch(images, labels, rows, scale, classes):
+    """Make one batch of augmented images.
 
     Args:
-        images: (B, H, W, C) float32; mirrored in place.
-        recipe: `recipes.Recipe`.
-        rng: `np.random.Generator` that draws the shifts, and by default the images to mirror.
-        mirror: (B,) bool, the images to mirror; default: each with probability 1/2.
+        images: (N, H, W, C) uint8, all images; N · H · W below 2**31.
+        labels: (N,) int.
+        rows: (B, 4) int32, one batch of `plan`.
+        scale: (mean, standard deviation), from `channel_statistics`.
+        classes: number of classes.
 
     Returns:
-        (B, H, W, C) float32. A shift fills the border with 0, the mean colour.
+        (images, labels): normalised (B, H, W, C) and one-hot (B, classes), both float32 tensors.
     """
-    if recipe.flip:
-        mirror = rng.random(len(images)) < 0.5 if mirror is None else mirror
-        images[mirror] = images[mirror, :, ::-1]
-    if recipe.shift:
-        size, border = images.shape[1:3], recipe.shift
-        padded = np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)))
-        windows = np.lib.stride_tricks.sliding_window_view(padded, size, axis=(1, 2))  # (B, dy, dx, C, H, W)
-        dy, dx = rng.integers(0, 2 * border + 1, (2, len(images)))
-        images = np.ascontiguousarray(windows[np.arange(len(images)), dy, dx].transpose(0, 2, 3, 1))
-    return images
+    mean, deviation = scale
+    chosen = ops.cast(ops.take(images, rows[:, 0], axis=0), "float32")
+    return move((chosen - mean) / deviation, rows[:, 1:]), ops.one_hot(ops.take(labels, rows[:, 0], axis=0), classes)
+
+
+def move(images, moves):
+    """Mirror and shift normalised images.
+
+    Args:
+        images: (B, H, W, C) float32.
+        moves: (B, 3) int: 1 to mirror the image, else 0; then how far the window moves down and right, in pixels.
+
+    Returns:
+        (B, H, W, C) float32 tensor. The border is filled with 0, the mean colour.
+    """
+    count, height, width, channels = images.shape
+    moves = ops.cast(moves, "int32")
+    y = ops.arange(height, dtype="int32") + moves[:, 1, None]  # (B, H), the row that each pixel comes from
+    x = ops.arange(width, dtype="int32") + moves[:, 2, None]
+    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+    x = ops.where(moves[:, :1] > 0, width - 1 - x, x)
+    y, x = ops.clip(y, 0, height - 1), ops.clip(x, 0, width - 1)
+    start = ops.arange(count, dtype="int32")[:, None, None] * (height * width)
+    pixels = ops.take(ops.reshape(images, (-1, channels)), start + y[:, :, None] * width + x[:, None, :], axis=0)
+    return ops.where(inside[..., None], pixels, ops.zeros_like(pixels))
+
+
+def batches(split, recipe, epoch, scale, classes):
+    """Generate the batches of one epoch as NumPy arrays; arguments as in `plan` and `make_batch`.
+
+    Yields:
+        (images, labels): normalised (B, H, W, C) and one-hot (B, classes), both float32.
+    """
+    images, labels = ops.convert_to_tensor(split.images), ops.convert_to_tensor(split.fine)
+    for rows in plan(split, recipe, epoch):
+        batch = make_batch(images, labels, rows, scale, classes)
+        yield tuple(ops.convert_to_numpy(each) for each in batch)
+
+
+def augment(images, recipe, rng):
+    """Mirror and shift normalised images at random, by the recipe's `flip` and `shift`.
+
+    Args:
+        images: (B, H, W, C) float32.
+        recipe: `recipes.Recipe`.
+        rng: `np.random.Generator`.
+
+    Returns:
+        (B, H, W, C) float32 array.
+    """
+    return ops.convert_to_numpy(move(images, _draw_moves(len(images), recipe, rng)))
 
 
 def channel_statistics(dataset):
@@ -87,6 +127,16 @@ def normalize(images, scale):
     """
     mean, deviation = scale
     return (images.astype("float32") - mean) / deviation
+
+
+def _draw_moves(count, recipe, rng, mirrored=None):
+    """Draw (count, 3) moves as in `move`; by default each image is mirrored with probability 1/2."""
+    moves = np.zeros((count, 3), int)
+    if recipe.flip:
+        moves[:, 0] = rng.random(count) < 0.5 if mirrored is None else mirrored
+    if recipe.shift:
+        moves[:, 1:] = rng.integers(-recipe.shift, recipe.shift + 1, (2, count)).T
+    return moves
 
 
 def _balanced_order(labels, rng):

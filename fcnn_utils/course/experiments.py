@@ -10,7 +10,7 @@ A record is a dict of JSON types:
     model              name of the network, with its width if that is not 1: "simple-width0.6"
     params, trainable  number of all weights, and of the trainable ones
     macs               multiply-accumulate operations (MACs) per image
-    epochs             list of the dicts that `training.fit` yields
+    epochs             list of the dicts that `training.fit` returns
     test               dict of `training.evaluate` on all test images; None if the recipe trains on
                        "train", unless predictions are kept
 
@@ -256,7 +256,8 @@ def _run(model, dataset, recipe, record, teacher, save_predictions):
     is written last, because a resumed run takes its epochs from the checkpoint.
     """
     scale, done = augmentation.channel_statistics(dataset), len(record["epochs"])
-    for row in training.fit(model, dataset, recipe, first_epoch=done, teacher=teacher):
+
+    def on_epoch(row):
         record["epochs"].append(row)
         cycle, rest = divmod(len(record["epochs"]), recipe.epochs_a_cycle)
         if save_predictions and rest == 0:
@@ -266,6 +267,8 @@ def _run(model, dataset, recipe, record, teacher, save_predictions):
         checkpoints.save(model, record)
         records.write(record)
         paths.say(progress_line(record, row))
+
+    training.fit(model, dataset, recipe, first_epoch=done, teacher=teacher, on_epoch=on_epoch)
     if recipe.train_on == "all" or save_predictions:
         record["test"] = training.evaluate(model, dataset.test, scale, dataset.coarse_names)
         training.check_finite(record["test"]["loss"], "on the test images after the last epoch")

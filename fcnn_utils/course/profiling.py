@@ -12,7 +12,7 @@ from keras import layers
 
 from fcnn_utils import benchmark, cost, keras_graph
 from fcnn_utils._checks import check_choice, check_number
-from fcnn_utils.course import augmentation, environment, networks, training
+from fcnn_utils.course import augmentation, environment, feeding, networks, training
 
 PARTS = ["input", "forward", "backward", "normalisation", "loop"]
 
@@ -39,7 +39,7 @@ def step_parts(models, split, recipe, scale, rounds=3):
         forward            convolutions, forward pass
         backward           convolutions, backward pass, and the update of their weights
         normalisation      batch normalisations and ReLUs, both passes and the update
-        loop               everything around the steps; noise can make it negative
+        loop               everything around the steps, less what was done beside them: often negative
         macs               per image, forward pass
         macs_per_second    of the training, counted as three times the forward MACs
         background_load    see the module
@@ -139,8 +139,8 @@ def _training_works(models, split, recipe, scale):
     def batches():
         return augmentation.batches(split, recipe, 0, scale, classes)
 
-    def whole(model):
-        training.fit_epoch(model, batches(), steps)
+    def whole(feed):
+        feed.fit(range(1), [training.Epochs()])
         return steps * recipe.batch_size
 
     ready = list(batches())
@@ -155,7 +155,8 @@ def _training_works(models, split, recipe, scale):
         stripped = bare(model)
         for each in (model, stripped):
             training.compile_model(each, recipe, steps)
-        works["whole", name] = lambda model=model: whole(model)
+        feed = feeding.Feed(model, split, recipe, scale)
+        works["whole", name] = lambda feed=feed: whole(feed)
         works["step", name] = lambda model=model: on_ready(model.train_on_batch)
         works["bare", name] = lambda model=stripped: on_ready(model.train_on_batch)
         works["forward", name] = lambda model=stripped: on_ready(lambda images, _: model.predict_on_batch(images))

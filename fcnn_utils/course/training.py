@@ -1,7 +1,6 @@
 """Train a network by a recipe: fit, time, evaluate. Nothing here reads or writes files.
 
-    for row in training.fit(model, dataset, recipe):
-        print(row["epoch"], row["loss"], row["top1"])
+    training.fit(model, dataset, recipe, on_epoch=lambda row: print(row["epoch"], row["loss"], row["top1"]))
 
 `experiments` adds records, checkpoints and predictions on disk.
 """
@@ -14,15 +13,16 @@ import keras
 import numpy as np
 
 from fcnn_utils import benchmark
-from fcnn_utils.course import augmentation, environment, optimizers
+from fcnn_utils.course import augmentation, environment, feeding, optimizers
 from fcnn_utils.fine_tuning import Diverged, check_finite, one_cycle  # noqa: F401, `experiments` names training.Diverged
 
 _EVALUATION_BATCH = 500
 _PROBABILITY_FLOOR = 1e-12  # keeps the logarithm of a probability of 0 finite
 
 
-def fit(model, data, recipe, *, first_epoch=0, teacher=None):
-    """Train `model` in place by `recipe`: a generator that trains one epoch per item.
+# parameters: those up to `recipe` say what is trained, the others how `fit` runs
+def fit(model, data, recipe, *, first_epoch=0, teacher=None, on_epoch=None, callbacks=(), verbose=0):
+    """Train `model` in place by `recipe`, with `model.compile` and `model.fit`.
 
     Image order, augmentation and learning rate depend only on the seed and the epoch. Therefore you can
     stop after any epoch and continue with `first_epoch`.
@@ -35,9 +35,11 @@ def fit(model, data, recipe, *, first_epoch=0, teacher=None):
         recipe: `recipes.Recipe`.
         first_epoch: number of the epoch to start with, from 0.
         teacher: keras.Model from images to class probabilities, for `recipe.distillation`.
+        on_epoch: function that is called with each dict of the result as soon as it is known.
+        callbacks, verbose: as in `keras.Model.fit`. At the end of an epoch `logs` has val_loss, val_top1 and val_top5.
 
-    Yields:
-        dict of `fit_epoch` for each epoch; with "validation", the dict of `evaluate`, unless there are no
+    Returns:
+        list of a dict for each epoch: see `Epochs`; with "validation", the dict of `evaluate`, unless there are no
         validation images or they are trained on.
 
     Raises:
@@ -60,17 +62,11 @@ def fit(model, data, recipe, *, first_epoch=0, teacher=None):
             _check_probabilities(name, each, augmentation.normalize(train.images[:2], scale), classes)
     if first_epoch == 0:
         compile_model(model, recipe, steps)
-    for epoch in range(first_epoch, recipe.epochs):
-        batches = augmentation.batches(train, recipe, epoch, scale, classes)
-        if recipe.distillation:
-            batches = _mix_in_teacher(batches, teacher, recipe.distillation)
-        row = fit_epoch(model, batches, steps, epoch)
-        if not all(np.isfinite(weight).all() for weight in model.get_weights()):  # the last step may have diverged
-            check_finite(math.nan, f"or soon will be, because weights are not finite after epoch {epoch + 1}")
-        if validation is not None:
-            row["validation"] = evaluate(model, validation, scale, coarse_names)
-            check_finite(row["validation"]["loss"], f"on the validation images after epoch {epoch + 1}")
-        yield row
+    epochs = Epochs(None if validation is None else lambda: evaluate(model, validation, scale, coarse_names), on_epoch)
+    if first_epoch < recipe.epochs:
+        feed = feeding.Feed(model, train, recipe, scale, teacher)
+        feed.fit(range(first_epoch, recipe.epochs), [epochs, *callbacks], verbose)
+    return epochs.rows
 
 
 def steps_per_epoch(images, recipe):
@@ -97,47 +93,64 @@ def _check_probabilities(name, model, images, classes):
         )
 
 
-def fit_epoch(model, batches, steps, epoch=0):
-    """Fit a compiled model to one epoch of batches, and time it.
+class Epochs(keras.callbacks.Callback):
+    """Callback of `fit` that times each epoch, checks that it did not diverge, and validates.
 
-    It calls `train_on_batch`, because on TensorFlow 2.21 each `keras.Model.fit` ends with a wait for
-    tf.data's autotuner, which can double the time of a short epoch.
+    Each epoch becomes a dict of
+
+        epoch            its number, from 1
+        loss             mean training loss over the augmented images
+        cross_entropy    the same without label smoothing
+        top1, top5       shares of correct predictions on these images
+        seconds          time of the whole epoch, without the validation
+        ms_per_step      median time of a step, without the first program run if there are more
+        first_step_ms    time of the first program run, which compiles; on a CPU and on TensorFlow this is one step
+        background_load  share of the processor that other programs took
+        validation       what `validate` returns, if it is given
 
     Args:
-        model: compiled (`compile_model`).
-        batches: iterable of (images, one-hot labels), as from `augmentation.batches`.
-        steps: number of batches.
-        epoch: number of the epoch, from 0.
+        validate: function without arguments, called after each epoch; or None.
+        on_epoch: function of the dict, called after each epoch; or None.
 
-    Returns:
-        dict of
-
-            epoch            its number, from 1
-            loss             mean training loss over the augmented images
-            cross_entropy    the same without label smoothing
-            top1, top5       shares of correct predictions on these images
-            seconds          time of the whole epoch
-            ms_per_step      median time of a step, without the first
-            first_step_ms    time of the first step, which compiles
-            background_load  share of the processor that other programs took
+    Attributes:
+        rows: list of these dicts.
 
     Raises:
-        Diverged: if the loss is not finite.
+        Diverged: if a loss is not finite, or a weight at the end of an epoch.
     """
-    load, times, rows = benchmark.BackgroundLoad(), [time.perf_counter()], []
-    for step, (images, labels) in zip(range(1, steps + 1), batches, strict=False):
-        rows.append(model.train_on_batch(images, labels, return_dict=True))
-        times.append(time.perf_counter())
-        check_finite(rows[-1]["loss"], f"at epoch {epoch + 1}, step {step}")
-    step_times = np.diff(times) * 1e3
-    return {
-        "epoch": epoch + 1,
-        **{key: float(np.mean([row[key] for row in rows])) for key in rows[0]},  # all batches have the same size
-        "seconds": round(times[-1] - times[0], 3),
-        "ms_per_step": round(float(np.median(step_times[1:] if steps > 1 else step_times)), 3),
-        "first_step_ms": round(float(step_times[0]), 3),
-        "background_load": round(load.share(), 4),
-    }
+
+    def __init__(self, validate=None, on_epoch=None):
+        super().__init__()
+        self.validate, self.on_epoch, self.rows = validate, on_epoch, []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch, self._load = epoch + 1, benchmark.BackgroundLoad()
+        self._times, self._steps = [time.perf_counter()], [0]
+
+    def on_train_batch_end(self, batch, logs=None):
+        check_finite(logs["loss"], f"at epoch {self._epoch}, step {batch + 1}")
+        self._times.append(time.perf_counter())
+        self._steps.append(min(batch + 1, self.params["steps"]))  # the last program of an epoch may be shorter
+
+    def on_epoch_end(self, epoch, logs=None):
+        each = 1e3 * np.diff(self._times) / np.diff(self._steps)
+        row = {
+            "epoch": epoch + 1,
+            **{key: float(logs[key]) for key in ("loss", "cross_entropy", "top1", "top5")},
+            "seconds": round(self._times[-1] - self._times[0], 3),
+            "ms_per_step": round(float(np.median(each[1:] if len(each) > 1 else each)), 3),
+            "first_step_ms": round(1e3 * (self._times[1] - self._times[0]), 3),
+            "background_load": round(self._load.share(), 4),
+        }
+        if not all(np.isfinite(weight).all() for weight in self.model.get_weights()):  # the last step may have diverged
+            check_finite(math.nan, f"or soon will be, because weights are not finite after epoch {epoch + 1}")
+        if self.validate is not None:
+            row["validation"] = self.validate()
+            check_finite(row["validation"]["loss"], f"on the validation images after epoch {epoch + 1}")
+            logs |= {f"val_{key}": row["validation"][key] for key in ("loss", "top1", "top5")}
+        self.rows.append(row)
+        if self.on_epoch is not None:
+            self.on_epoch(row)
 
 
 def predict(model, split, scale):
@@ -238,8 +251,3 @@ class _Repeated(keras.optimizers.schedules.LearningRateSchedule):
 
     def get_config(self):
         return {"once": self.once, "steps": self.steps}
-
-
-def _mix_in_teacher(batches, teacher, share):
-    for images, labels in batches:
-        yield images, (1 - share) * labels + share * teacher.predict_on_batch(images)

@@ -39,17 +39,23 @@ def train_until(where, name, call, dataset, recipe=RECIPE, message=None, **optio
     """Interrupt a training at the `call`-th call of the function `name`, before it does anything."""
     interrupted = Mock(wraps=getattr(where, name), side_effect=[DEFAULT] * (call - 1) + [KeyboardInterrupt])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(where, name, interrupted)
+        patch.setattr(where, name, lambda *arguments, **options: interrupted(*arguments, **options))  # also a method
         with pytest.raises(KeyboardInterrupt, match=message):
             experiments.train(network(), dataset, recipe, **options)
     assert records.find().empty  # no complete run
 
 
 @pytest.fixture
-def fit_epoch(monkeypatch):
-    """Mock that counts the epochs that are trained."""
-    monkeypatch.setattr(loop, "fit_epoch", Mock(wraps=loop.fit_epoch))
-    return loop.fit_epoch
+def begun(monkeypatch):
+    """List of the epochs that are begun."""
+    epochs, original = [], loop.Epochs.on_epoch_begin
+
+    def on_epoch_begin(self, epoch, logs=None):
+        epochs.append(epoch)
+        original(self, epoch, logs)
+
+    monkeypatch.setattr(loop.Epochs, "on_epoch_begin", on_epoch_begin)
+    return epochs
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +123,7 @@ def test_lines_describe_the_run(whole):
     assert experiments.result_line(chosen) == f"{start} validation {end}"
 
 
-def test_run_is_read_instead_of_trained(dataset, whole, done, course_folder, fit_epoch, capsys):
+def test_run_is_read_instead_of_trained(dataset, whole, done, course_folder, begun, capsys):
     model = network(seed=9)
     assert experiments.train(model, dataset, RECIPE) == {"schema": 1} | whole[1]
     assert f"read from {done}" in capsys.readouterr().out
@@ -128,7 +134,7 @@ def test_run_is_read_instead_of_trained(dataset, whole, done, course_folder, fit
         experiments.train(model, dataset, RECIPE, save_predictions=True)
     shutil.move(done.parents[3], course_folder / "results")
     assert experiments.train(model, dataset, RECIPE)["test"] == whole[1]["test"]  # of the course, if none is nearer
-    fit_epoch.assert_not_called()
+    assert not begun
 
 
 def test_retraining_replaces_the_record(dataset, whole, done):
@@ -141,14 +147,14 @@ def test_retraining_replaces_the_record(dataset, whole, done):
     assert json.loads(done.read_text()) == {"schema": 1} | again and files(done.parent) == ["seed0.json"]
 
 
-def test_retraining_does_not_take_the_checkpoint_of_a_run_that_was_killed_at_its_end(dataset, whole, done, fit_epoch):
+def test_retraining_does_not_take_the_checkpoint_of_a_run_that_was_killed_at_its_end(dataset, whole, done, begun):
     model, record, _ = whole
     checkpoints.save(model, record)
     again = experiments.train(network(), dataset, RECIPE, retrain=True)
-    assert fit_epoch.call_count == len(again["epochs"]) == RECIPE.epochs
+    assert len(begun) == len(again["epochs"]) == RECIPE.epochs
 
 
-def test_record_of_other_settings_or_data_is_rejected_and_a_missing_setting_is_the_default(dataset, done, fit_epoch):
+def test_record_of_other_settings_or_data_is_rejected_and_a_missing_setting_is_the_default(dataset, done, begun):
     record = json.loads(done.read_text())
     del record["recipe"]["distillation"], record["recipe"]["clip_norm"]  # written before these settings existed
     done.write_text(json.dumps(record))
@@ -159,7 +165,7 @@ def test_record_of_other_settings_or_data_is_rejected_and_a_missing_setting_is_t
         assert str(done) in str(error.value)
     with pytest.raises(ValueError, match="another fingerprint; pass retrain=True"):
         experiments.train(network(), dataclasses.replace(dataset, test=dataset.validation), RECIPE)
-    fit_epoch.assert_not_called()
+    assert not begun
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------
@@ -189,17 +195,17 @@ def test_train_rejects_bad_arguments(dataset, output, arguments, options, messag
 
 
 @pytest.mark.parametrize("folder", ["output", "json", "partial.json", "checkpoint.npz", "keras", "predictions.npz"])
-def test_output_that_cannot_be_written_is_found_before_training(dataset, output, fit_epoch, folder):
+def test_output_that_cannot_be_written_is_found_before_training(dataset, output, begun, folder):
     if folder == "output":
         output.write_text("a file where a folder should be")
     else:
         records.path_of("standin-100", "tiny", RECIPE.name, 0).with_suffix(f".{folder}").mkdir(parents=True)
     with pytest.raises(ValueError, match="cannot write|is a folder where a file goes"):
         experiments.train(network(), dataset, RECIPE, retrain=True)
-    fit_epoch.assert_not_called()
+    assert not begun
 
 
-def test_disk_without_space_for_a_checkpoint_is_found_before_training(dataset, monkeypatch, fit_epoch):
+def test_disk_without_space_for_a_checkpoint_is_found_before_training(dataset, monkeypatch, begun):
     sizes = []
 
     def write(path, content):
@@ -211,10 +217,10 @@ def test_disk_without_space_for_a_checkpoint_is_found_before_training(dataset, m
     with pytest.raises(ValueError, match="the disk is full"):
         experiments.train(model, dataset, RECIPE)
     assert sizes == [8 * model.count_params()]
-    fit_epoch.assert_not_called()
+    assert not begun
 
 
-def test_network_whose_outputs_are_no_probabilities_is_refused_before_training(dataset, fit_epoch):
+def test_network_whose_outputs_are_no_probabilities_is_refused_before_training(dataset, begun):
     def ending(layer):
         return keras.Sequential([keras.Input((8, 8, 3)), layers.Flatten(), layer], name="tiny")
 
@@ -228,14 +234,14 @@ def test_network_whose_outputs_are_no_probabilities_is_refused_before_training(d
         with pytest.raises(ValueError, match=message.replace("model", "teacher", 1)):
             taught = RECIPE.replace(distillation=0.5)
             experiments.train(network(), dataset, taught, teacher=ending(layer))
-    fit_epoch.assert_not_called()
+    assert not begun
 
 
-def test_record_that_is_damaged_is_not_replaced_unasked(dataset, done, fit_epoch):
+def test_record_that_is_damaged_is_not_replaced_unasked(dataset, done, begun):
     done.write_text(done.read_text().replace('"top5"', '"top6"'))
     with pytest.raises(ValueError, match="seed0.json is not a readable record .*'top5'.*; delete it and train again"):
         experiments.train(network(), dataset, RECIPE)
-    fit_epoch.assert_not_called()
+    assert not begun
 
 
 def test_network_that_would_run_code_or_is_damaged_is_not_loaded(done):
@@ -263,7 +269,7 @@ def test_function_makes_the_network_from_the_seed_if_there_is_no_record(dataset,
 
 
 def test_network_is_built_by_its_name_as_the_recipe_says(dataset, monkeypatch):
-    monkeypatch.setattr(loop, "fit", lambda *arguments, **options: iter(()))  # keeps the network as it is built
+    monkeypatch.setattr(loop, "fit", lambda *arguments, **options: [])  # keeps the network as it is built
     recipe = RECIPE.replace(initialization="he", head_scale=3.0, precision="mixed_bfloat16")
     record = experiments.train("wider_separable", dataset, recipe, 2, width=0.05, save_model=True)
     keras.utils.set_random_seed(2)
@@ -343,16 +349,16 @@ def test_predictions_are_kept_after_every_cycle_even_if_the_run_is_interrupted(d
 @pytest.mark.parametrize(
     "where, name, call, written, left",
     [
-        pytest.param(loop, "fit_epoch", 1, [], [0, 1, 2], id="epoch 1"),
-        pytest.param(loop, "fit_epoch", 2, [1], [1, 2], id="epoch 2"),
+        pytest.param(loop.Epochs, "on_epoch_begin", 1, [], [0, 1, 2], id="epoch 1"),
+        pytest.param(loop.Epochs, "on_epoch_begin", 2, [1], [1, 2], id="epoch 2"),
         pytest.param(checkpoints, "save", 2, [1], [1, 2], id="checkpoint 2"),
         pytest.param(records, "write", 2, [1], [2], id="record 2"),
         pytest.param(loop, "evaluate", 1, [3], [], id="evaluation"),
-        pytest.param(loop, "fit_epoch", 3, [2], [0, 1, 2], id="damaged checkpoint"),
+        pytest.param(loop.Epochs, "on_epoch_begin", 3, [2], [0, 1, 2], id="damaged checkpoint"),
     ],
 )
 def test_interrupted_run_continues_as_if_it_had_not_been(
-    dataset, whole, output, fit_epoch, capsys, request, where, name, call, written, left
+    dataset, whole, output, begun, capsys, request, where, name, call, written, left
 ):
     is_damaged = "damaged" in request.node.callspec.id
     kept = 2 if is_damaged else 3 - len(left)
@@ -365,28 +371,27 @@ def test_interrupted_run_continues_as_if_it_had_not_been(
     if is_damaged:
         (path,) = output.rglob("*.checkpoint.npz")
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    fit_epoch.reset_mock()
+    begun.clear()
     model = network()
     if len(left) < 3:  # other weights to start from: those of the checkpoint count
         model.set_weights([weight + 1 for weight in model.get_weights()])
     record = experiments.train(model, dataset, RECIPE)
-    assert [call.args[3] for call in fit_epoch.call_args_list] == left
+    assert begun == left
     assert_same_run(model, record, whole)
     assert files(output) == ["seed0.json"]
     assert (f"going on after epoch {3 - len(left)}" in capsys.readouterr().out) == (len(left) < 3)
 
 
 def test_diverged_run_keeps_its_epochs_and_continues_after_them(dataset, whole, monkeypatch):
-    original = loop.fit_epoch
+    original = loop.Epochs.on_epoch_end
 
-    def fit_epoch(model, *arguments):
-        row = original(model, *arguments)
-        if row["epoch"] == 2:
-            model.weights[0].assign(np.full(model.weights[0].shape, np.nan))
-        return row
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 1:
+            self.model.weights[0].assign(np.full(self.model.weights[0].shape, np.nan))
+        original(self, epoch, logs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "fit_epoch", fit_epoch)
+        patch.setattr(loop.Epochs, "on_epoch_end", on_epoch_end)
         with pytest.raises(loop.Diverged, match="lower learning rate.* kept in .*seed0.partial.json"):
             experiments.train(network(), dataset, RECIPE)
     assert records.find(status="diverged")["epochs"].tolist() == [1] and records.find().empty

@@ -1,15 +1,15 @@
 """Training without files: `fcnn_utils.course.training`, compared with formulas in double precision."""
 
 import inspect
-import itertools
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 from keras import layers
 
 from fcnn_utils import fine_tuning
-from fcnn_utils.course import augmentation, data, networks, training
+from fcnn_utils.course import augmentation, data, feeding, networks, training
 from fcnn_utils.course.recipes import RECIPES
 
 RECIPE = RECIPES["fast"].replace(epochs=3, batch_size=20, precision="float32", learning_rate=0.05)
@@ -44,6 +44,10 @@ def assert_equal_weights(model, other, **tolerance):
         np.testing.assert_allclose(weight, expected, **tolerance)
 
 
+def stop():
+    raise KeyboardInterrupt
+
+
 def with_nan(model, count=None):
     """Set the first `count` weights of the model to nan (default: all)."""
     for weight in model.weights[:count]:
@@ -56,7 +60,7 @@ def with_nan(model, count=None):
 
 def test_fit_yields_a_row_per_epoch_and_validates_if_settings_are_chosen(dataset, scale):
     model, again, figures = linear(), linear(), {"loss", "cross_entropy", "top1", "top5"}
-    rows = list(training.fit(model, dataset, RECIPE.replace(train_on="train")))
+    rows = training.fit(model, dataset, RECIPE.replace(train_on="train"))
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     for row in rows:
         times = {"seconds", "ms_per_step", "first_step_ms", "background_load"}
@@ -74,21 +78,23 @@ def test_fit_yields_a_row_per_epoch_and_validates_if_settings_are_chosen(dataset
 
 def test_fit_continues_from_the_first_epoch_that_is_asked_for(dataset):
     whole, parts = linear(), linear()
-    rows = list(training.fit(whole, dataset, RECIPE))
+    rows = training.fit(whole, dataset, RECIPE)
     assert len(rows) == 3 and "validation" not in rows[0]
-    stopped = list(itertools.islice(training.fit(parts, dataset, RECIPE), 1))
-    continued = list(training.fit(parts, dataset, RECIPE, first_epoch=1))
+    stopped = []
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(parts, dataset, RECIPE, on_epoch=lambda row: stopped.append(row) or stop())
+    continued = training.fit(parts, dataset, RECIPE, first_epoch=1)
     assert [row["epoch"] for row in stopped + continued] == [1, 2, 3]
     assert_equal_weights(parts, whole, rtol=1e-5, atol=1e-6)
-    assert list(training.fit(parts, dataset, RECIPE, first_epoch=3)) == []
-    list(training.fit(parts, dataset, RECIPE))  # from the first epoch on, it starts with a new schedule
+    assert training.fit(parts, dataset, RECIPE, first_epoch=3) == []
+    training.fit(parts, dataset, RECIPE)  # from the first epoch on, it starts with a new schedule
     assert float(parts.optimizer.iterations) == 15
 
 
 @pytest.mark.parametrize("train_on, images", [("all", 100), ("train", 80)])
 def test_fit_rejects_a_batch_larger_than_the_data(dataset, train_on, images):
     with pytest.raises(ValueError, match=f"needs at least 101 training images, one batch; got {images}: take more"):
-        next(training.fit(linear(), dataset, RECIPE.replace(batch_size=101, train_on=train_on)))
+        training.fit(linear(), dataset, RECIPE.replace(batch_size=101, train_on=train_on))
 
 
 def test_teacher_has_its_share_of_the_target(dataset, scale):
@@ -96,11 +102,11 @@ def test_teacher_has_its_share_of_the_target(dataset, scale):
     recipe = RECIPE.replace(epochs=1, batch_size=100, distillation=0.3)
     model, teacher, expected = linear(1), linear(2), linear(1)
     with pytest.raises(ValueError, match="share of distillation, 0.3: give a teacher"):
-        next(training.fit(model, dataset, recipe))
+        training.fit(model, dataset, recipe)
     ((images, labels),) = augmentation.batches(dataset.everything, recipe, 0, scale, 10)
     training.compile_model(expected, recipe, 1)
     expected.train_on_batch(images, 0.7 * labels + 0.3 * softmax(images, *teacher.get_weights()).astype("float32"))
-    list(training.fit(model, dataset, recipe, teacher=teacher))
+    training.fit(model, dataset, recipe, teacher=teacher)
     assert_equal_weights(model, expected, atol=1e-6)
     assert not np.allclose(model.get_weights()[0], linear(1).get_weights()[0], atol=1e-6)
 
@@ -109,7 +115,7 @@ def test_recipe_tune_is_fine_tuning_by_the_library(dataset, scale):
     """With the same images, it makes the same steps; without other settings, it has the same ones."""
     recipe = RECIPES["tune"].replace(epochs=2, batch_size=20, distillation=0.4, label_smoothing=0, precision="float32")
     model, student, teacher = linear(1), linear(1), linear(2)
-    list(training.fit(model, dataset, recipe, teacher=teacher))
+    training.fit(model, dataset, recipe, teacher=teacher)
     batches = (
         batch for epoch in range(2) for batch in augmentation.batches(dataset.everything, recipe, epoch, scale, 10)
     )
@@ -140,33 +146,43 @@ def test_epoch_figures_are_means_over_its_images(dataset, scale):
 
 def test_fit_stops_at_the_first_step_with_a_loss_that_is_not_finite(dataset, monkeypatch):
     with pytest.raises(training.Diverged, match="the loss is nan at epoch 1, step 1: try a lower learning rate"):
-        next(training.fit(with_nan(linear()), dataset, RECIPE))
-    original = augmentation.batches
+        training.fit(with_nan(linear()), dataset, RECIPE)
+    model, rows, begun = linear(), [], []
 
-    def batches(split, recipe, epoch, scale, classes):
-        for step, (images, labels) in enumerate(original(split, recipe, epoch, scale, classes)):
-            yield images, (np.full_like(labels, np.nan) if (epoch, step) == (1, 2) else labels)
+    def ruin(batch, logs):
+        begun.append(batch)
+        if len(begun) == 8:  # the third step of the second epoch
+            getattr(model, "jax_state_sync", int)()  # JAX keeps the weights elsewhere during an epoch
+            with_nan(model)
 
-    monkeypatch.setattr(augmentation, "batches", batches)
-    rows = training.fit(linear(), dataset, RECIPE)
-    assert next(rows)["epoch"] == 1
+    ruining = keras.callbacks.LambdaCallback(on_train_batch_begin=ruin)
     with pytest.raises(training.Diverged, match="epoch 2, step 3"):
-        next(rows)
+        training.fit(model, dataset, RECIPE, on_epoch=rows.append, callbacks=[ruining])
+    assert [row["epoch"] for row in rows] == [1]
 
 
 @pytest.mark.parametrize("ruined", [None, 1], ids=["all weights", "first kernel"])
 def test_fit_detects_that_the_last_step_of_an_epoch_diverged(dataset, monkeypatch, ruined):
     """The loss is that before a step, and a ReLU can hide a nan. Therefore the weights are checked."""
-    original = training.fit_epoch
+    model, original = linear(), training.Epochs.on_epoch_end
 
-    def fit_epoch(model, *arguments):
-        row = original(model, *arguments)
+    def on_epoch_end(self, epoch, logs=None):
         with_nan(model, ruined)
-        return row
+        original(self, epoch, logs)
 
-    monkeypatch.setattr(training, "fit_epoch", fit_epoch)
+    monkeypatch.setattr(training.Epochs, "on_epoch_end", on_epoch_end)
     with pytest.raises(training.Diverged, match="after epoch 1"):
-        next(training.fit(linear(), dataset, RECIPE))
+        training.fit(model, dataset, RECIPE)
+
+
+def test_callbacks_of_fit_see_the_validation_and_a_log_of_each_epoch_is_written(dataset, tmp_path):
+    log = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    rows = training.fit(linear(), dataset, RECIPE.replace(train_on="train"), callbacks=[log])
+    written = pd.read_csv(tmp_path / "log.csv")
+    assert written["epoch"].tolist() == [0, 1, 2]
+    for name in ("loss", "top1"):
+        np.testing.assert_allclose(written[name], [row[name] for row in rows], rtol=1e-5)
+        np.testing.assert_allclose(written[f"val_{name}"], [row["validation"][name] for row in rows], rtol=1e-5)
 
 
 # --- steps -------------------------------------------------------------------------------------------------------
@@ -181,8 +197,8 @@ def test_step_changes_every_layer_of_the_thesis_networks(name):
     before = model.get_weights()
     rng = np.random.default_rng(0)
     batch = rng.standard_normal((4, 16, 16, 3)).astype("float32"), np.eye(10, dtype="float32")[:4]
-    row = training.fit_epoch(model, [batch], 1)
-    assert row["epoch"] == 1 and 1 < row["cross_entropy"] < 5  # ln 10 = 2.3 for a network that knows nothing
+    figures = model.train_on_batch(*batch, return_dict=True)
+    assert 1 < figures["cross_entropy"] < 5  # ln 10 = 2.3 for a network that knows nothing
     for weight, old, new in zip(model.weights, before, model.get_weights(), strict=True):
         assert np.isfinite(new).all(), weight.path
         if not weight.path.endswith("bias"):  # a bias before a batch normalisation has no effect, so no gradient
@@ -203,7 +219,7 @@ def test_steps_are_those_of_gradient_descent(dataset, scale, momentum, smoothing
         gradients = images.reshape(len(images), -1).astype("float64").T @ error / len(images), error.mean(axis=0)
         velocities = [momentum * v - rate * g for v, g in zip(velocities, gradients, strict=True)]
         weights = [w + momentum * v - rate * g for w, v, g in zip(weights, velocities, gradients, strict=True)]
-    training.fit_epoch(model, iter(batches), len(batches))
+    feeding.Feed(model, dataset.train, recipe, scale).fit(range(1))
     for found, expected, old in zip(model.get_weights(), weights, start, strict=True):
         np.testing.assert_allclose((found - old) / rate, (expected - old) / rate, rtol=1e-3, atol=1e-4)
 

@@ -133,8 +133,8 @@ def _add_train(train):
     train.set_defaults(command=_train, is_of_the_course=True)
     train.add_argument(
         "model",
-        help="simple, wider_factorized, wider_separable, deeper_dense, deeper_tucker, deeper_separable, simple_cp, "
-        "inception, xception, wang, resnet18, or a wide residual network by depth and width, for example wrn-16-4",
+        help="simple, wider_dense, wider_factorized, wider_separable, deeper_dense, deeper_tucker, deeper_separable, "
+        "simple_cp, inception, xception, wang, resnet18, or a wide residual network by depth and width, for example wrn-16-4",
     )
     train.add_argument(
         "--recipe",

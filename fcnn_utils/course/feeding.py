@@ -152,3 +152,4 @@ def _cache_programs(jax):
     """Keep compiled programs on disk for the next process, unless JAX is set up to keep them elsewhere."""
     if not (jax.config.jax_compilation_cache_dir or os.environ.get("JAX_COMPILATION_CACHE_DIR")):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # many short ones add up, too

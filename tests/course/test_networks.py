@@ -163,6 +163,16 @@ def test_factorized_convolution_is_column_then_row_and_separable_has_one_filter_
     assert tuple(layer.pointwise_kernel.shape) == (1, 1, 96, 384)
 
 
+def test_dense_control_of_the_wider_networks_has_a_3x3_layer_for_each_factorized_one():
+    dense, factorized = (networks.build(name) for name in ("wider_dense", "wider_factorized"))
+    chains = [(9, 3, 192), (9, 192, 96), (9, 96, 384), (9, 384, 128), (9, 128, 256), (1, 256, 100)]
+    expected = sum(taps * before * after + 5 * after for taps, before, after in chains)  # 5: bias, batch normalisation
+    assert dense.count_params() == expected
+    ends = [layer for layer in factorized.layers if hasattr(layer, "filters") and not layer.name.endswith("a")]
+    layers = [layer for layer in dense.layers if hasattr(layer, "filters")]
+    assert [(each.filters, each.strides) for each in layers] == [(each.filters, each.strides) for each in ends]
+
+
 def test_network_ends_in_mean_over_positions_and_softmax(built):
     model = built["wider_separable"]
     maps, probabilities = keras.Model(model.inputs[0], [model.get_layer("pool").input, model.output])(random_images(2))

@@ -21,6 +21,18 @@ from fcnn_utils._checks import check_choice, check_number
 from fcnn_utils.course.networks import cited
 from fcnn_utils.course.titles import TITLES as TITLES
 
+
+def _wider_plan(kind):
+    return [
+        (kind, 192, 3, 1),
+        ("conv", 96, 3, 2),
+        (kind, 384, 3, 1),
+        ("conv", 128, 3, 2),
+        ("conv", 256, 3, 1),
+        ("conv", None, 1, 1),
+    ]
+
+
 # One row per convolution: (kind, filters, kernel size, stride). Filters None: one filter per class.
 THESIS_PLANS = {
     "simple": [
@@ -34,17 +46,8 @@ THESIS_PLANS = {
         ("conv", 192, 1, 1),
         ("conv", None, 1, 1),
     ],
-    **{
-        f"wider_{kind}": [
-            (kind, 192, 3, 1),
-            ("conv", 96, 3, 2),
-            (kind, 384, 3, 1),
-            ("conv", 128, 3, 2),
-            ("conv", 256, 3, 1),
-            ("conv", None, 1, 1),
-        ]
-        for kind in ("factorized", "separable")
-    },
+    "wider_factorized": _wider_plan("factorized"),
+    "wider_separable": _wider_plan("separable"),
 }
 
 
@@ -70,6 +73,7 @@ OUR_PLANS = {
 _PLANS = {
     **THESIS_PLANS,
     **OUR_PLANS,
+    "wider_dense": _wider_plan("conv"),  # the control of the thesis's two wider networks, which factorize two layers
     # The simple network with CP chains for all 3×3 layers but the first; the rank is the number of filters.
     "simple_cp": [
         ("cp" if number and size == 3 else kind, filters, size, strides)
@@ -94,8 +98,8 @@ def build(
     """Build a network by name, with fresh weights and not compiled.
 
     Args:
-        name: "simple", "wider_factorized", "wider_separable", "deeper_dense", "deeper_tucker", "deeper_separable" or
-            "simple_cp"; or a network of `cited`: "inception", "xception", "wang", "resnet18" or "wrn-DEPTH-WIDTH", for
+        name: "simple", "wider_dense", "wider_factorized", "wider_separable", "deeper_dense", "deeper_tucker",
+            "deeper_separable" or "simple_cp"; or a network of `cited`: "inception", "xception", "wang", "resnet18" or "wrn-DEPTH-WIDTH", for
             example "wrn-16-4".
         input_shape: (height, width, channels) of one image.
         classes: number of classes, at least 2.

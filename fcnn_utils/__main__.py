@@ -12,7 +12,7 @@ from fcnn_utils import _commands
 
 _STOPPED = 130  # a shell's exit code for Ctrl-C
 _EXTRAS = dict.fromkeys(("onnx", "tf2onnx", "onnxruntime", "openvino", "ai_edge_litert"), "export")
-_EXTRAS |= {"jax": "jax", "torch": "torch", "onnxscript": "torch"}  # missing module -> extra that has it
+_EXTRAS |= {"jax": "jax", "torch": "torch", "onnxscript": "torch", "ray": "ray"}  # missing module -> extra that has it
 
 
 def main(arguments=None):
@@ -94,6 +94,7 @@ def _train(options):
 
         if options.deterministic:
             environment.deterministic()
+        environment.use_devices(options.devices)
         environment.describe()
     networks.run_name(options.model, options.width)  # checks both, and the next lines the rest, before data is loaded
     given = {"epochs": options.epochs, "seed": options.seed}
@@ -105,14 +106,28 @@ def _train(options):
     return 0
 
 
+def _sweep(options):
+    from fcnn_utils._terminal import stderr_to
+    from fcnn_utils.course import paths, sweeps
+
+    with stderr_to(os.devnull):  # as above
+        runs = sweeps.read(options.grid)
+    results = sweeps.train(runs, options.address)
+    table = sweeps.summary(results)
+    if len(table):
+        paths.say(table.to_string(float_format="{:.2f}".format))
+    return 1 if any(isinstance(each, str) for each in results.values()) else 0
+
+
 def _parser():
     program = "fcnn" if Path(sys.argv[0]).stem == "fcnn" else "python -m fcnn_utils"  # as it was started
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.set_defaults(is_of_the_course=False)
-    commands = parser.add_subparsers(required=True, metavar="factorize | cost | latency | run | train")
+    commands = parser.add_subparsers(required=True, metavar="factorize | cost | latency | run | train | sweep")
     _commands.add(commands)
     _add_run(commands.add_parser("run", help="execute the notebooks in order"))
     _add_train(commands.add_parser("train", help="train a network of the course without a notebook"))
+    _add_sweep(commands.add_parser("sweep", help="train a grid of networks, recipes and seeds, also on a Ray cluster"))
     return parser
 
 
@@ -134,7 +149,8 @@ def _add_train(train):
     train.add_argument(
         "model",
         help="simple, wider_dense, wider_factorized, wider_separable, deeper_dense, deeper_tucker, deeper_separable, "
-        "simple_cp, inception, xception, wang, resnet18, or a wide residual network by depth and width, for example wrn-16-4",
+        "simple_cp, inception, xception, wang, resnet18, or a wide residual network by depth and width, for example "
+        "wrn-16-4",
     )
     train.add_argument(
         "--recipe",
@@ -156,8 +172,21 @@ def _add_train(train):
     train.add_argument("--test-images", type=int, default=0, metavar="N", help="use N test images")
     train.add_argument("--retrain", action="store_true", help="train even if there is a record, and replace it")
     train.add_argument("--deterministic", action="store_true", help="make results reproducible to the last digit")
+    train.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="divide each batch over N devices (JAX only)"
+    )
     train.add_argument("--save-model", action="store_true", help="keep the trained network beside the record")
     train.add_argument("--save-predictions", action="store_true", help="keep the predictions beside the record")
+
+
+def _add_sweep(sweep):
+    sweep.set_defaults(command=_sweep, is_of_the_course=True)
+    sweep.add_argument("grid", help="TOML file with the networks, recipes and seeds (see fcnn_utils/course/sweeps.py)")
+    sweep.add_argument(
+        "--address",
+        help="of a Ray cluster: auto for the one that runs on this machine, or ray://HOST:10001; default: this machine "
+        "alone, with Ray if it is installed, otherwise one run after another",
+    )
 
 
 if __name__ == "__main__":

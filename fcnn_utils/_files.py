@@ -18,6 +18,10 @@ except ImportError:  # Windows, where nothing is locked
     fcntl = None
 
 
+class Busy(ValueError):
+    """Another process does the same work."""
+
+
 def write_atomic(path, content):
     """Write `content` (bytes or str) to `path`, so that a reader finds the old file or the whole new one.
 
@@ -65,7 +69,8 @@ def locked(path, what):
         what: the work, for the message: "this training".
 
     Raises:
-        ValueError: if another process holds the lock or may do so, or the file cannot be written.
+        Busy: if another process holds the lock.
+        ValueError: if a process on another machine may hold it, or the file cannot be written.
     """
     owner, machine = f"process {os.getpid()}", f" on {platform.node()}"
     with _open_locked(path, what) as file:
@@ -103,7 +108,7 @@ def _open_locked(path, what):
         except BlockingIOError:
             with file:
                 owner = file.read().strip() or "another process"
-            raise ValueError(f"{what} is under way in {owner}; wait until it ends, or stop it, and run again") from None
+            raise Busy(f"{what} is under way in {owner}; wait until it ends, or stop it, and run again") from None
         except OSError:  # a file system without locks: the name in the file is all there is
             pass
         with contextlib.suppress(FileNotFoundError):  # its last owner has deleted it since it was opened

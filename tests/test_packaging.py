@@ -133,7 +133,7 @@ def names(*groups):
 
 PACKAGE = set((ROOT / "fcnn_utils").rglob("*.py"))
 COURSE = set((ROOT / "fcnn_utils/course").rglob("*.py"))
-OPTIONAL = names(*(EXTRAS[extra] for extra in ("export", "int8", "jax", "torch")))  # of the library
+OPTIONAL = names(*(EXTRAS[extra] for extra in ("export", "int8", "jax", "ray", "torch")))  # of the library
 
 
 @pytest.mark.parametrize(

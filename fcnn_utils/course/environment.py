@@ -5,6 +5,7 @@ import the active backend, inside the function, so that no other one is loaded. 
 functions, too: the first chapters need none.
 """
 
+import contextlib
 import datetime
 import functools
 import logging
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fcnn_utils._checks import check_number
 from fcnn_utils._processors import available_cores
 from fcnn_utils.course import paths
 
@@ -71,6 +73,36 @@ def deterministic():
 
         torch.use_deterministic_algorithms(True)
     _ASKED["deterministic"] = True
+
+
+def use_devices(count):
+    """Train on several devices: each computes its share of every batch, and the results are those of one device.
+
+    By `keras.distribution.DataParallel`, on JAX. Call it before anything is built or computed. On a CPU, JAX then
+    divides the processor into so many devices, which shows that it works and saves no time.
+
+    Args:
+        count: number of devices, at least 1; 1 changes nothing.
+
+    Raises:
+        ValueError: if the backend is not JAX, or there are not so many devices.
+    """
+    check_number("devices", count, int, 1, 4096)
+    if count == 1:
+        return
+    if _backend() != "jax":
+        raise ValueError(f"several devices need the backend jax: set KERAS_BACKEND to jax; it is {_backend()}")
+    import jax
+    import keras
+
+    with contextlib.suppress(RuntimeError):  # JAX has started: then it has the devices it has
+        jax.config.update("jax_num_cpu_devices", count)  # no effect where there is a GPU
+    found = keras.distribution.list_devices()
+    if len(found) < count:
+        raise ValueError(f"devices must be at most {len(found)} here, the number that JAX finds; got {count}")
+    keras.distribution.set_distribution(
+        keras.distribution.DataParallel(devices=found[:count], auto_shard_dataset=False)
+    )
 
 
 def describe():

@@ -77,9 +77,9 @@ def train(
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     recipe = recipe if seed is None else dataclasses.replace(recipe, seed=seed)
     name = _record_name(model, width, name)
-    stored = None if retrain else _stored(name, dataset, recipe, save_predictions, quiet)
-    if stored:
-        return stored
+    earlier = None if retrain else stored(name, dataset, recipe, save_predictions, quiet)
+    if earlier:
+        return earlier
     images = len(dataset.train) + (len(dataset.validation) if recipe.train_on == "all" else 0)
     steps = training.steps_per_epoch(images, recipe)
     path = records.path_of(dataset.name, name, recipe.name, recipe.seed)
@@ -99,6 +99,46 @@ def train(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_kept_line(record)) from None
         _finish(model, record, save_model, save_predictions)
+    return record
+
+
+def stored(name, dataset, recipe, needs_predictions=False, quiet=True):
+    """Find the record of a run, from any machine.
+
+    Args:
+        name: name of the network in the record, such as "simple-width0.6".
+        dataset: `data.Dataset`.
+        recipe: `recipes.Recipe` with the seed of the run.
+        needs_predictions: require that the predictions were kept.
+        quiet: do not print a line about it.
+
+    Returns:
+        The record, with the defaults of settings that it lacks because it is older; None if there is none.
+
+    Raises:
+        ValueError: if it was made with other settings or data, is damaged, or lacks the predictions.
+    """
+    record, path = records.lookup(dataset.name, name, recipe.name, recipe.seed)
+    if record is None:
+        return None
+    defaults = {field.name: field.default for field in dataclasses.fields(recipe)}
+    record = record | {"recipe": defaults | record["recipe"]}  # an older record lacks new settings
+    wanted = {
+        "dataset": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "model": name,
+        "recipe": recipe.as_dict(),
+        "seed": recipe.seed,
+    }
+    differing = [key for key, value in wanted.items() if record[key] != value]
+    if "recipe" in differing:
+        differing += [key for key, value in wanted["recipe"].items() if record["recipe"].get(key) != value]
+    if differing:
+        raise ValueError(f"{paths.shown(path)} was made with another {', '.join(differing)}; {_RETRAIN}")
+    if not quiet:
+        paths.say(f"{result_line(record)}; read from {paths.shown(path)}")
+    if needs_predictions and predictions.load(dataset.name, name, recipe.name, recipe.seed) is None:
+        raise ValueError(f"{result_line(record)}; its predictions were not kept: {_RETRAIN}")
     return record
 
 
@@ -165,32 +205,6 @@ def _record_name(model, width, name):
     if name is not None:
         return name
     return networks.run_name(model, width) if is_name else model.name
-
-
-def _stored(name, dataset, recipe, needs_predictions, quiet):
-    """Return the record of the same run, from any machine; None if there is none."""
-    record, path = records.lookup(dataset.name, name, recipe.name, recipe.seed)
-    if record is None:
-        return None
-    defaults = {field.name: field.default for field in dataclasses.fields(recipe)}
-    record = record | {"recipe": defaults | record["recipe"]}  # an older record lacks new settings
-    wanted = {
-        "dataset": dataset.name,
-        "fingerprint": dataset.fingerprint,
-        "model": name,
-        "recipe": recipe.as_dict(),
-        "seed": recipe.seed,
-    }
-    differing = [key for key, value in wanted.items() if record[key] != value]
-    if "recipe" in differing:
-        differing += [key for key, value in wanted["recipe"].items() if record["recipe"].get(key) != value]
-    if differing:
-        raise ValueError(f"{paths.shown(path)} was made with another {', '.join(differing)}; {_RETRAIN}")
-    if not quiet:
-        paths.say(f"{result_line(record)}; read from {paths.shown(path)}")
-    if needs_predictions and predictions.load(dataset.name, name, recipe.name, recipe.seed) is None:
-        raise ValueError(f"{result_line(record)}; its predictions were not kept: {_RETRAIN}")
-    return record
 
 
 @contextlib.contextmanager

@@ -99,8 +99,8 @@ def build(
 
     Args:
         name: "simple", "wider_dense", "wider_factorized", "wider_separable", "deeper_dense", "deeper_tucker",
-            "deeper_separable" or "simple_cp"; or a network of `cited`: "inception", "xception", "wang", "resnet18" or "wrn-DEPTH-WIDTH", for
-            example "wrn-16-4".
+            "deeper_separable" or "simple_cp"; or a network of `cited`: "inception", "xception", "wang", "resnet18" or
+            "wrn-DEPTH-WIDTH", for example "wrn-16-4".
         input_shape: (height, width, channels) of one image.
         classes: number of classes, at least 2.
         width: factor on the number of filters of every layer but the last (rounded, at least 1).

@@ -22,6 +22,9 @@ MAY_IMPORT_A_BACKEND = {
     "course.environment.deterministic",
     "course.environment.gpu",
     "course.environment.has_bfloat16",
+    "course.environment.use_devices",  # JAX can divide a CPU into devices
+    "course.feeding._dataset",  # tf.data
+    "course.feeding._train_function",  # an epoch in one program, by JAX
     "quantization._quantize_litert",  # an enumeration that TensorFlow's converter takes
     "course.environment.setup",  # no function is compiled in the smoke profile
 }

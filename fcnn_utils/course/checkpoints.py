@@ -9,7 +9,7 @@ import numpy as np
 from fcnn_utils import _files
 from fcnn_utils.course import paths, records
 
-_SAME = ("fingerprint", "model", "recipe", "seed", "precision", "params")  # must equal the checkpoint's entries
+_SAME = ("fingerprint", "model", "recipe", "seed", "precision")  # must equal the checkpoint's entries
 
 
 def file_of(record, suffix):
@@ -61,13 +61,19 @@ def resume(model, record, restart=False):
     return earlier["epochs"]
 
 
-def epochs_done(record):
-    """Return the number of epochs in the checkpoint of a run; 0 if there is none that `resume` would load."""
+def record_of(record, restart=False):
+    """Return the record in the checkpoint that `resume` would load; {} if it would load none."""
     try:
         earlier, _ = _read(file_of(record, "checkpoint.npz"))
     except ValueError:
-        return 0
-    return len(earlier["epochs"]) if _is_same(earlier, record) else 0
+        return {}
+    is_whole = len(earlier["epochs"]) == record["recipe"]["epochs"]
+    return earlier if _is_same(earlier, record) and not (restart and is_whole) else {}
+
+
+def epochs_done(record):
+    """Return the number of epochs in the checkpoint of a run; 0 if there is none that `resume` would load."""
+    return len(record_of(record).get("epochs", []))
 
 
 def keep(model, record):
@@ -90,7 +96,9 @@ def keep(model, record):
 
 
 def _is_same(earlier, record):
-    return all(earlier[key] == record[key] for key in _SAME)
+    """Return whether both are of one run; the network may be factorized in one of them (see `switching`)."""
+    params = [each.get("dense", each)["params"] for each in (earlier, record)]
+    return params[0] == params[1] and all(earlier[key] == record[key] for key in _SAME)
 
 
 def _read(path):

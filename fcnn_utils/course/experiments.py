@@ -24,7 +24,17 @@ import dataclasses
 import keras
 
 from fcnn_utils import _files, cost
-from fcnn_utils.course import augmentation, checkpoints, environment, networks, paths, predictions, records, training
+from fcnn_utils.course import (
+    augmentation,
+    checkpoints,
+    environment,
+    networks,
+    paths,
+    predictions,
+    records,
+    switching,
+    training,
+)
 from fcnn_utils.course.recipes import get_recipe
 
 _RETRAIN = "pass retrain=True (on the command line --retrain) to replace it"
@@ -89,10 +99,11 @@ def train(
         training.compile_model(model, recipe, steps)  # a checkpoint includes the optimizer
         record = _new_record(model, name, dataset, recipe, images)
         try:
+            model = _as_checkpoint(model, record, recipe, steps, restart=retrain)
             record["epochs"] = checkpoints.resume(model, record, restart=retrain)
             if save_predictions:
                 predictions.check_kept(record, len(record["epochs"]) // recipe.epochs_a_cycle)
-            _run(model, dataset, recipe, record, teacher, save_predictions)
+            model = _run(model, dataset, recipe, record, steps, teacher, save_predictions)
         except training.Diverged as error:
             path = records.write(record | {"status": "diverged", "test": None})
             raise training.Diverged(f"{error}; the epochs before are kept in {paths.shown(path)}") from None
@@ -262,14 +273,41 @@ def _new_record(model, name, dataset, recipe, images):
 # --- the training, and what it leaves ----------------------------------------------------------------------------
 
 
-def _run(model, dataset, recipe, record, teacher, save_predictions):
-    """Train the missing epochs of `record`, then test. After each epoch, write what resuming needs.
+def _as_checkpoint(model, record, recipe, steps, restart):
+    """Return the network that the run's checkpoint is of: `model`, or the factorized one after the switch."""
+    made = checkpoints.record_of(record, restart).get("factorization")
+    if made is None:
+        return model
+    dense, (model, _) = model, switching.factorize(model, recipe, made["ranks"])
+    switching.carry_over(dense, model, recipe, steps)
+    _add_counts(record, model, made)
+    return model
+
+
+def _switch(model, record, recipe, steps):
+    """Factorize the network in the middle of a run; return the new one, compiled."""
+    dense, (model, made) = model, switching.factorize(model, recipe)
+    switching.carry_over(dense if recipe.factorize_at else None, model, recipe, steps)
+    _add_counts(record, model, made)
+    return model
+
+
+def _add_counts(record, model, made):
+    """Enter the factorized network into the record."""
+    record["dense"] = {key: record[key] for key in ("params", "trainable", "macs")}
+    counts = cost.total_costs(model)
+    record |= {key: counts[key] for key in record["dense"]} | {"factorization": made}
+
+
+# parameters: what `train` has found out
+def _run(model, dataset, recipe, record, steps, teacher, save_predictions):
+    """Train the missing epochs of `record`, then test; return the network. After each epoch, write what resuming needs.
 
     The order of the writes makes it safe to stop at any point. Predictions are written before the
     checkpoint: a run that stops between the two then repeats the epoch and writes them again. The record
     is written last, because a resumed run takes its epochs from the checkpoint.
     """
-    scale, done = augmentation.channel_statistics(dataset), len(record["epochs"])
+    scale, at = augmentation.channel_statistics(dataset), recipe.factorize_at
 
     def on_epoch(row):
         record["epochs"].append(row)
@@ -282,10 +320,15 @@ def _run(model, dataset, recipe, record, teacher, save_predictions):
         records.write(record)
         paths.say(progress_line(record, row))
 
-    training.fit(model, dataset, recipe, first_epoch=done, teacher=teacher, on_epoch=on_epoch)
+    if at is not None and "factorization" not in record:
+        options = {"first_epoch": len(record["epochs"]), "epochs": at, "teacher": teacher, "on_epoch": on_epoch}
+        training.fit(model, dataset, recipe, **options)
+        model = _switch(model, record, recipe, steps)
+    training.fit(model, dataset, recipe, first_epoch=len(record["epochs"]), teacher=teacher, on_epoch=on_epoch)
     if recipe.train_on == "all" or save_predictions:
         record["test"] = training.evaluate(model, dataset.test, scale, dataset.coarse_names)
         training.check_finite(record["test"]["loss"], "on the test images after the last epoch")
+    return model
 
 
 def _finish(model, record, save_model, save_predictions):

@@ -1,7 +1,8 @@
 """Training recipes: optimizer, schedule, augmentation and all other settings. `RECIPES` has them by name:
 
-faster   5 epochs, the best of those that were searched
+faster   5 epochs, the best that was found with SGD
 fast     5 epochs, common practice for a short training
+muon     5 epochs, `faster` with another optimizer: orthogonalised momentum (`optimizers.Muon`)
 long     20 epochs, `faster` with larger batches and shifts
 thesis   5 epochs as in the thesis; `assumed` lists what the thesis does not state
 medical  20 epochs for small images of few classes; shows each class equally often
@@ -24,6 +25,7 @@ _RANGES = {  # setting -> kind, lowest and highest value; the highest of `cycles
     "distillation": (float, 0, 0.5),
     "shift": (int, 0, 8),
     "head_scale": (float, 1e-3, 1e3),
+    "factorize_to": (float, 1e-3, 1),
     "seed": (int, 0, 2**31 - 1),
 }
 _CHOICES = {
@@ -34,6 +36,9 @@ _CHOICES = {
     "precision": ("float32", "mixed_bfloat16", "auto"),
     "train_on": ("train", "all"),
     "initialization": ("glorot", "he"),
+    "factorize_by": ("spatial", "tucker", "cp", "cp4", "tt", "svd", "separable", "auto"),
+    "factors": ("decomposed", "fresh"),
+    "carry": ("both", "rate", "none"),
 }
 _IN_SUMMARY = ("name", "epochs", "batch_size", "optimizer", "learning_rate", "schedule", "assumed")
 
@@ -77,6 +82,14 @@ class Recipe:
             images, with one test at the end.
         initialization: of the kernels, "glorot" or "he", if the network is built by its name.
         head_scale: initial scale of the last batch normalisation, if the network is built by its name.
+        factorize_at: factorize the network after so many epochs, 0 for before the first step; None for never. See
+            `switching`.
+        factorize_by: method of `compress.factorize`.
+        factorize_to: share of the network's MACs that are left.
+        factors: "decomposed": the new layers start from the kernels that they replace; or "fresh", with `factorize_at`
+            0: all weights start at random.
+        carry: what goes on after the switch: "both", the schedule of the learning rate and the momentum of weights that
+            are still there; "rate", the schedule; "none": the other epochs have a schedule of their own.
         seed: seed of weights, image order and augmentation, unless `experiments.train` is given another.
         assumed: sentences on what we chose because the source does not state it.
     """
@@ -101,6 +114,11 @@ class Recipe:
     train_on: str = "all"
     initialization: str = "glorot"
     head_scale: float = 1.0
+    factorize_at: int | None = None
+    factorize_by: str = "spatial"
+    factorize_to: float = 0.25
+    factors: str = "decomposed"
+    carry: str = "both"
     seed: int = 0
     assumed: tuple = ()
 
@@ -115,6 +133,13 @@ class Recipe:
                 f"cycles above 1 need the schedule one_cycle and must divide the epochs; got {self.cycles} cycles of "
                 f"{self.schedule} in {self.epochs} epochs"
             )
+
+        if self.factorize_at is not None:
+            check_number("factorize_at", self.factorize_at, int, 0, self.epochs - 1)
+        if self.factors == "fresh" and self.factorize_at != 0:
+            raise ValueError(f"factors can be fresh only if factorize_at is 0; it is {self.factorize_at}")
+        if self.factorize_at is not None and self.cycles > 1:
+            raise ValueError(f"factorize_at needs one cycle; got {self.cycles} cycles")
 
     def __str__(self):
         """Return one line: the main settings, and those others that are not at their default."""
@@ -168,18 +193,19 @@ _THESIS = Recipe("thesis", 5, 32, "sgd", 0.01, schedule="inverse_time", shift=3,
 _FAST = Recipe("fast", 5, 128, "sgd", 0.2, schedule="one_cycle", label_smoothing=0.1, shift=2, precision="auto")
 _FASTER = dataclasses.replace(_FAST, name="faster", batch_size=64, weight_decay=5e-4, head_scale=6.0)
 _LONG = dataclasses.replace(_FASTER, name="long", epochs=20, batch_size=128, shift=4)
+_MUON = dataclasses.replace(_FASTER, name="muon", optimizer="muon", learning_rate=0.24)
 _MEDICAL = dataclasses.replace(  # the best of a few; their validation results hardly differ
     _FASTER, name="medical", epochs=20, learning_rate=0.05, balanced=True, train_on="train"
 )
 _TUNE = dataclasses.replace(_FAST, name="tune", epochs=1, learning_rate=0.01, clip_norm=1.0)
-RECIPES = {recipe.name: recipe for recipe in (_THESIS, _FAST, _FASTER, _LONG, _MEDICAL, _TUNE)}
+RECIPES = {recipe.name: recipe for recipe in (_THESIS, _FAST, _FASTER, _MUON, _LONG, _MEDICAL, _TUNE)}
 
 
 def get_recipe(name, **changes):
     """Get a recipe by its name.
 
     Args:
-        name: "faster", "fast", "long", "thesis", "medical" or "tune".
+        name: "faster", "muon", "fast", "long", "thesis", "medical" or "tune".
         changes: settings to change, as in `Recipe.replace`. The values 0, None and False change nothing,
             so that a parameter of a notebook can mean "as in the recipe".
 

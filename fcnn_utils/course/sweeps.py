@@ -117,6 +117,9 @@ def train(runs, address=None, file=None):
                 results[run] = _kept(outcome)
                 table.end(run, results[run])
             table.draw()
+    for run in waiting:
+        if isinstance(results[run], str):
+            paths.say(f"{run} failed: {results[run]}", file)
     paths.say(f"{len(waiting)} runs in {time.monotonic() - started:.0f} s", file)
     return {run: results[run] for run in runs}
 
@@ -320,13 +323,13 @@ class _Table:
         self.is_live = self.file.isatty()
 
     def end(self, run, outcome):
-        self.states[run] = f"FAILED: {outcome}" if isinstance(outcome, str) else f"done, {_result(outcome)}"
+        self.states[run] = "FAILED" if isinstance(outcome, str) else "done, {} top-1 {:.1%}".format(*_result(outcome))
 
     def draw(self):
         for run, path in self.places.items():
             if not self.states[run].startswith(("done", "FAILED")):
                 self.states[run] = self._progress_of(path.with_suffix(".partial.json")) or self.states[run]
-        lines = [f"{str(run):<72} {state}" for run, state in self.states.items()]
+        lines = [f"{state:<34} {run}" for run, state in self.states.items()]
         if self.is_live:
             width, height = shutil.get_terminal_size()
             # If there are more runs than lines, the oldest scroll away. The cursor can only go back over what is seen.
@@ -336,7 +339,7 @@ class _Table:
             self.file.flush()
         else:
             for line in lines:
-                if line not in self.shown and not line.endswith("waits"):
+                if line not in self.shown and not line.startswith("waits"):
                     paths.say(line, self.file)
         self.shown, self.height = lines, len(lines)
 
@@ -355,8 +358,9 @@ class _Table:
 
 
 def _result(record):
-    result = record["test"] or record["epochs"][-1]["validation"]
-    return f"{'validation' if record['test'] is None else 'test'} top-1 {result['top1']:.1%}"
+    """Return which images a complete run was measured on, "test" or "validation", and its top-1 accuracy on them."""
+    images, result = ("test", record["test"]) if record["test"] else ("validation", record["epochs"][-1]["validation"])
+    return images, result["top1"]
 
 
 def summary(results):
@@ -373,8 +377,8 @@ def summary(results):
         {
             "network": record["model"],
             "recipe": record["recipe"]["name"],
-            "images": "validation" if record["test"] is None else "test",
-            "top1": 100 * (record["test"] or record["epochs"][-1]["validation"])["top1"],
+            "images": _result(record)[0],
+            "top1": 100 * _result(record)[1],
         }
         for record in results.values()
         if not isinstance(record, str)

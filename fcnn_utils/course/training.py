@@ -5,6 +5,7 @@
 `experiments` adds records, checkpoints and predictions on disk.
 """
 
+import dataclasses
 import math
 import os
 import time
@@ -21,7 +22,7 @@ _PROBABILITY_FLOOR = 1e-12  # keeps the logarithm of a probability of 0 finite
 
 
 # parameters: those up to `recipe` say what is trained, the others how `fit` runs
-def fit(model, data, recipe, *, first_epoch=0, teacher=None, on_epoch=None, callbacks=(), verbose=0):
+def fit(model, data, recipe, *, first_epoch=0, epochs=None, teacher=None, on_epoch=None, callbacks=(), verbose=0):
     """Train `model` in place by `recipe`, with `model.compile` and `model.fit`.
 
     Image order, augmentation and learning rate depend only on the seed and the epoch. Therefore you can
@@ -34,6 +35,7 @@ def fit(model, data, recipe, *, first_epoch=0, teacher=None, on_epoch=None, call
             `recipe.train_on` is. The second may be None.
         recipe: `recipes.Recipe`.
         first_epoch: number of the epoch to start with, from 0.
+        epochs: number of the epoch to stop before; default: the recipe's number of epochs.
         teacher: keras.Model from images to class probabilities, for `recipe.distillation`.
         on_epoch: function that is called with each dict of the result as soon as it is known.
         callbacks, verbose: as in `keras.Model.fit`. At the end of an epoch `logs` has val_loss, val_top1 and val_top5.
@@ -62,11 +64,11 @@ def fit(model, data, recipe, *, first_epoch=0, teacher=None, on_epoch=None, call
             _check_probabilities(name, each, augmentation.normalize(train.images[:2], scale), classes)
     if first_epoch == 0:
         compile_model(model, recipe, steps)
-    epochs = Epochs(None if validation is None else lambda: evaluate(model, validation, scale, coarse_names), on_epoch)
-    if first_epoch < recipe.epochs:
-        feed = feeding.Feed(model, train, recipe, scale, teacher)
-        feed.fit(range(first_epoch, recipe.epochs), [epochs, *callbacks], verbose)
-    return epochs.rows
+    validate = None if validation is None else lambda: evaluate(model, validation, scale, coarse_names)
+    chosen, rows = range(first_epoch, recipe.epochs if epochs is None else epochs), Epochs(validate, on_epoch)
+    if chosen:
+        feeding.Feed(model, train, recipe, scale, teacher).fit(chosen, [rows, *callbacks], verbose)
+    return rows.rows
 
 
 def steps_per_epoch(images, recipe):
@@ -193,14 +195,16 @@ def evaluate(model, split, scale, coarse_names=()):
     }
 
 
-def compile_model(model, recipe, steps):
+def compile_model(model, recipe, steps, epochs=None):
     """Compile `model` in place by `recipe`: optimizer, loss (cross-entropy), top-1 and top-5.
 
     Args:
         model: built keras.Model.
         recipe: `recipes.Recipe`.
         steps: steps per epoch, for the learning-rate schedule.
+        epochs: number of epochs of this schedule; default: the recipe's.
     """
+    recipe = recipe if epochs is None else dataclasses.replace(recipe, epochs=epochs, factorize_at=None)
     options = {"global_clipnorm": recipe.clip_norm or None, "weight_decay": recipe.weight_decay or None}
     if recipe.optimizer == "sgd":
         options |= {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}

@@ -64,7 +64,7 @@ def test_replace_rejects_unknown_settings_and_the_name():
 
 @pytest.mark.parametrize("name", ["slow", "", None])
 def test_get_recipe_rejects_unknown_names(name):
-    with pytest.raises(ValueError, match=f"one of thesis, fast, faster, long, medical, tune; got {name!r}"):
+    with pytest.raises(ValueError, match=f"one of thesis, fast, faster, muon, long, medical, tune; got {name!r}"):
         get_recipe(name)
 
 
@@ -75,6 +75,7 @@ def test_recipes_have_the_settings_of_the_published_runs():
         "thesis": {"epochs": 5, "batch_size": 32, "learning_rate": 0.01, "shift": 3, "schedule": "inverse_time"},
         "fast": common | {"epochs": 5, "batch_size": 128, "learning_rate": 0.2, "shift": 2},
         "faster": searched | {"epochs": 5, "batch_size": 64, "learning_rate": 0.2, "shift": 2},
+        "muon": searched | {"epochs": 5, "batch_size": 64, "learning_rate": 0.24, "shift": 2, "optimizer": "muon"},
         "long": searched | {"epochs": 20, "batch_size": 128, "learning_rate": 0.2, "shift": 4},
         "medical": searched | {"epochs": 20, "batch_size": 64, "learning_rate": 0.05, "shift": 2},
         "tune": common | {"epochs": 1, "batch_size": 128, "learning_rate": 0.01, "shift": 2, "clip_norm": 1.0},

@@ -71,7 +71,9 @@ class Feed:
 
     def _rows(self, epochs, together=1):
         """Generate the rows of the plan for these epochs, (steps, B, 4), at most so many steps together."""
-        for epoch in epochs:
+        # Keras's callback BackupAndRestore sets the epoch to go on with in this attribute, after `fit` was called.
+        start = max(epochs.start, getattr(self.model, "_initial_epoch", None) or 0)
+        for epoch in range(start, epochs.stop):
             plan = augmentation.plan(self.split, self.recipe, epoch)
             yield from (plan[start : start + together] for start in range(0, self.steps, together))
 

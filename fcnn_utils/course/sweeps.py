@@ -70,7 +70,7 @@ def read(path):
     """Read a grid from a TOML file (see the module).
 
     Returns:
-        list of `Run`, all seeds of a setting one after another.
+        list of `Run`, by seed: if a sweep is stopped, what has been trained can be compared.
 
     Raises:
         ValueError: if the file cannot be read, or a value is not allowed; the message names the file.
@@ -159,7 +159,7 @@ def _runs(grid):
     repeated = sorted({key for key in keys if keys.count(key) > 1})
     if repeated:
         raise ValueError(f"a run occurs twice: {repeated[0]}; give each value once")
-    return found
+    return sorted(found, key=lambda run: run.recipe.seed)
 
 
 def _records_of(runs):

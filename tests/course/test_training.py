@@ -185,6 +185,23 @@ def test_callbacks_of_fit_see_the_validation_and_a_log_of_each_epoch_is_written(
         np.testing.assert_allclose(written[f"val_{name}"], [row["validation"][name] for row in rows], rtol=1e-5)
 
 
+def test_backup_and_restore_of_keras_continues_as_if_there_had_been_no_stop(dataset, tmp_path):
+    whole, rows = linear(), []
+    expected = training.fit(whole, dataset, RECIPE)
+    for _ in range(2):
+        model, backup = linear(), keras.callbacks.BackupAndRestore(tmp_path / "backup")
+        stopping = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: epoch == 2 and not rows[2:] and stop()
+        )
+        try:
+            training.fit(model, dataset, RECIPE, callbacks=[backup, stopping], on_epoch=rows.append)
+        except KeyboardInterrupt:
+            rows.append("stopped")
+    assert [row if row == "stopped" else row["epoch"] for row in rows] == [1, 2, "stopped", 3]
+    assert rows[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-5)
+    assert_equal_weights(model, whole, rtol=1e-5, atol=1e-6)
+
+
 # --- steps -------------------------------------------------------------------------------------------------------
 
 

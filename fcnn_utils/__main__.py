@@ -99,6 +99,8 @@ def _train(options):
     networks.run_name(options.model, options.width)  # checks both, and the next lines the rest, before data is loaded
     given = {"epochs": options.epochs, "seed": options.seed}
     recipe = get_recipe(options.recipe).replace(**{key: value for key, value in given.items() if value is not None})
+    if recipe.batch_size % options.devices:
+        raise ValueError(f"devices must divide the batch of {recipe.batch_size} images; got {options.devices}")
     dataset = data.load(options.dataset, options.train_images, options.test_images)
     paths.say(str(dataset))
     how = {key: getattr(options, key) for key in ("width", "retrain", "save_model", "save_predictions")}
@@ -108,10 +110,10 @@ def _train(options):
 
 def _sweep(options):
     from fcnn_utils._terminal import stderr_to
-    from fcnn_utils.course import paths, sweeps
+    from fcnn_utils.course import grids, paths, sweeps
 
     with stderr_to(os.devnull):  # as above
-        runs = sweeps.read(options.grid)
+        runs = grids.read(options.grid)
     results = sweeps.train(runs, options.address)
     table = sweeps.summary(results)
     if len(table):
@@ -155,8 +157,8 @@ def _add_train(train):
     train.add_argument(
         "--recipe",
         default="faster",
-        help="faster (default), fast (common practice), long (20 epochs), thesis, medical (small images of few "
-        "classes, each class shown equally often), or tune (small steps, for pretrained weights)",
+        help="faster (default), muon (another optimizer), fast (common practice), long (20 epochs), thesis, medical "
+        "(small images of few classes, each class shown equally often), or tune (small steps, for pretrained weights)",
     )
     train.add_argument("--seed", type=int, help="seed of weights, image order and augmentation (default: 0)")
     train.add_argument("--width", type=float, default=1.0, help="factor on the number of filters (default: 1)")
@@ -181,7 +183,7 @@ def _add_train(train):
 
 def _add_sweep(sweep):
     sweep.set_defaults(command=_sweep, is_of_the_course=True)
-    sweep.add_argument("grid", help="TOML file with the networks, recipes and seeds (see fcnn_utils/course/sweeps.py)")
+    sweep.add_argument("grid", help="TOML file with the networks, recipes and seeds (see fcnn_utils/course/grids.py)")
     sweep.add_argument(
         "--address",
         help="of a Ray cluster: auto for the one that runs on this machine, or ray://HOST:10001; default: this machine "

@@ -34,7 +34,7 @@ def make_batch(images, labels, rows, scale, classes):
     """Make one batch of augmented images.
 
     Args:
-        images: (N, H, W, C) uint8, all images; N · H · W below 2**31.
+        images: (N, H, W, C) uint8, all images.
         labels: (N,) int.
         rows: (B, 4) int32, one batch of `plan`.
         scale: (mean, standard deviation), from `channel_statistics`.

@@ -208,10 +208,13 @@ def precision(wanted):
 def commit():
     """Return the short hash of the course's commit, with "+" if the package has uncommitted changes.
 
-    It is "unknown" if the course's folder (`paths.root`) is not the top folder of a git repository: a
-    repository around it says nothing about the course. Files that git does not track do not count.
+    It is FCNN_COMMIT if that is set: on a cluster the package is a copy. It is "unknown" if the course's folder
+    (`paths.root`) is not the top folder of a git repository: a repository around it says nothing about the course.
+    Files that git does not track do not count.
     """
     folder = paths.root()
+    if os.environ.get("FCNN_COMMIT"):
+        return os.environ["FCNN_COMMIT"]
     if folder is None:
         return "unknown"
     try:

@@ -10,6 +10,8 @@ A record is a dict of JSON types:
     model              name of the network, with its width if that is not 1: "simple-width0.6"
     params, trainable  number of all weights, and of the trainable ones
     macs               multiply-accumulate operations (MACs) per image
+    dense              with `factorize_at`: dict of the same three of the network before
+    factorization      with `factorize_at`: the dict of `switching.factorize`
     epochs             list of the dicts that `training.fit` returns
     test               dict of `training.evaluate` on all test images; None if the recipe trains on
                        "train", unless predictions are kept
@@ -61,8 +63,9 @@ def train(
     After an interruption, call it again: it continues after the last whole epoch.
 
     Args:
-        model: name for `networks.build`; or a built keras.Model, which is trained in place; or a function
-            from the seed to a built keras.Model, called only if there is no record.
+        model: name for `networks.build`; or a built keras.Model, which is trained in place (until it is factorized, if
+            the recipe has `factorize_at`); or a function from the seed to a built keras.Model, called only if there is
+            no record.
         dataset: `data.Dataset`.
         recipe: `recipes.Recipe`, or the name of one.
         seed: seed of weights, image order and augmentation; default: the recipe's.
@@ -99,8 +102,13 @@ def train(
         training.compile_model(model, recipe, steps)  # a checkpoint includes the optimizer
         record = _new_record(model, name, dataset, recipe, images)
         try:
-            model = _as_checkpoint(model, record, recipe, steps, restart=retrain)
+            dense, model = model, _as_checkpoint(model, record, recipe, steps, restart=retrain)
             record["epochs"] = checkpoints.resume(model, record, restart=retrain)
+            if model is not dense and not record["epochs"]:  # the checkpoint was refused
+                model, _ = dense, record.pop("factorization")
+                record |= record.pop("dense")
+            if recipe.factorize_at and not record["epochs"]:
+                switching.factorize(model, recipe)  # raises now what it would raise after some epochs
             if save_predictions:
                 predictions.check_kept(record, len(record["epochs"]) // recipe.epochs_a_cycle)
             model = _run(model, dataset, recipe, record, steps, teacher, save_predictions)
@@ -278,25 +286,21 @@ def _as_checkpoint(model, record, recipe, steps, restart):
     made = checkpoints.record_of(record, restart).get("factorization")
     if made is None:
         return model
-    dense, (model, _) = model, switching.factorize(model, recipe, made["ranks"])
-    switching.carry_over(dense, model, recipe, steps)
-    _add_counts(record, model, made)
-    return model
+    return _switch(model, record, recipe, steps, made)
 
 
-def _switch(model, record, recipe, steps):
-    """Factorize the network in the middle of a run; return the new one, compiled."""
-    dense, (model, made) = model, switching.factorize(model, recipe)
+def _switch(dense, record, recipe, steps, made=None):
+    """Return the factorized network in the middle of a run, compiled, and enter it into the record.
+
+    `made` is what the record says of it if it was factorized before.
+    """
+    model, now = switching.factorize(dense, recipe, made and made["ranks"])
     switching.carry_over(dense if recipe.factorize_at else None, model, recipe, steps)
-    _add_counts(record, model, made)
-    return model
-
-
-def _add_counts(record, model, made):
-    """Enter the factorized network into the record."""
+    switching.decay_products(model, now["ranks"], recipe.product_decay)
     record["dense"] = {key: record[key] for key in ("params", "trainable", "macs")}
     counts = cost.total_costs(model)
-    record |= {key: counts[key] for key in record["dense"]} | {"factorization": made}
+    record |= {key: counts[key] for key in record["dense"]} | {"factorization": made or now}
+    return model
 
 
 # parameters: what `train` has found out

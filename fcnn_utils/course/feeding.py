@@ -6,9 +6,9 @@ PyTorch      images stay on the device, and the batches are made there
 """
 
 import itertools
-import os
 
 import keras
+import numpy as np
 
 from fcnn_utils._clock import cache_folder
 from fcnn_utils.course import augmentation, environment
@@ -56,14 +56,15 @@ class Feed:
         options |= {"callbacks": list(callbacks), "verbose": verbose, "shuffle": False}
         if keras.config.backend() == "tensorflow":
             return self.model.fit(self._dataset(epochs), **options)
-        self.model.train_function = self._train_function(epochs)
-        self.model.steps_per_execution = self.steps_per_program
+        before = self.model.train_function, self.model.steps_per_execution
+        self.model.train_function, self.model.steps_per_execution = self._train_function(epochs), self.steps_per_program
         # `fit` reads the shapes from this batch; what it trains on comes from the train function.
-        batch = next(augmentation.batches(self.split, self.recipe, 0, self.scale, self._classes))
+        shapes = (self.recipe.batch_size, *self.split.images.shape[1:]), (self.recipe.batch_size, self._classes)
+        batch = tuple(np.zeros(shape, "float32") for shape in shapes)
         try:
             return self.model.fit((batch for _ in itertools.count()), **options)
         finally:
-            self.model.train_function, self.model.steps_per_execution = None, 1
+            self.model.train_function, self.model.steps_per_execution = before
 
     @property
     def _classes(self):
@@ -72,8 +73,8 @@ class Feed:
     def _rows(self, epochs, together=1):
         """Generate the rows of the plan for these epochs, (steps, B, 4), at most so many steps together."""
         # Keras's callback BackupAndRestore sets the epoch to go on with in this attribute, after `fit` was called.
-        start = max(epochs.start, getattr(self.model, "_initial_epoch", None) or 0)
-        for epoch in range(start, epochs.stop):
+        first = getattr(self.model, "_initial_epoch", None) or epochs.start
+        for epoch in range(first, epochs.stop):
             plan = augmentation.plan(self.split, self.recipe, epoch)
             yield from (plan[start : start + together] for start in range(0, self.steps, together))
 
@@ -152,6 +153,6 @@ class Feed:
 
 def _cache_programs(jax):
     """Keep compiled programs on disk for the next process, unless JAX is set up to keep them elsewhere."""
-    if not (jax.config.jax_compilation_cache_dir or os.environ.get("JAX_COMPILATION_CACHE_DIR")):
+    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR is read into it
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # many short ones add up, too

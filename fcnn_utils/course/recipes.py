@@ -2,7 +2,7 @@
 
 faster   5 epochs, the best that was found with SGD
 fast     5 epochs, common practice for a short training
-muon     5 epochs, `faster` with another optimizer: orthogonalised momentum (`optimizers.Muon`)
+muon     5 epochs, `faster` by orthogonalised momentum (`optimizers.Muon`), with another rate and no decay
 long     20 epochs, `faster` with larger batches and shifts
 thesis   5 epochs as in the thesis; `assumed` lists what the thesis does not state
 medical  20 epochs for small images of few classes; shows each class equally often
@@ -25,7 +25,8 @@ _RANGES = {  # setting -> kind, lowest and highest value; the highest of `cycles
     "distillation": (float, 0, 0.5),
     "shift": (int, 0, 8),
     "head_scale": (float, 1e-3, 1e3),
-    "factorize_to": (float, 1e-3, 1),
+    "factorize_to": (float, 1e-3, 0.95),
+    "product_decay": (float, 0, 1),
     "seed": (int, 0, 2**31 - 1),
 }
 _CHOICES = {
@@ -88,8 +89,11 @@ class Recipe:
         factorize_to: share of the network's MACs that are left.
         factors: "decomposed": the new layers start from the kernels that they replace; or "fresh", with `factorize_at`
             0: all weights start at random.
-        carry: what goes on after the switch: "both", the schedule of the learning rate and the momentum of weights that
-            are still there; "rate", the schedule; "none": the other epochs have a schedule of their own.
+        carry: what goes on after the switch: "both", the schedule of the learning rate, and the momentum of "sgd" and
+            "muon" for weights that are still there; "rate", the schedule alone; "none": the remaining epochs have a
+            schedule of their own.
+        product_decay: Frobenius decay, with `factorize_at`: half of it times the squared norms of the kernels that
+            factors stand for is added to the loss.
         seed: seed of weights, image order and augmentation, unless `experiments.train` is given another.
         assumed: sentences on what we chose because the source does not state it.
     """
@@ -119,6 +123,7 @@ class Recipe:
     factorize_to: float = 0.25
     factors: str = "decomposed"
     carry: str = "both"
+    product_decay: float = 0.0
     seed: int = 0
     assumed: tuple = ()
 
@@ -207,7 +212,7 @@ def get_recipe(name, **changes):
     Args:
         name: "faster", "muon", "fast", "long", "thesis", "medical" or "tune".
         changes: settings to change, as in `Recipe.replace`. The values 0, None and False change nothing,
-            so that a parameter of a notebook can mean "as in the recipe".
+            so that a parameter of a notebook can mean "as in the recipe"; for these, call `replace`.
 
     Raises:
         ValueError: if there is no such recipe or setting, or a value is not allowed.

@@ -2,7 +2,7 @@
 
 Before the first step, the factors of the random dense kernels are a start (spectral initialization, Khodak et al. 2021,
 arXiv 2105.01029). After some epochs, the factors start from kernels that have learnt something (Pufferfish, Wang et al.
-2021, arXiv 2103.03936).
+2021, arXiv 2103.03936). `decay_products` is the Frobenius decay of Khodak et al.
 """
 
 import time
@@ -26,11 +26,18 @@ def factorize(model, recipe, ranks=None):
     Returns:
         (keras.Model, dict of JSON types): the new network, not compiled, and how it was made: "after" (epochs),
         "seconds" (time that it took) and "ranks" (dict layer -> [method, ranks]).
+
+    Raises:
+        ValueError: if no network has so few MACs, or no layer can be factorized.
     """
     started = time.perf_counter()
     if ranks is None:
         budget = recipe.factorize_to * cost.total_costs(model)["macs"]
-        small, report = compress.factorize(model, recipe.factorize_by, macs=budget, seed=recipe.seed, verbose=0)
+        try:
+            small, report = compress.factorize(model, recipe.factorize_by, macs=budget, seed=recipe.seed, verbose=0)
+        except ValueError as error:
+            share = f"{recipe.factorize_to:g} of the MACs of {model.name}"
+            raise ValueError(f"{recipe.factorize_by} cannot make a network of {share}: {error}") from None
         made = report[report["method"].notna()]
         ranks = {row.layer: [row.method, np.ravel(row.ranks).tolist()] for row in made.itertuples()}
     else:
@@ -45,37 +52,82 @@ def factorize(model, recipe, ranks=None):
 def carry_over(dense, model, recipe, steps):
     """Compile the factorized network, and give it what the recipe's `carry` says of the training before.
 
-    "both": the schedule of the learning rate goes on, and weights that are still there keep their momentum; "rate":
-    the schedule goes on; "none": what is left of the epochs gets a schedule of its own.
+    Adam's averages start anew in any case: their correction for the start at 0 has one step count for all weights.
 
     Args:
-        dense: the network from before, compiled; or None before the first step.
+        dense: the network from before, compiled; or None if there is no momentum yet.
         model: the factorized network.
         recipe: `recipes.Recipe`.
         steps: steps per epoch.
     """
-    done = recipe.factorize_at * steps
+    rate, done = training.learning_rate_schedule(recipe, steps), recipe.factorize_at
     if recipe.carry == "none":
-        training.compile_model(model, recipe, steps, recipe.epochs - recipe.factorize_at)
-    else:
-        training.compile_model(model, recipe, steps)
+        rate = training.learning_rate_schedule(recipe, steps, recipe.epochs - done)
+    elif recipe.schedule != "constant":
+        rate = training.From(rate, done * steps)
+    training.compile_model(model, recipe, steps, rate)
     model.optimizer.build(model.trainable_variables)
-    if recipe.carry == "none":
-        return
-    model.optimizer.iterations.assign(done)
     if recipe.carry == "both" and dense is not None:
         earlier = _momenta(dense)
-        for key, variable in _momenta(model).items():
-            if key in earlier and earlier[key].shape == variable.shape:
-                variable.assign(earlier[key])
+        for place, momentum in _momenta(model).items():
+            if place in earlier and earlier[place].shape == momentum.shape:
+                momentum.assign(earlier[place])
+
+
+def decay_products(model, layers, rate):
+    """Add rate / 2 times the squared norms of the kernels that factors stand for to the loss of a network, in place.
+
+    Decaying each factor by itself would shrink the product by its nuclear norm, which makes the rank smaller.
+
+    Args:
+        model: the factorized network.
+        layers: names of the factorized layers.
+        rate: the factor; 0 adds nothing.
+    """
+    if rate == 0:
+        return
+    chains = [
+        [each for each in model.layers if (each.name == name or each.name.startswith(f"{name}_")) and each.weights]
+        for name in layers
+    ]
+    own = model.compute_loss
+
+    def compute_loss(*arguments, **options):
+        return own(*arguments, **options) + rate / 2 * sum(product_norm(chain) for chain in chains)
+
+    model.compute_loss = compute_loss
+
+
+def product_norm(chain):
+    """Return the squared norm of the kernel of one convolution that does what a chain of them does.
+
+    No two products of taps may fall on the same place, as in 1×1, 3×1 and 1×3. Let G be the Gram matrix of the kernels
+    so far, (channels, channels). With the next kernel it becomes the sum over its taps T of TᵀGT.
+
+    Args:
+        chain: list of convolutions, depthwise ones, too, in their order, with no activation in between.
+
+    Returns:
+        Tensor of shape ().
+    """
+    gram = None
+    for layer in chain:
+        kernel = layer.kernel
+        taps = keras.ops.reshape(kernel, (-1, *kernel.shape[-2:]))  # (taps, in, out)
+        count = taps.shape[1]
+        if isinstance(layer, keras.layers.DepthwiseConv2D):  # (taps, channels, multiplier), as a dense kernel
+            taps = keras.ops.reshape(taps[:, :, None, :] * keras.ops.eye(count)[:, :, None], (len(taps), count, -1))
+        gram = keras.ops.eye(count) if gram is None else gram
+        gram = keras.ops.sum(keras.ops.swapaxes(taps, 1, 2) @ gram @ taps, axis=0)
+    return keras.ops.trace(gram)
 
 
 def _momenta(model):
-    """Return the optimizer's variables for each weight: dict (layer and weight, what it is) -> variable."""
+    """Return the momentum of each weight that has one and no other average: dict (layer, weight) -> variable."""
     found = {}
     for weight in model.trainable_variables:
         start = weight.path.replace("/", "_") + "_"
-        place = "/".join(weight.path.split("/")[-2:])  # without the name of the model
-        own = [each for each in model.optimizer.variables if each.name.startswith(start)]
-        found |= {(place, each.name.removeprefix(start)): each for each in own}
+        own = {each.name.removeprefix(start): each for each in model.optimizer.variables if each.name.startswith(start)}
+        if own.keys() == {"momentum"}:
+            found[tuple(weight.path.split("/")[-2:])] = own["momentum"]  # without the name of the model
     return found

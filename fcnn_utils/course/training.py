@@ -5,7 +5,6 @@
 `experiments` adds records, checkpoints and predictions on disk.
 """
 
-import dataclasses
 import math
 import os
 import time
@@ -106,7 +105,8 @@ class Epochs(keras.callbacks.Callback):
         top1, top5       shares of correct predictions on these images
         seconds          time of the whole epoch, without the validation
         ms_per_step      median time of a step, without the first program run if there are more
-        first_step_ms    time of the first program run, which compiles; on a CPU and on TensorFlow this is one step
+        first_step_ms    time of the first program run, which compiles; one step, but on a GPU with JAX a whole epoch,
+                         which `ms_per_step` of the first epoch then includes
         background_load  share of the processor that other programs took
         validation       what `validate` returns, if it is given
 
@@ -130,9 +130,10 @@ class Epochs(keras.callbacks.Callback):
         self._times, self._steps = [time.perf_counter()], [0]
 
     def on_train_batch_end(self, batch, logs=None):
-        check_finite(logs["loss"], f"at epoch {self._epoch}, step {batch + 1}")
+        step = min(batch + 1, self.params["steps"])  # the last program of an epoch may be shorter
+        check_finite(logs["loss"], f"at epoch {self._epoch}, step {step}")
         self._times.append(time.perf_counter())
-        self._steps.append(min(batch + 1, self.params["steps"]))  # the last program of an epoch may be shorter
+        self._steps.append(step)
 
     def on_epoch_end(self, epoch, logs=None):
         each = 1e3 * np.diff(self._times) / np.diff(self._steps)
@@ -158,8 +159,12 @@ class Epochs(keras.callbacks.Callback):
 def predict(model, split, scale):
     """Predict class probabilities (N, classes) float64 for the images of `split`; arguments as in `evaluate`."""
     images = augmentation.normalize(split.images, scale)
-    parts = [images[start : start + _EVALUATION_BATCH] for start in range(0, len(images), _EVALUATION_BATCH)]
-    return np.concatenate([model.predict_on_batch(part) for part in parts]).astype("float64")
+    count, distribution = len(images), keras.distribution.distribution()
+    devices = 1 if distribution is None else distribution.device_mesh.devices.size
+    images = np.concatenate([images, np.zeros_like(images, shape=(-count % devices, *images.shape[1:]))])
+    size = _EVALUATION_BATCH * devices  # each device gets the same number of images
+    parts = [images[start : start + size] for start in range(0, len(images), size)]
+    return np.concatenate([model.predict_on_batch(part) for part in parts]).astype("float64")[:count]
 
 
 def evaluate(model, split, scale, coarse_names=()):
@@ -195,16 +200,16 @@ def evaluate(model, split, scale, coarse_names=()):
     }
 
 
-def compile_model(model, recipe, steps, epochs=None):
+def compile_model(model, recipe, steps, rate=None):
     """Compile `model` in place by `recipe`: optimizer, loss (cross-entropy), top-1 and top-5.
 
     Args:
         model: built keras.Model.
         recipe: `recipes.Recipe`.
         steps: steps per epoch, for the learning-rate schedule.
-        epochs: number of epochs of this schedule; default: the recipe's.
+        rate: learning rate or schedule; default: `learning_rate_schedule`.
     """
-    recipe = recipe if epochs is None else dataclasses.replace(recipe, epochs=epochs, factorize_at=None)
+    rate = learning_rate_schedule(recipe, steps) if rate is None else rate
     options = {"global_clipnorm": recipe.clip_norm or None, "weight_decay": recipe.weight_decay or None}
     if recipe.optimizer == "sgd":
         options |= {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
@@ -213,7 +218,7 @@ def compile_model(model, recipe, steps, epochs=None):
         options["adam_weight_decay"] = options["weight_decay"]
     kinds = {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam, "rmsprop": keras.optimizers.RMSprop}
     kinds["muon"] = optimizers.Muon
-    optimizer = kinds[recipe.optimizer](learning_rate_schedule(recipe, steps), **options)
+    optimizer = kinds[recipe.optimizer](rate, **options)
     if recipe.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     backend, eager = keras.config.backend(), bool(os.environ.get("FCNN_EAGER"))  # eager: see `runner`
@@ -232,16 +237,34 @@ def compile_model(model, recipe, steps, epochs=None):
     )
 
 
-def learning_rate_schedule(recipe, steps):
-    """Return the learning rate of `recipe` for `steps` steps per epoch: a number or a Keras schedule."""
+def learning_rate_schedule(recipe, steps, epochs=None):
+    """Return the learning rate of `recipe` for `steps` steps per epoch: a number or a Keras schedule.
+
+    Give `epochs` for another number of epochs than the recipe's.
+    """
+    epochs = recipe.epochs if epochs is None else epochs
     if recipe.schedule == "constant":
         return recipe.learning_rate
     if recipe.schedule == "inverse_time":
-        decay = recipe.learning_rate / recipe.epochs
+        decay = recipe.learning_rate / epochs
         return keras.optimizers.schedules.InverseTimeDecay(recipe.learning_rate, decay_steps=1, decay_rate=decay)
-    cycle = recipe.epochs_a_cycle * steps
+    cycle = epochs // recipe.cycles * steps
     once = one_cycle(recipe.learning_rate, cycle, recipe.warmup)
     return once if recipe.cycles == 1 else _Repeated(once, cycle)
+
+
+@keras.saving.register_keras_serializable("fcnn_utils")
+class From(keras.optimizers.schedules.LearningRateSchedule):
+    """Another schedule, from its step `start` on."""
+
+    def __init__(self, whole, start):
+        self.whole, self.start = whole, start
+
+    def __call__(self, step):
+        return self.whole(step + self.start)
+
+    def get_config(self):
+        return {"whole": self.whole, "start": self.start}
 
 
 class _Repeated(keras.optimizers.schedules.LearningRateSchedule):

@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import psutil
 import pytest
 
-from fcnn_utils.course import data, environment, experiments, records, sweeps
+from fcnn_utils import _files
+from fcnn_utils.course import data, environment, experiments, grids, records, sweeps
 from fcnn_utils.course.recipes import get_recipe
 
 GRID = """
@@ -90,7 +92,7 @@ def trained(monkeypatch):
             runs.append(run)
             record = a_record(run, 0.5 + 0.1 * run.recipe.seed)
             is_bad = (run.network, run.recipe.seed) == ("simple", 1)
-            yield run, "the loss is nan" if is_bad else (record, b"network" if run.recipe.seed else b"")
+            yield run, "the loss is nan" if is_bad else (record, b"network" if run.recipe.seed else None)
 
     monkeypatch.setattr(sweeps, "_one_by_one", execute)
     monkeypatch.setattr(sweeps, "_has_ray", lambda: False)
@@ -101,12 +103,12 @@ def trained(monkeypatch):
 
 
 def test_grid_has_a_run_for_each_value_of_each_list(grid):
-    runs = sweeps.read(grid())
+    runs = grids.read(grid())
     assert len({str(run) for run in runs}) == len(runs) == 2 * 2 * 2
     assert str(runs[0]) == "simple-width0.05 · faster-batchsize30-epochs2 · seed 0"
     assert [run.recipe.seed for run in runs] == [0] * 4 + [1] * 4  # so that all settings of a seed can be compared
     assert runs[1].recipe == get_recipe("faster").replace(epochs=2, batch_size=40)
-    (run,) = sweeps.read(grid('networks = ["simple"]'))
+    (run,) = grids.read(grid('networks = ["simple"]'))
     assert (run.width, run.recipe) == (1.0, get_recipe("faster"))
 
 
@@ -122,6 +124,11 @@ def test_grid_has_a_run_for_each_value_of_each_list(grid):
         ("[0.05]", "[0]", "each of widths must be a number between"),
         ("cpus", "processors", "a setting of a grid must be one of networks, widths, .*'processors'"),
         ("cpus = 1", "cpus = 0", "cpus must be a whole number between 1"),
+        ("epochs = 2", "epochs = []", r"settings has epochs = \[\]: give it at least one value"),
+        ("epochs = 2", "seed = 2", "settings has seed = 2: give seeds="),
+        ("epochs = 2", "distillation = 0.2", "settings has distillation = 0.2: it cannot be swept"),
+        ('"standin"', '"cifar"', "dataset must be one of cifar100"),
+        ("cpus = 1", "gpus = -1", "gpus must be a number between 0"),
         ("cpus = 1", "deterministic = 3", "deterministic must be one of True, False"),
         ("epochs = 2", "epochs = 0", "epochs must be a whole number between 1 and 1000"),
         ("epochs = 2", "rate = 2", "recipe has no setting 'rate'"),
@@ -130,20 +137,20 @@ def test_grid_has_a_run_for_each_value_of_each_list(grid):
 )
 def test_bad_grid_is_refused_in_one_sentence_that_names_the_file(grid, old, new, message):
     with pytest.raises(ValueError, match=f"grid.toml:? .*{message}") as refused:
-        sweeps.read(grid(old=old, new=new))
+        grids.read(grid(old=old, new=new))
     assert "\n" not in str(refused.value)
 
 
 def test_grid_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no.toml cannot be read: No such file"):
-        sweeps.read(tmp_path / "no.toml")
+        grids.read(tmp_path / "no.toml")
 
 
 # --- the runs ----------------------------------------------------------------------------------------------------
 
 
 def test_sweep_trains_what_has_no_record_and_writes_what_comes_from_another_machine(grid, output, trained):
-    runs, file = sweeps.read(grid(old="[30, 40]", new="30")), io.StringIO()
+    runs, file = grids.read(grid(old="[30, 40]", new="30")), io.StringIO()
     records.write(a_record(runs[0], 0.125))
     results = sweeps.train(runs, file=file)
     assert trained == runs[1:] and list(results) == runs
@@ -161,7 +168,7 @@ def test_sweep_trains_what_has_no_record_and_writes_what_comes_from_another_mach
 
 
 def test_summary_has_mean_and_deviation_over_the_seeds(grid, trained):
-    table = sweeps.summary(sweeps.train(sweeps.read(grid(old="[30, 40]", new="30")), file=io.StringIO()))
+    table = sweeps.summary(sweeps.train(grids.read(grid(old="[30, 40]", new="30")), file=io.StringIO()))
     assert table.index.get_level_values("network").tolist() == ["simple-width0.05", "wider_dense-width0.05"]
     assert table["n"].tolist() == [1, 2] and table["images"].tolist() == ["test"] * 2
     assert table["top1"].tolist() == pytest.approx([50, 55])
@@ -169,7 +176,7 @@ def test_summary_has_mean_and_deviation_over_the_seeds(grid, trained):
 
 
 def test_record_of_other_settings_stops_the_sweep_before_it_starts(grid, output, trained):
-    runs = sweeps.read(grid())
+    runs = grids.read(grid())
     records.write(a_record(runs[0]) | {"fingerprint": "another"})
     with pytest.raises(ValueError, match="was made with another fingerprint"):
         sweeps.train(runs)
@@ -183,7 +190,7 @@ class Terminal(io.StringIO):
 
 def test_table_shows_the_epochs_and_a_terminal_shows_all_runs_always(grid, output, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    first, second = sweeps.read(grid(old="[30, 40]", new="30"))[:2]
+    first, second = grids.read(grid(old="[30, 40]", new="30"))[:2]
     path = records.write(a_record(first) | {"status": "running"}).with_name("seed0.json")
     for file in (io.StringIO(), Terminal()):
         table = sweeps._Table({first: path, second: path.with_name("seed1.json")}, file)
@@ -205,7 +212,47 @@ def test_table_shows_the_epochs_and_a_terminal_shows_all_runs_always(grid, outpu
 def test_cluster_without_ray_says_what_to_install(grid, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r'a cluster needs Ray: pip install "\.\[ray\]"'):
-        sweeps.train(sweeps.read(grid()), address="auto", file=io.StringIO())
+        sweeps.train(grids.read(grid()), address="auto", file=io.StringIO())
+
+
+@pytest.mark.parametrize(
+    "wanted, gpus, message",
+    [
+        ({"cpus": 4, "gpus": None}, 1, None),
+        ({"cpus": 8, "gpus": 0}, 0, None),
+        (
+            {"cpus": 9, "gpus": 0},
+            None,
+            "9 cpus and 0 gpus for one run; they have 4 cpus, 2 gpus; 8 cpus, 0 gpus",
+        ),
+        ({"cpus": 8, "gpus": None}, None, "no machine has 8 cpus and 1 gpus"),
+    ],
+)
+def test_run_needs_a_machine_that_has_its_processors_and_gpus(wanted, gpus, message):
+    machines = [{"CPU": 4, "GPU": 2}, {"CPU": 8}]
+    if message is None:
+        assert sweeps._fitting_gpus(wanted, machines) == gpus
+    else:
+        with pytest.raises(ValueError, match=message):
+            sweeps._fitting_gpus(wanted, machines)
+    assert sweeps._fitting_gpus({"cpus": 1, "gpus": None}, [{"CPU": 2}]) == 0
+
+
+def test_error_of_a_run_and_other_images_are_a_reason_and_not_the_end_of_the_sweep(grid, output, monkeypatch):
+    monkeypatch.setattr(sweeps.os, "environ", dict(sweeps.os.environ))
+    run, fingerprint = grids.read(grid())[0], data.load("standin", 100, 10).fingerprint
+    how = {"output": str(output), "commit": "a", "fingerprint": fingerprint}
+    assert "has other images than the sweep: STAND-IN" in sweeps._train(run, how | {"fingerprint": "another"})
+    for error, reason in ((MemoryError(), "MemoryError"), (OSError("disk\nfull"), "disk")):
+        monkeypatch.setattr(experiments, "train", Mock(side_effect=error))
+        assert sweeps._train(run, how) == reason
+    busy = Mock(side_effect=[_files.Busy("in process 1"), _files.Busy("in process 1"), {"model": "simple-width0.05"}])
+    monkeypatch.setattr(experiments, "train", busy)
+    monkeypatch.setattr(sweeps, "_PAUSE", 0)
+    assert sweeps._train(run, how) == ({"model": "simple-width0.05"}, None)  # another process has just ended
+    monkeypatch.setattr(experiments, "train", Mock(side_effect=_files.Busy("in process 1")))
+    monkeypatch.setattr(sweeps, "_PATIENCE", -1)
+    assert sweeps._train(run, how) == "in process 1"
 
 
 # --- real trainings ----------------------------------------------------------------------------------------------
@@ -219,7 +266,7 @@ def figures(record):
 
 def test_run_in_a_process_of_its_own_has_the_record_of_the_same_training(grid, output, monkeypatch):
     monkeypatch.setattr(sweeps, "_has_ray", lambda: False)
-    (run,) = sweeps.read(grid(SMALL))
+    (run,) = grids.read(grid(SMALL))
     (record,) = sweeps.train([run], file=io.StringIO()).values()
     assert json.loads(next(output.rglob("seed0.json")).read_text()) == {"schema": 1} | record
     monkeypatch.setenv("FCNN_OUTPUT", str(output / "direct"))

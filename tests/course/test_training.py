@@ -261,7 +261,12 @@ def test_long_gradient_is_clipped_to_the_norm_of_the_recipe():
 
 @pytest.mark.parametrize(
     "optimizer, kind",
-    [("sgd", keras.optimizers.SGD), ("adam", keras.optimizers.Adam), ("rmsprop", keras.optimizers.RMSprop)],
+    [
+        ("sgd", keras.optimizers.SGD),
+        ("adam", keras.optimizers.Adam),
+        ("rmsprop", keras.optimizers.RMSprop),
+        ("muon", keras.optimizers.Muon),
+    ],
 )
 def test_optimizer_is_the_recipes_and_decays_kernels_only(optimizer, kind):
     """At a gradient of zero, a step at rate 0.5 leaves 1 - 0.5 × 0.2 of a kernel."""

@@ -1,10 +1,13 @@
 """Where a number comes from: `fcnn_utils.course.environment`."""
 
 import datetime
+import importlib.util
+import os
 import random
 import re
 import shutil
 import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -159,3 +162,49 @@ def test_commit_without_a_repository_or_without_git_is_unknown(git, tmp_path, mo
     monkeypatch.setenv("PATH", str(tmp_path))
     environment.commit.cache_clear()
     assert environment.commit() == "unknown"
+
+
+# --- several devices -----------------------------------------------------------------------------------------------
+
+TRAINING = """
+import sys
+import keras, numpy as np
+from fcnn_utils.course import augmentation, data, environment, feeding, training
+from fcnn_utils.course.recipes import RECIPES
+environment.use_devices(int(sys.argv[1]))
+rng = np.random.default_rng(0)
+fine = np.arange(50) % 10
+split = data.Split(rng.integers(0, 256, (50, 8, 8, 3), dtype="uint8"), fine, fine)
+keras.utils.set_random_seed(0)
+stack = [keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3), keras.layers.BatchNormalization()]
+model = keras.Sequential([*stack, keras.layers.Flatten(), keras.layers.Dense(10, activation="softmax")])
+recipe = RECIPES["faster"].replace(batch_size=10, learning_rate=0.01)
+training.compile_model(model, recipe, 5)
+scale = augmentation.channel_statistics(split)
+feed = feeding.Feed(model, split, recipe, scale, steps_per_program=2)
+print(feed.fit(range(2)).history["loss"], training.evaluate(model, split.first(21), scale)["loss"])
+print(len(model.trainable_variables[0].value.sharding.device_set))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
+def test_losses_on_two_devices_are_those_on_one():
+    """A batch normalisation has the statistics of the whole batch. 21 test images cannot be divided evenly."""
+    found = {}
+    for count in (1, 2):
+        command = [sys.executable, "-c", TRAINING, str(count)]
+        environ = {**os.environ, "KERAS_BACKEND": "jax"}
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, env=environ).stdout.splitlines()
+        assert lines[-1] == str(count)
+        found[count] = [float(each) for each in re.findall(r"\d+\.\d+", lines[-2])]
+    assert len(found[1]) == 3 and found[1][0] > found[1][1]
+    assert found[2] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_several_devices_need_jax_and_a_number_of_at_least_one(monkeypatch):
+    monkeypatch.setattr(keras.config, "backend", lambda: "tensorflow")
+    environment.use_devices(1)
+    with pytest.raises(ValueError, match="several devices need the backend jax: set KERAS_BACKEND to jax; it is"):
+        environment.use_devices(2)
+    with pytest.raises(ValueError, match="devices must be a whole number between 1"):
+        environment.use_devices(0)

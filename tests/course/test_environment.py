@@ -197,7 +197,7 @@ def test_losses_on_two_devices_are_those_on_one():
         lines = subprocess.run(command, capture_output=True, text=True, check=True, env=environ).stdout.splitlines()
         assert lines[-1] == str(count)
         found[count] = [float(each) for each in re.findall(r"\d+\.\d+", lines[-2])]
-    assert len(found[1]) == 3 and found[1][0] > found[1][1]
+    assert len(set(found[1])) == 3
     assert found[2] == pytest.approx(found[1], rel=1e-5)
 
 

@@ -2,7 +2,7 @@
 
 TensorFlow   a tf.data pipeline makes the next batch on the processor while the device trains on this one
 JAX          images stay on the device; one program makes the batches and trains on them, on a GPU a whole epoch at once
-PyTorch      images stay on the device, and the batches are made there
+PyTorch      images stay on the device, and the batches are made there; likewise on TensorFlow without compilation
 """
 
 import itertools
@@ -54,7 +54,7 @@ class Feed:
         """
         options = {"epochs": epochs.stop, "initial_epoch": epochs.start, "steps_per_epoch": self.steps}
         options |= {"callbacks": list(callbacks), "verbose": verbose, "shuffle": False}
-        if keras.config.backend() == "tensorflow":
+        if keras.config.backend() == "tensorflow" and not self.model.run_eagerly:
             return self.model.fit(self._dataset(epochs), **options)
         before = self.model.train_function, self.model.steps_per_execution
         self.model.train_function, self.model.steps_per_execution = self._train_function(epochs), self.steps_per_program
@@ -101,8 +101,8 @@ class Feed:
         return batches.with_options(options)
 
     def _train_function(self, epochs):
-        if keras.config.backend() == "torch":
-            return self._train_function_of_torch(epochs)
+        if keras.config.backend() != "jax":
+            return self._one_by_one(epochs)
         import jax
 
         distribution = keras.distribution.distribution()
@@ -140,7 +140,7 @@ class Feed:
 
         return several if self.model.run_eagerly else jax.jit(several, donate_argnums=0)
 
-    def _train_function_of_torch(self, epochs):
+    def _one_by_one(self, epochs):
         if self._resident is None:
             self._resident = [keras.ops.convert_to_tensor(each) for each in (self.split.images, self.split.fine)]
         rows = self._rows(epochs)

@@ -9,7 +9,7 @@ PARAMETERS = {
     "SEED": (int, 0, 2**31 - 1),
     "DATASET": ("auto", "cifar100", "standin"),
     "MEDICAL_DATASET": (*medmnist.SETS, "greystandin"),
-    "RECIPE": ("faster", "fast", "long", "thesis"),
+    "RECIPE": ("faster", "muon", "fast", "long", "thesis"),
     "EPOCHS": (int, 1, 1000),
     "BATCH_SIZE": (int, 0, 4096),
     "TRAIN_IMAGES": (int, 0, 50_000),

@@ -33,7 +33,7 @@ def test_check_accepts_allowed_values(good):
         ({"BATCH_SIZE": 4097}, "BATCH_SIZE must be a whole number between 0 and 4096; got 4097"),
         ({"MEDICAL_DATASET": "chestmnist"}, "MEDICAL_DATASET must be one of pathmnist, dermamnist, "),
         ({"DATASET": "cifar10"}, "DATASET must be one of auto, cifar100, standin; got 'cifar10'"),
-        ({"RECIPE": None}, "RECIPE must be one of faster, fast, long, thesis; got None"),
+        ({"RECIPE": None}, "RECIPE must be one of faster, muon, fast, long, thesis; got None"),
         ({"RETRAIN": "yes"}, "RETRAIN must be one of True, False; got 'yes'"),
         ({"RETRAIN": 1}, "RETRAIN must be one of True, False; got 1"),
         ({"RETRAIN": 0.0}, "RETRAIN must be one of True, False; got 0.0"),

@@ -100,7 +100,7 @@ def _train(options):
     given = {"epochs": options.epochs, "seed": options.seed}
     recipe = get_recipe(options.recipe).replace(**{key: value for key, value in given.items() if value is not None})
     if recipe.batch_size % options.devices:
-        raise ValueError(f"devices must divide the batch of {recipe.batch_size} images; got {options.devices}")
+        raise ValueError(f"devices must divide the batch size, {recipe.batch_size}; got {options.devices}")
     dataset = data.load(options.dataset, options.train_images, options.test_images)
     paths.say(str(dataset))
     how = {key: getattr(options, key) for key in ("width", "retrain", "save_model", "save_predictions")}
@@ -186,8 +186,8 @@ def _add_sweep(sweep):
     sweep.add_argument("grid", help="TOML file with the networks, recipes and seeds (see fcnn_utils/course/grids.py)")
     sweep.add_argument(
         "--address",
-        help="of a Ray cluster: auto for the one that runs on this machine, or ray://HOST:10001; default: this machine "
-        "alone, with Ray if it is installed, otherwise one run after another",
+        help="address of a Ray cluster: auto for one on this machine, or ray://HOST:10001; default: use this machine "
+        "only, with Ray if it is installed, otherwise one run after another",
     )
 
 

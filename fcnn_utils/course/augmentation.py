@@ -1,8 +1,8 @@
 """Input pipeline: normalisation, shuffling, augmentation, batches.
 
-`plan` draws what happens to each image of an epoch, in NumPy. It depends only on the seed and the epoch. Therefore an
-interrupted run continues exactly as if it had not been interrupted. `make_batch` does it, by operations of Keras:
-inside a tf.data pipeline, in a compiled program on a GPU, or at once.
+`plan` decides in NumPy which images each batch has and how each is mirrored and shifted. It depends only on the seed
+and the epoch. Therefore an interrupted run continues exactly as if it had not been interrupted. `make_batch` then
+makes the batch with Keras operations. It works in a tf.data pipeline, in a compiled program, or called directly.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ def plan(split, recipe, epoch):
         epoch: number of the epoch, from 0.
 
     Returns:
-        (steps, B, 4) int32: for each image of each batch its number in `split`, and its moves: see `move`.
+        (steps, B, 4) int32. Column 0: number of the image in `split`. Columns 1 to 3: its moves, as in `move`.
     """
     rng, size = np.random.default_rng([recipe.seed, epoch]), recipe.batch_size
     order = _balanced_order(split.fine, rng) if recipe.balanced else rng.permutation(len(split))
@@ -53,10 +53,11 @@ def move(images, moves):
 
     Args:
         images: (B, H, W, C) float32.
-        moves: (B, 3) int: 1 to mirror the image, else 0; then how far the window moves down and right, in pixels.
+        moves: (B, 3) int. Column 0: 1 to mirror the image, else 0. Columns 1 and 2: how many pixels the window then
+            moves down and right over the image, so that the picture itself moves up and left.
 
     Returns:
-        (B, H, W, C) float32 tensor. The border is filled with 0, the mean colour.
+        (B, H, W, C) float32 tensor. Pixels from outside the image are 0, the mean colour.
     """
     count, height, width, channels = images.shape
     moves = ops.cast(moves, "int32")
@@ -91,7 +92,7 @@ def augment(images, recipe, rng):
         rng: `np.random.Generator`.
 
     Returns:
-        (B, H, W, C) float32 array.
+        (B, H, W, C) float32 array, a new one. Pixels from outside the image are 0, the mean colour.
     """
     return ops.convert_to_numpy(move(images, _draw_moves(len(images), recipe, rng)))
 

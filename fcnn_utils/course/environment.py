@@ -76,16 +76,17 @@ def deterministic():
 
 
 def use_devices(count):
-    """Train on several devices: each computes its share of every batch, and the results are those of one device.
+    """Train on several devices: each computes its share of every batch.
 
-    By `keras.distribution.DataParallel`, on JAX. Call it before anything is built or computed. On a CPU, JAX then
-    divides the processor into so many devices, which shows that it works and saves no time.
+    Up to rounding, the results are those of one device. It uses `keras.distribution.DataParallel` and needs JAX. Call
+    it before anything is built or computed. Without a GPU, JAX splits the CPU into `count` devices. That lets you test
+    the code, but it is not faster.
 
     Args:
-        count: number of devices, at least 1; 1 changes nothing.
+        count: number of devices, at least 1; 1 changes nothing. It must divide the batch size.
 
     Raises:
-        ValueError: if the backend is not JAX, or there are not so many devices.
+        ValueError: if the backend is not JAX, or there are not so many devices, also because JAX has already started.
     """
     check_number("devices", count, int, 1, 4096)
     if count == 1:
@@ -208,9 +209,9 @@ def precision(wanted):
 def commit():
     """Return the short hash of the course's commit, with "+" if the package has uncommitted changes.
 
-    It is FCNN_COMMIT if that is set: on a cluster the package is a copy. It is "unknown" if the course's folder
-    (`paths.root`) is not the top folder of a git repository: a repository around it says nothing about the course.
-    Files that git does not track do not count.
+    The environment variable FCNN_COMMIT replaces it: on a cluster the package is a copy without git. Otherwise it is
+    "unknown" if the course's folder (`paths.root`) is not the top folder of a git repository: a repository around it
+    says nothing about the course. Files that git does not track do not count.
     """
     folder = paths.root()
     if os.environ.get("FCNN_COMMIT"):

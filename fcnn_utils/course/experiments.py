@@ -10,8 +10,8 @@ A record is a dict of JSON types:
     model              name of the network, with its width if that is not 1: "simple-width0.6"
     params, trainable  number of all weights, and of the trainable ones
     macs               multiply-accumulate operations (MACs) per image
-    dense              with `factorize_at`: dict of the same three of the network before
-    factorization      with `factorize_at`: the dict of `switching.factorize`
+    dense              with `factorize_at`: dict of params, trainable and macs before the factorization
+    factorization      with `factorize_at`: the dict that `switching.factorize` returns
     epochs             list of the dicts that `training.fit` returns
     test               dict of `training.evaluate` on all test images; None if the recipe trains on
                        "train", unless predictions are kept
@@ -39,7 +39,7 @@ from fcnn_utils.course import (
 )
 from fcnn_utils.course.recipes import get_recipe
 
-_RETRAIN = "pass retrain=True (on the command line --retrain) to replace it"
+_RETRAIN = "pass retrain=True (on the command line `train --retrain`) to replace it"
 
 
 # parameters: those up to `teacher` define the run; the others say what is kept, replaced and printed
@@ -63,9 +63,9 @@ def train(
     After an interruption, call it again: it continues after the last whole epoch.
 
     Args:
-        model: name for `networks.build`; or a built keras.Model, which is trained in place (until it is factorized, if
-            the recipe has `factorize_at`); or a function from the seed to a built keras.Model, called only if there is
-            no record.
+        model: name for `networks.build`; or a built keras.Model; or a function from the seed to a built keras.Model,
+            called only if there is no record. A built model is trained in place. With `factorize_at`, training goes on
+            with a new, factorized model: get that one by `save_model` and `load_trained`.
         dataset: `data.Dataset`.
         recipe: `recipes.Recipe`, or the name of one.
         seed: seed of weights, image order and augmentation; default: the recipe's.
@@ -83,7 +83,8 @@ def train(
 
     Raises:
         ValueError: if an argument is not allowed, a record of the same name is damaged, has other settings
-            or lacks the predictions, another process trains the same, or a file cannot be written.
+            or lacks the predictions, another process trains the same (`_files.Busy`), the network cannot be factorized
+            as the recipe says, or a file cannot be written.
         training.Diverged: if the loss or a weight is not finite. The record of the epochs before is kept.
         KeyboardInterrupt: if the training was stopped; the message says what is kept.
     """
@@ -282,7 +283,7 @@ def _new_record(model, name, dataset, recipe, images):
 
 
 def _as_checkpoint(model, record, recipe, steps, restart):
-    """Return the network that the run's checkpoint is of: `model`, or the factorized one after the switch."""
+    """Return the network that matches the run's checkpoint: `model`, or its factorized copy after the switch."""
     made = checkpoints.record_of(record, restart).get("factorization")
     if made is None:
         return model
@@ -290,9 +291,9 @@ def _as_checkpoint(model, record, recipe, steps, restart):
 
 
 def _switch(dense, record, recipe, steps, made=None):
-    """Return the factorized network in the middle of a run, compiled, and enter it into the record.
+    """Factorize and compile the network in the middle of a run; enter the change into the record. Return the network.
 
-    `made` is what the record says of it if it was factorized before.
+    `made`: entry "factorization" of the record, to rebuild a network that was factorized before.
     """
     model, now = switching.factorize(dense, recipe, made and made["ranks"])
     switching.carry_over(dense if recipe.factorize_at else None, model, recipe, steps)

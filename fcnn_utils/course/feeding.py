@@ -1,8 +1,9 @@
-"""Feed `model.fit` with the augmented batches of a recipe, as it is fastest on each backend.
+"""Feed `model.fit` with the augmented batches of a recipe, in the fastest way for each backend.
 
-TensorFlow   a tf.data pipeline makes the next batch on the processor while the device trains on this one
-JAX          images stay on the device; one program makes the batches and trains on them, on a GPU a whole epoch at once
-PyTorch      images stay on the device, and the batches are made there; likewise on TensorFlow without compilation
+TensorFlow   a tf.data pipeline prepares the next batch on the CPU while the device trains on the current one
+JAX          the images stay on the device; one compiled program makes a batch and trains on it; on a GPU the program
+             covers a whole epoch
+PyTorch      the images stay on the device, and each batch is made there; TensorFlow without compilation does the same
 """
 
 import itertools
@@ -15,20 +16,20 @@ from fcnn_utils.course import augmentation, environment
 
 
 class Feed:
-    """Training images on their way into one compiled model. One object serves several calls of `fit`.
+    """Input pipeline of one compiled model: it makes the batches and calls `model.fit`, as often as you like.
 
-    On JAX and PyTorch `fit` runs our own `train_function` instead of the one that Keras would make. With a released
-    Keras that compiles `steps_per_execution` into one program (keras-team/keras pull request 23527), that of JAX goes.
+    On JAX and PyTorch, `fit` replaces the `train_function` of Keras by our own. Delete the one for JAX once a released
+    Keras compiles `steps_per_execution` steps into one program (keras-team/keras pull request 23527).
 
     Args:
         model: compiled keras.Model from images to class probabilities.
-        split: `data.Split` of training images, at least one batch.
+        split: `data.Split` of training images: (N, H, W, C) uint8, at least one batch.
         recipe: `recipes.Recipe`.
         scale: (mean, standard deviation), from `augmentation.channel_statistics`.
         teacher: keras.Model whose probabilities have the share `recipe.distillation` of the target, or None.
-        steps_per_program: JAX: number of steps in one program; default: all of an epoch on a GPU, 1 on a CPU, where XLA
-            computes the convolutions of a loop on one core, some nine times slower. Metrics, callbacks and the check
-            for divergence come once per program.
+        steps_per_program: number of steps in one compiled program, for JAX only. Default on a GPU: all steps of an
+            epoch. Default on a CPU: 1, because XLA runs a convolution inside a loop on one core, about nine times
+            slower. Metrics are means over all steps; callbacks are called once per program.
     """
 
     def __init__(self, model, split, recipe, scale, teacher=None, steps_per_program=None):
@@ -71,8 +72,8 @@ class Feed:
         return self.model.output_shape[-1]
 
     def _rows(self, epochs, together=1):
-        """Generate the rows of the plan for these epochs, (steps, B, 4), at most so many steps together."""
-        # Keras's callback BackupAndRestore sets the epoch to go on with in this attribute, after `fit` was called.
+        """Generate the rows of `augmentation.plan` for these epochs: chunks (steps, B, 4) of up to `together` steps."""
+        # The Keras callback BackupAndRestore runs inside `fit`. It stores the epoch to resume from in this attribute.
         first = getattr(self.model, "_initial_epoch", None) or epochs.start
         for epoch in range(first, epochs.stop):
             plan = augmentation.plan(self.split, self.recipe, epoch)
@@ -96,7 +97,7 @@ class Feed:
         rows = tf.TensorSpec((1, self.recipe.batch_size, 4), "int32")
         dataset = tf.data.Dataset.from_generator(lambda: self._rows(epochs), output_signature=rows)
         options = tf.data.Options()
-        options.autotune.enabled = False  # at the end of `fit` its thread would be waited for
+        options.autotune.enabled = False  # otherwise `fit` would wait at its end for the autotuner's thread
         batches = dataset.map(lambda rows: self._batch(images, labels, rows[0])).prefetch(2)
         return batches.with_options(options)
 
@@ -107,7 +108,7 @@ class Feed:
 
         distribution = keras.distribution.distribution()
         everywhere = across = None
-        if distribution is not None:  # images on each device, and the rows of a batch dealt out to them
+        if distribution is not None:  # each device holds all images, and gets its share of a batch's rows
             mesh, axis = distribution.device_mesh.backend_mesh, distribution.batch_dim_name
             everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
             across = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, axis))
@@ -124,7 +125,7 @@ class Feed:
         return train_function
 
     def _program(self, jax):
-        """Return the function from the state and (steps, B, 4) rows to the logs and the state after these steps."""
+        """Return the JAX training function: (state, images, labels, rows (steps, B, 4)) -> (logs, new state)."""
 
         def step(state, images, labels, rows):
             logs, state = self.model.train_step(state, self._batch(images, labels, rows))
@@ -152,7 +153,7 @@ class Feed:
 
 
 def _cache_programs(jax):
-    """Keep compiled programs on disk for the next process, unless JAX is set up to keep them elsewhere."""
-    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR is read into it
+    """Keep compiled programs on disk for later processes, unless JAX already has a cache folder."""
+    if not jax.config.jax_compilation_cache_dir:  # JAX sets it from the variable JAX_COMPILATION_CACHE_DIR
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # many short ones add up, too

@@ -1,17 +1,18 @@
 """Read a grid of trainings from a TOML file.
 
 networks = ["simple", "wider_dense"]
-widths = [0.5]                # factors on the numbers of filters; default [1.0]
+widths = [0.5]                # factors on the number of filters; default [1.0]
 recipes = ["faster"]          # default
 seeds = [0, 1, 2]             # default [0]
 dataset = "cifar100"          # default "auto"
-train_images = 0              # take so many images; 0, the default: all; likewise test_images
-deterministic = false         # results reproducible to the last digit
-save_models = false           # keep the networks beside their records
-cpus = 2                      # processors (threads) of one run; default: all of this machine
-gpus = 1                      # GPUs of one run, for Ray; default: 1 if the cluster has any
+train_images = 0              # number of training and validation images; default 0 for all
+test_images = 0               # number of test images; default 0 for all
+deterministic = false         # true: results reproducible to the last digit
+save_models = false           # true: keep each trained network beside its record
+cpus = 2                      # processors (threads) per run; default: all of this machine, so one run at a time
+gpus = 0.5                    # GPUs per run, with Ray; default: 1 if a machine has one, otherwise 0
 
-[settings]                    # changes of the recipes; each value of a list gives runs of its own
+[settings]                    # changes to the recipes; with lists, every combination of values is a run
 optimizer = "muon"
 learning_rate = [0.12, 0.24]
 """
@@ -33,7 +34,12 @@ _DEFAULTS["settings"] = {}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training of a grid: a network's name and width, a `Recipe` with its seed, and options of the grid."""
+    """One training of a grid.
+
+    Attributes:
+        network, width, recipe: as in `networks.build`; the recipe has the seed.
+        grid: dict of the grid's dataset, train_images, test_images, deterministic, save_models, cpus and gpus.
+    """
 
     network: str
     width: float
@@ -49,7 +55,7 @@ def read(path):
     """Read a grid from a TOML file (see the module).
 
     Returns:
-        list of `Run`, by seed: if a sweep is stopped, what has been trained can be compared.
+        list of `Run`, not empty, sorted by seed, so that a stopped sweep has complete seeds to compare.
 
     Raises:
         ValueError: if the file cannot be read, or a value is not allowed; the message names the file.
@@ -70,7 +76,7 @@ def _runs(grid):
     from fcnn_utils.course import data, networks
 
     for key in grid:
-        check_choice("a setting of a grid", key, ["networks", *_DEFAULTS])
+        check_choice("each key of a grid", key, ["networks", *_DEFAULTS])
     if "networks" not in grid:
         raise ValueError('networks is missing; give a list of names, such as networks = ["simple"]')
     grid = _DEFAULTS | {"cpus": available_cores()} | grid
@@ -91,9 +97,8 @@ def _runs(grid):
     spread = {key: value if isinstance(value, list) else [value] for key, value in grid["settings"].items()}
     for key, values in spread.items():
         if not values or key in ("seed", "assumed", "distillation"):
-            why = (
-                "give it at least one value" if not values else "give seeds=" if key == "seed" else "it cannot be swept"
-            )
+            why = "a grid cannot change it" if values else "give it at least one value"
+            why = "put seeds into the list seeds, above [settings]" if key == "seed" else why
             raise ValueError(f"settings has {key} = {grid['settings'][key]!r}: {why}")
     options = {key: grid[key] for key in _DEFAULTS if key not in _LISTS and key != "settings"}
     found = []

@@ -39,7 +39,7 @@ def step_parts(models, split, recipe, scale, rounds=3):
         forward            convolutions, forward pass
         backward           convolutions, backward pass, and the update of their weights
         normalisation      batch normalisations and ReLUs, both passes and the update
-        loop               everything around the steps, less what was done beside them: often negative
+        loop               the rest of `ms`; often negative, because batches are made during the steps
         macs               per image, forward pass
         macs_per_second    of the training, counted as three times the forward MACs
         background_load    see the module

@@ -2,7 +2,7 @@
 
 faster   5 epochs, the best that was found with SGD
 fast     5 epochs, common practice for a short training
-muon     5 epochs, `faster` by orthogonalised momentum (`optimizers.Muon`), with another rate and no decay
+muon     5 epochs, `faster` with the optimizer Muon (orthogonalised momentum), another rate and no weight decay
 long     20 epochs, `faster` with larger batches and shifts
 thesis   5 epochs as in the thesis; `assumed` lists what the thesis does not state
 medical  20 epochs for small images of few classes; shows each class equally often
@@ -86,14 +86,14 @@ class Recipe:
         factorize_at: factorize the network after so many epochs, 0 for before the first step; None for never. See
             `switching`.
         factorize_by: method of `compress.factorize`.
-        factorize_to: share of the network's MACs that are left.
+        factorize_to: largest share of the dense network's MACs that the factorized network may need.
         factors: "decomposed": the new layers start from the kernels that they replace; or "fresh", with `factorize_at`
             0: all weights start at random.
-        carry: what goes on after the switch: "both", the schedule of the learning rate, and the momentum of "sgd" and
-            "muon" for weights that are still there; "rate", the schedule alone; "none": the remaining epochs have a
-            schedule of their own.
-        product_decay: Frobenius decay, with `factorize_at`: half of it times the squared norms of the kernels that
-            factors stand for is added to the loss.
+        carry: what the factorized network keeps of the training before. "both": the learning-rate schedule goes on,
+            and the weights that still exist keep their momentum ("sgd" and "muon"). "rate": only the schedule goes on.
+            "none": a new schedule covers the remaining epochs.
+        product_decay: rate of the Frobenius decay, used with `factorize_at`. The loss gets rate / 2 times the squared
+            norms of the dense kernels that the factors stand for (`switching.decay_products`).
         seed: seed of weights, image order and augmentation, unless `experiments.train` is given another.
         assumed: sentences on what we chose because the source does not state it.
     """

@@ -3,9 +3,10 @@
     results = sweeps.train(grids.read("grid.toml"))
     print(sweeps.summary(results))
 
-Each run has a process of its own, which writes its checkpoints and its record as `experiments.train` does, to the
-output folder of the same path, on whatever machine it is. Records are sent back to the machine of the sweep. A run with
-a record is skipped. A run whose process was lost starts again: after its last whole epoch if its checkpoint is there.
+Each run has its own process, on this machine or on another one of the cluster. The process writes checkpoints and the
+record as `experiments.train` does. It uses the same output path on every machine. The record is then copied to the
+machine that started the sweep. A run that already has a record is skipped. If a process is lost, its run starts again.
+It continues after its last whole epoch if the machine that takes it over can read the checkpoint.
 """
 
 import contextlib
@@ -28,8 +29,8 @@ from fcnn_utils._processors import available_cores
 from fcnn_utils._terminal import stderr_to
 from fcnn_utils.course import environment, paths, records
 
-ATTEMPTS = 4  # starts of one run whose process is lost
-_PATIENCE = 30  # seconds that a run waits for a process that trains the same: one that was killed may just be ending
+ATTEMPTS = 4  # how often a run is started if its process is lost
+_PATIENCE = 30  # seconds to wait for another process with the same run; a killed one may need a moment to end
 _PAUSE = 1  # seconds between two tries
 
 
@@ -37,10 +38,10 @@ def train(runs, address=None, file=None):
     """Train all runs that have no record yet.
 
     Args:
-        runs: list of `grids.Run`, as from `grids.read`.
+        runs: list of `grids.Run` of one grid, not empty, as from `grids.read`.
         address: of a Ray cluster, as in `ray.init`: "auto" for the one on this machine. Default: Ray on this machine if
             it is installed; without Ray the runs are trained one after another.
-        file: where the progress is printed; default: standard output.
+        file: open text file for the progress; default: standard output.
 
     Returns:
         dict from each run to its record; or, if it failed, to a str that says why.
@@ -76,7 +77,10 @@ def train(runs, address=None, file=None):
 
 
 def _records_of(runs, dataset):
-    """Return the dict from each run to the path of its record here, and that to the records there are, anywhere."""
+    """Return two dicts: run -> path of its record on this machine; and run -> record, for the runs that have one.
+
+    The second also finds published records of other machines.
+    """
     from fcnn_utils.course import experiments, networks
 
     places, found = {}, {}
@@ -116,7 +120,7 @@ def _train(run, how):
     os.environ |= {"FCNN_OUTPUT": how["output"], "FCNN_COMMIT": how["commit"]}
     names = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
     os.environ |= dict.fromkeys(names, str(run.grid["cpus"]))  # before a backend is imported
-    with contextlib.redirect_stdout(io.StringIO()):  # its lines would run through the progress
+    with contextlib.redirect_stdout(io.StringIO()):  # its output would break up the progress table
         with stderr_to(os.devnull):  # TensorFlow writes many lines when it starts
             from fcnn_utils.course import experiments
 
@@ -126,7 +130,8 @@ def _train(run, how):
         try:
             dataset, give_up = _load(run.grid), time.monotonic() + _PATIENCE
             if dataset.fingerprint != how["fingerprint"]:
-                return f"{platform.node()} has other images than the sweep: {dataset}"
+                here = platform.node()
+                return f"{here} has other images than the sweep: {dataset}; put the same data set on that machine"
             while True:
                 try:
                     options = {"width": run.width, "save_model": run.grid["save_models"]}
@@ -200,7 +205,7 @@ def _on_ray(runs, how, address):
     try:
         ray.init(address or "local", log_to_driver=False, runtime_env=modules, logging_level="ERROR", **here)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ValueError(f"Ray at {address or 'this machine'} is not reached: {_first_line(error)}") from None
+        raise ValueError(f"cannot reach Ray at {address or 'this machine'}: {_first_line(error)}") from None
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
@@ -226,7 +231,8 @@ def _fitting_gpus(grid, machines):
     gpus = min(1, available) if grid["gpus"] is None else grid["gpus"]
     if not any(machine.get("CPU", 0) >= grid["cpus"] and machine.get("GPU", 0) >= gpus for machine in machines):
         found = "; ".join(f"{machine.get('CPU', 0):g} cpus, {machine.get('GPU', 0):g} gpus" for machine in machines)
-        raise ValueError(f"no machine has {grid['cpus']} cpus and {gpus:g} gpus for one run; they have {found}")
+        wanted = f"{grid['cpus']} cpus and {gpus:g} gpus for one run"
+        raise ValueError(f"no machine has {wanted}: lower cpus or gpus in the grid; they have {found}")
     return gpus
 
 
@@ -234,7 +240,7 @@ def _fitting_gpus(grid, machines):
 
 
 class _Table:
-    """A line for each run. A terminal shows all of them, always up to date; elsewhere a line is printed if it changes.
+    """Progress table with one line per run. A terminal redraws all lines; a file gets a line only when it changes.
 
     Args:
         places: dict from each run to the path of its record, which shows the epochs on this machine.
@@ -257,7 +263,7 @@ class _Table:
         lines = [f"{state:<34} {run}" for run, state in self.states.items()]
         if self.is_live:
             width, height = shutil.get_terminal_size()
-            # If there are more runs than lines, the oldest scroll away. The cursor can only go back over what is seen.
+            # With more runs than lines, the first ones scroll away: the cursor cannot move above the visible screen.
             up = f"\x1b[{min(self.height, height - 1)}A" if self.height else ""
             seen = lines[-(height - 1) :] if self.height else lines
             paths.say(up + "\n".join(f"\x1b[2K{line[: width - 1]}" for line in seen), self.file)
@@ -268,7 +274,7 @@ class _Table:
         self.shown, self.height = lines, len(lines)
 
     def _progress_of(self, path):
-        """Read how far a run is from its partial record; None if it is not seen here, or just being written."""
+        """Format the progress of a run from its partial record; None if there is none here or it cannot be read yet."""
         try:
             record = records.read(path)
         except ValueError:
@@ -295,7 +301,8 @@ def summary(results):
 
     Returns:
         DataFrame indexed by network and recipe: n (seeds), top1 (mean, in %), deviation (standard deviation over
-        the seeds, n - 1 in the denominator) and images ("test" or "validation").
+        the seeds in percentage points, n - 1 in the denominator; NaN for one seed) and images ("test" or
+        "validation").
     """
     rows = [
         {

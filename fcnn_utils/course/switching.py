@@ -1,8 +1,8 @@
 """Factorize a network while it is trained: before the first step, or after some of the epochs.
 
-Before the first step, the factors of the random dense kernels are a start (spectral initialization, Khodak et al. 2021,
-arXiv 2105.01029). After some epochs, the factors start from kernels that have learnt something (Pufferfish, Wang et al.
-2021, arXiv 2103.03936). `decay_products` is the Frobenius decay of Khodak et al.
+Before the first step, the factors come from the random dense kernels (spectral initialization, Khodak et al. 2021,
+arXiv 2105.01029). After some epochs, they come from kernels that are already partly trained (Pufferfish, Wang et al.
+2021, arXiv 2103.03936). `decay_products` adds the Frobenius decay of Khodak et al. to the loss.
 """
 
 import time
@@ -18,17 +18,18 @@ def factorize(model, recipe, ranks=None):
     """Factorize a network by the recipe's `factorize_by`, `factorize_to` and `factors`.
 
     Args:
-        model: built keras.Model.
+        model: built functional or Sequential keras.Model; it is not changed.
         recipe: `recipes.Recipe`.
-        ranks: what an earlier call returned as "ranks", to build the same network again; default: chosen anew. All
-            layers get the same share of their parameters, as large as the MACs allow.
+        ranks: the "ranks" of an earlier result, to build the same network again. Default: choose them now. Every layer
+            then keeps the same share of its parameters, the largest one within `factorize_to`.
 
     Returns:
-        (keras.Model, dict of JSON types): the new network, not compiled, and how it was made: "after" (epochs),
-        "seconds" (time that it took) and "ranks" (dict layer -> [method, ranks]).
+        (keras.Model, dict of JSON types). The network is not compiled. The dict has "after" (epochs trained before),
+        "seconds" (time of the factorization) and "ranks" (dict layer name -> [method, list of int]).
 
     Raises:
-        ValueError: if no network has so few MACs, or no layer can be factorized.
+        ValueError: if even the smallest ranks need more MACs than `factorize_to` allows, or if no layer can be
+            factorized.
     """
     started = time.perf_counter()
     if ranks is None:
@@ -50,13 +51,15 @@ def factorize(model, recipe, ranks=None):
 
 
 def carry_over(dense, model, recipe, steps):
-    """Compile the factorized network, and give it what the recipe's `carry` says of the training before.
+    """Compile the factorized network and hand over learning-rate schedule and momentum, as the recipe's `carry` says.
 
-    Adam's averages start anew in any case: their correction for the start at 0 has one step count for all weights.
+    A weight gets the momentum of the weight with the same layer, name and shape. Adam's moving averages always restart
+    at zero. Its bias correction has a single step count for all weights, so it cannot be right for kept and for new
+    averages at once.
 
     Args:
-        dense: the network from before, compiled; or None if there is no momentum yet.
-        model: the factorized network.
+        dense: compiled network from before the switch; None if the switch is before the first step.
+        model: factorized network, built and not compiled.
         recipe: `recipes.Recipe`.
         steps: steps per epoch.
     """
@@ -75,13 +78,15 @@ def carry_over(dense, model, recipe, steps):
 
 
 def decay_products(model, layers, rate):
-    """Add rate / 2 times the squared norms of the kernels that factors stand for to the loss of a network, in place.
+    """Add Frobenius decay to the loss of a factorized network: it changes `model.compute_loss`.
 
-    Decaying each factor by itself would shrink the product by its nuclear norm, which makes the rank smaller.
+    The added term is rate / 2 times the squared Frobenius norm of the dense kernel that each chain of factors stands
+    for. Weight decay on each factor alone would instead penalize the nuclear norm of the product, which lowers its
+    rank. A copy of the model, or one that is loaded, does not have this term.
 
     Args:
-        model: the factorized network.
-        layers: names of the factorized layers.
+        model: the factorized network, before `fit`.
+        layers: names of the factorized layers. The chain of NAME consists of the layers NAME and NAME_….
         rate: the factor; 0 adds nothing.
     """
     if rate == 0:
@@ -99,13 +104,15 @@ def decay_products(model, layers, rate):
 
 
 def product_norm(chain):
-    """Return the squared norm of the kernel of one convolution that does what a chain of them does.
+    """Return the squared Frobenius norm of the dense kernel that a chain of convolutions is equivalent to.
 
-    No two products of taps may fall on the same place, as in 1×1, 3×1 and 1×3. Let G be the Gram matrix of the kernels
-    so far, (channels, channels). With the next kernel it becomes the sum over its taps T of TᵀGT.
+    Each position of the dense kernel must come from one tap of each layer only, as in the chain 1×1, 3×1, 1×3. This
+    holds for all chains of `factorizations`, and is not checked. Let G (channels, channels) be the Gram matrix of the
+    kernels so far. The next kernel has one matrix T (in, out) for each tap. It changes G into the sum of TᵀGT over its
+    taps.
 
     Args:
-        chain: list of convolutions, depthwise ones, too, in their order, with no activation in between.
+        chain: list of convolutions in their order, dense or depthwise, with no activation in between.
 
     Returns:
         Tensor of shape ().

@@ -34,14 +34,15 @@ def fit(model, data, recipe, *, first_epoch=0, epochs=None, teacher=None, on_epo
             `recipe.train_on` is. The second may be None.
         recipe: `recipes.Recipe`.
         first_epoch: number of the epoch to start with, from 0.
-        epochs: number of the epoch to stop before; default: the recipe's number of epochs.
+        epochs: train up to this epoch number, not including it; default: all epochs of the recipe.
         teacher: keras.Model from images to class probabilities, for `recipe.distillation`.
-        on_epoch: function that is called with each dict of the result as soon as it is known.
-        callbacks, verbose: as in `keras.Model.fit`. At the end of an epoch `logs` has val_loss, val_top1 and val_top5.
+        on_epoch: function called after each epoch with its dict (see Returns).
+        callbacks, verbose: as in `keras.Model.fit`. With validation images, the `logs` at the end of an epoch also have
+            val_loss, val_top1 and val_top5.
 
     Returns:
-        list of a dict for each epoch: see `Epochs`; with "validation", the dict of `evaluate`, unless there are no
-        validation images or they are trained on.
+        list with one dict per epoch trained now (see `Epochs`). Its entry "validation" is the dict of `evaluate`. It is
+        missing if there are no validation images or they are trained on.
 
     Raises:
         ValueError: if there are fewer images than one batch, the recipe needs a teacher, or the outputs of the
@@ -105,8 +106,9 @@ class Epochs(keras.callbacks.Callback):
         top1, top5       shares of correct predictions on these images
         seconds          time of the whole epoch, without the validation
         ms_per_step      median time of a step, without the first program run if there are more
-        first_step_ms    time of the first program run, which compiles; one step, but on a GPU with JAX a whole epoch,
-                         which `ms_per_step` of the first epoch then includes
+        first_step_ms    time of the first program run of the epoch. In the first epoch this includes the compilation.
+                         The program is one step, except with JAX on a GPU, where it is a whole epoch. Then
+                         `ms_per_step` of the first epoch includes the compilation, too.
         background_load  share of the processor that other programs took
         validation       what `validate` returns, if it is given
 
@@ -255,7 +257,7 @@ def learning_rate_schedule(recipe, steps, epochs=None):
 
 @keras.saving.register_keras_serializable("fcnn_utils")
 class From(keras.optimizers.schedules.LearningRateSchedule):
-    """Another schedule, from its step `start` on."""
+    """Learning-rate schedule that starts at step `start` of another schedule, `whole`."""
 
     def __init__(self, whole, start):
         self.whole, self.start = whole, start

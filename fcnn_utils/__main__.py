@@ -99,8 +99,6 @@ def _train(options):
     networks.run_name(options.model, options.width)  # checks both, and the next lines the rest, before data is loaded
     given = {"epochs": options.epochs, "seed": options.seed}
     recipe = get_recipe(options.recipe).replace(**{key: value for key, value in given.items() if value is not None})
-    if recipe.batch_size % options.devices:
-        raise ValueError(f"devices must divide the batch size, {recipe.batch_size}; got {options.devices}")
     dataset = data.load(options.dataset, options.train_images, options.test_images)
     paths.say(str(dataset))
     how = {key: getattr(options, key) for key in ("width", "retrain", "save_model", "save_predictions")}

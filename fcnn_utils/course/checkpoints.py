@@ -48,12 +48,12 @@ def resume(model, record, restart=False):
     except ValueError as error:
         paths.say(f"{paths.shown(path)} is damaged ({error}): starting anew")
         return []
+    if restart and len(earlier["epochs"]) == record["recipe"]["epochs"]:
+        return []
     kinds = [(array.shape, array.dtype.name) for array in arrays]
     wanted = [(tuple(variable.shape), keras.backend.standardize_dtype(variable.dtype)) for variable in _state(model)]
     if kinds != wanted or not _is_same(earlier, record):
         paths.say(f"{paths.shown(path)} belongs to other settings: starting anew")
-        return []
-    if restart and len(earlier["epochs"]) == record["recipe"]["epochs"]:
         return []
     for variable, array in zip(_state(model), arrays, strict=True):
         variable.assign(array)

@@ -106,16 +106,25 @@ def use_devices(count):
     )
 
 
+def devices():
+    """Return how many devices share each batch (see `use_devices`)."""
+    import keras
+
+    distribution = keras.distribution.distribution()
+    return 1 if distribution is None else int(distribution.device_mesh.devices.size)
+
+
 def describe():
     """Describe this machine and its software by a dict of JSON types, part of every record.
 
-    Its entries are device, cores, backend, versions (package -> version), python, deterministic (whether
+    Its entries are device, cores, devices, backend, versions (package -> version), python, deterministic (whether
     it was called), date (UTC) and commit.
     """
     versions = {name: _version(name) for name in ("keras", "tensorflow", "jax", "torch", "numpy")}
     return {
         "device": gpu() or processor(),
         "cores": available_cores(),
+        "devices": devices(),
         "backend": _backend(),
         "versions": {name: version for name, version in versions.items() if version},
         "python": platform.python_version(),

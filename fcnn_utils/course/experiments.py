@@ -201,8 +201,7 @@ def progress_line(record, row):
 
 def result_line(record):
     """Format the result of a run as one line: network, accuracy, number of images, machine and date."""
-    kind = "validation" if record["test"] is None else "test"
-    result = record["test"] or record["epochs"][-1]["validation"]
+    kind, result = records.result(record)
     return (
         f"{record['model']} · {record['recipe']['name']} · seed {record['seed']}: top-1 {result['top1']:.1%}, "
         f"top-5 {result['top5']:.1%} on {result['images']:,} {kind} images of "
@@ -284,7 +283,7 @@ def _new_record(model, name, dataset, recipe, images):
 
 def _as_checkpoint(model, record, recipe, steps, restart):
     """Return the network that matches the run's checkpoint: `model`, or its factorized copy after the switch."""
-    made = checkpoints.record_of(record, restart).get("factorization")
+    made = None if recipe.factorize_at is None else checkpoints.record_of(record, restart).get("factorization")
     if made is None:
         return model
     return _switch(model, record, recipe, steps, made)
@@ -297,7 +296,7 @@ def _switch(dense, record, recipe, steps, made=None):
     """
     model, now = switching.factorize(dense, recipe, made and made["ranks"])
     switching.carry_over(dense if recipe.factorize_at else None, model, recipe, steps)
-    switching.decay_products(model, now["ranks"], recipe.product_decay)
+    switching.decay_products(dense, model, now["ranks"], recipe.product_decay)
     record["dense"] = {key: record[key] for key in ("params", "trainable", "macs")}
     counts = cost.total_costs(model)
     record |= {key: counts[key] for key in record["dense"]} | {"factorization": made or now}
@@ -326,8 +325,9 @@ def _run(model, dataset, recipe, record, steps, teacher, save_predictions):
         paths.say(progress_line(record, row))
 
     if at is not None and "factorization" not in record:
-        options = {"first_epoch": len(record["epochs"]), "epochs": at, "teacher": teacher, "on_epoch": on_epoch}
-        training.fit(model, dataset, recipe, **options)
+        if at:
+            options = {"first_epoch": len(record["epochs"]), "epochs": at, "teacher": teacher, "on_epoch": on_epoch}
+            training.fit(model, dataset, recipe, **options)
         model = _switch(model, record, recipe, steps)
     training.fit(model, dataset, recipe, first_epoch=len(record["epochs"]), teacher=teacher, on_epoch=on_epoch)
     if recipe.train_on == "all" or save_predictions:

@@ -47,8 +47,9 @@ class Run:
     grid: dict = dataclasses.field(compare=False)
 
     def __str__(self):
-        width = "" if self.width == 1 else f"-width{self.width:.10g}"
-        return f"{self.network}{width} · {self.recipe.name} · seed {self.recipe.seed}"
+        from fcnn_utils.course import networks
+
+        return f"{networks.run_name(self.network, self.width)} · {self.recipe.name} · seed {self.recipe.seed}"
 
 
 def read(path):
@@ -86,7 +87,8 @@ def _runs(grid):
         for value in grid[key] if kind is not str else ():
             check_number(f"each of {key}", value, kind, *((0, 2**31 - 1) if kind is int else (1e-3, 1e3)))
     for key in ("deterministic", "save_models"):
-        check_choice(key, grid[key], [True, False])
+        if not isinstance(grid[key], bool):
+            raise ValueError(f"{key} must be true or false; got {grid[key]!r}")
     for key, low in (("train_images", 0), ("test_images", 0), ("cpus", 1)):
         check_number(key, grid[key], int, low, 10**9)
     if grid["gpus"] is not None:

@@ -41,6 +41,7 @@ _CHOICES = {
     "factors": ("decomposed", "fresh"),
     "carry": ("both", "rate", "none"),
 }
+_OF_THE_SWITCH = ("factorize_by", "factorize_to", "factors", "carry", "product_decay")
 _IN_SUMMARY = ("name", "epochs", "batch_size", "optimizer", "learning_rate", "schedule", "assumed")
 
 
@@ -90,8 +91,8 @@ class Recipe:
         factors: "decomposed": the new layers start from the kernels that they replace; or "fresh", with `factorize_at`
             0: all weights start at random.
         carry: what the factorized network keeps of the training before. "both": the learning-rate schedule goes on,
-            and the weights that still exist keep their momentum ("sgd" and "muon"). "rate": only the schedule goes on.
-            "none": a new schedule covers the remaining epochs.
+            and the weights that still exist keep their momentum, but not the averages of Adam, which "muon" has for
+            some weights, too. "rate": only the schedule goes on. "none": a new schedule covers the remaining epochs.
         product_decay: rate of the Frobenius decay, used with `factorize_at`. The loss gets rate / 2 times the squared
             norms of the dense kernels that the factors stand for (`switching.decay_products`).
         seed: seed of weights, image order and augmentation, unless `experiments.train` is given another.
@@ -141,6 +142,10 @@ class Recipe:
 
         if self.factorize_at is not None:
             check_number("factorize_at", self.factorize_at, int, 0, self.epochs - 1)
+        for field in dataclasses.fields(self):
+            is_set = field.name in _OF_THE_SWITCH and getattr(self, field.name) != field.default
+            if is_set and self.factorize_at is None:
+                raise ValueError(f"{field.name} needs factorize_at; it is None")
         if self.factors == "fresh" and self.factorize_at != 0:
             raise ValueError(f"factors can be fresh only if factorize_at is 0; it is {self.factorize_at}")
         if self.factorize_at is not None and self.cycles > 1:

@@ -108,6 +108,11 @@ def write(record, folder=None):
     return path
 
 
+def result(record):
+    """Return ("test" or "validation", the dict of results on these images) of a complete run."""
+    return ("test", record["test"]) if record["test"] else ("validation", record["epochs"][-1]["validation"])
+
+
 def read(path):
     """Read the record in the file `path`.
 

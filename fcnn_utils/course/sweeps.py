@@ -10,6 +10,7 @@ It continues after its last whole epoch if the machine that takes it over can re
 """
 
 import contextlib
+import importlib.util
 import io
 import os
 import platform
@@ -104,9 +105,9 @@ def _kept(outcome, path):
     if isinstance(outcome, str):
         return outcome
     record, network = outcome
-    if network and not path.with_suffix(".keras").exists():
-        _files.write_atomic(path.with_suffix(".keras"), network)
     if not path.exists():
+        if network:
+            _files.write_atomic(path.with_suffix(".keras"), network)
         records.write(record)
     return record
 
@@ -120,29 +121,33 @@ def _train(run, how):
     os.environ |= {"FCNN_OUTPUT": how["output"], "FCNN_COMMIT": how["commit"]}
     names = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
     os.environ |= dict.fromkeys(names, str(run.grid["cpus"]))  # before a backend is imported
-    with contextlib.redirect_stdout(io.StringIO()):  # its output would break up the progress table
-        with stderr_to(os.devnull):  # TensorFlow writes many lines when it starts
-            from fcnn_utils.course import experiments
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # its output would break up the progress table
+            return _trained(run, how)
+    except Exception as error:  # one run must not end the others
+        return _first_line(error)
 
-            if run.grid["deterministic"]:
-                environment.deterministic()
-            environment.describe()
+
+def _trained(run, how):
+    with stderr_to(os.devnull):  # TensorFlow writes many lines when it starts
+        from fcnn_utils.course import experiments
+
+        if run.grid["deterministic"]:
+            environment.deterministic()
+        environment.describe()
+    dataset, give_up = _load(run.grid), time.monotonic() + _PATIENCE
+    if dataset.fingerprint != how["fingerprint"]:
+        here = platform.node()
+        return f"{here} has other images than the sweep: {dataset}; put the same data set on that machine"
+    options = {"width": run.width, "save_model": run.grid["save_models"]}
+    while True:
         try:
-            dataset, give_up = _load(run.grid), time.monotonic() + _PATIENCE
-            if dataset.fingerprint != how["fingerprint"]:
-                here = platform.node()
-                return f"{here} has other images than the sweep: {dataset}; put the same data set on that machine"
-            while True:
-                try:
-                    options = {"width": run.width, "save_model": run.grid["save_models"]}
-                    record = experiments.train(run.network, dataset, run.recipe, **options)
-                    break
-                except _files.Busy:
-                    if time.monotonic() > give_up:
-                        raise
-                    time.sleep(_PAUSE)
-        except Exception as error:  # one run must not end the others
-            return _first_line(error)
+            record = experiments.train(run.network, dataset, run.recipe, **options)
+            break
+        except _files.Busy:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(_PAUSE)
     kept = records.kept_network(dataset.name, record["model"], run.recipe.name, run.recipe.seed)
     return record, kept.read_bytes() if kept and run.grid["save_models"] else None
 
@@ -184,11 +189,7 @@ def _poll(run, future):
 
 
 def _has_ray():
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("ray") is not None
 
 
 def _on_ray(runs, how, address):
@@ -219,7 +220,7 @@ def _on_ray(runs, how, address):
                 try:
                     yield run, ray.get(each)
                 except ray.exceptions.RayError as error:
-                    yield run, f"its process was lost {ATTEMPTS} times ({_first_line(error)})"
+                    yield run, f"Ray gave it up after at most {ATTEMPTS} starts ({_first_line(error)})"
             yield None, None
     finally:
         ray.shutdown()
@@ -249,29 +250,32 @@ class _Table:
 
     def __init__(self, places, file=None):
         self.places, self.file = places, sys.stdout if file is None else file
-        self.states, self.shown, self.height, self.ended = dict.fromkeys(places, "waits"), [], 0, set()
+        self.states, self.shown, self.ended = dict.fromkeys(places, "waits"), [], set()
         self.is_live = self.file.isatty()
 
     def end(self, run, outcome):
         self.ended.add(run)
-        self.states[run] = "FAILED" if isinstance(outcome, str) else "done, {} top-1 {:.1%}".format(*_result(outcome))
+        self.states[run] = "FAILED"
+        if not isinstance(outcome, str):
+            images, result = records.result(outcome)
+            self.states[run] = f"done, {images} top-1 {result['top1']:.1%}"
 
     def draw(self):
         for run, path in self.places.items():
             if run not in self.ended:
                 self.states[run] = self._progress_of(path.with_suffix(".partial.json")) or self.states[run]
-        lines = [f"{state:<34} {run}" for run, state in self.states.items()]
+        lines = [f"{state:<38} {run}" for run, state in self.states.items()]
         if self.is_live:
             width, height = shutil.get_terminal_size()
             # With more runs than lines, the first ones scroll away: the cursor cannot move above the visible screen.
-            up = f"\x1b[{min(self.height, height - 1)}A" if self.height else ""
-            seen = lines[-(height - 1) :] if self.height else lines
+            up = f"\x1b[{min(len(lines), height - 1)}A" if self.shown else ""
+            seen = lines[-(height - 1) :] if self.shown else lines
             paths.say(up + "\n".join(f"\x1b[2K{line[: width - 1]}" for line in seen), self.file)
         else:
             for line in lines:
                 if line not in self.shown and not line.startswith("waits"):
                     paths.say(line, self.file)
-        self.shown, self.height = lines, len(lines)
+        self.shown = lines
 
     def _progress_of(self, path):
         """Format the progress of a run from its partial record; None if there is none here or it cannot be read yet."""
@@ -285,12 +289,6 @@ class _Table:
         top1 = row.get("validation", row)["top1"]
         kind = "validation" if "validation" in row else "training"
         return f"epoch {row['epoch']}/{record['recipe']['epochs']}, {kind} top-1 {top1:.1%}"
-
-
-def _result(record):
-    """Return which images a complete run was measured on, "test" or "validation", and its top-1 accuracy on them."""
-    images, result = ("test", record["test"]) if record["test"] else ("validation", record["epochs"][-1]["validation"])
-    return images, result["top1"]
 
 
 def summary(results):
@@ -308,8 +306,8 @@ def summary(results):
         {
             "network": record["model"],
             "recipe": record["recipe"]["name"],
-            "images": _result(record)[0],
-            "top1": 100 * _result(record)[1],
+            "images": records.result(record)[0],
+            "top1": 100 * records.result(record)[1]["top1"],
         }
         for record in results.values()
         if not isinstance(record, str)

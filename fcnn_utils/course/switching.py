@@ -77,7 +77,7 @@ def carry_over(dense, model, recipe, steps):
                 momentum.assign(earlier[place])
 
 
-def decay_products(model, layers, rate):
+def decay_products(dense, model, layers, rate):
     """Add Frobenius decay to the loss of a factorized network: it changes `model.compute_loss`.
 
     The added term is rate / 2 times the squared Frobenius norm of the dense kernel that each chain of factors stands
@@ -85,22 +85,33 @@ def decay_products(model, layers, rate):
     rank. A copy of the model, or one that is loaded, does not have this term.
 
     Args:
+        dense: the network from before.
         model: the factorized network, before `fit`.
-        layers: names of the factorized layers. The chain of NAME consists of the layers NAME and NAME_….
+        layers: names of the layers that were factorized.
         rate: the factor; 0 adds nothing.
     """
     if rate == 0:
         return
-    chains = [
-        [each for each in model.layers if (each.name == name or each.name.startswith(f"{name}_")) and each.weights]
-        for name in layers
-    ]
+    chains = chains_of(dense, model, layers).values()
     own = model.compute_loss
 
     def compute_loss(*arguments, **options):
         return own(*arguments, **options) + rate / 2 * sum(product_norm(chain) for chain in chains)
 
     model.compute_loss = compute_loss
+
+
+def chains_of(dense, model, layers):
+    """Return the chains of a factorized network: dict from the name of each factorized layer to its list of layers.
+
+    The last layer of a chain has the name of the dense one, NAME. The others are new and are called NAME_….
+    """
+    before, chains = {layer.name for layer in dense.layers}, {name: [] for name in layers}
+    for layer in model.layers:
+        if layer.name in chains or layer.name not in before:
+            owners = [name for name in layers if layer.name == name or layer.name.startswith(f"{name}_")]
+            chains[max(owners, key=len)].append(layer)
+    return chains
 
 
 def product_norm(chain):

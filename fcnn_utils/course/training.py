@@ -72,7 +72,14 @@ def fit(model, data, recipe, *, first_epoch=0, epochs=None, teacher=None, on_epo
 
 
 def steps_per_epoch(images, recipe):
-    """Return the number of whole batches in `images` training images; raise ValueError if it is 0."""
+    """Return the number of whole batches in `images` training images.
+
+    Raises:
+        ValueError: if it is 0, or the devices (`environment.use_devices`) cannot divide a batch.
+    """
+    devices = environment.devices()
+    if recipe.batch_size % devices:
+        raise ValueError(f"devices must divide the batch size, {recipe.batch_size}; got {devices} devices")
     if images < recipe.batch_size:
         raise ValueError(
             f"recipe {recipe.name} needs at least {recipe.batch_size} training images, one batch; got {images}: "
@@ -161,12 +168,8 @@ class Epochs(keras.callbacks.Callback):
 def predict(model, split, scale):
     """Predict class probabilities (N, classes) float64 for the images of `split`; arguments as in `evaluate`."""
     images = augmentation.normalize(split.images, scale)
-    count, distribution = len(images), keras.distribution.distribution()
-    devices = 1 if distribution is None else distribution.device_mesh.devices.size
-    images = np.concatenate([images, np.zeros_like(images, shape=(-count % devices, *images.shape[1:]))])
-    size = _EVALUATION_BATCH * devices  # each device gets the same number of images
-    parts = [images[start : start + size] for start in range(0, len(images), size)]
-    return np.concatenate([model.predict_on_batch(part) for part in parts]).astype("float64")[:count]
+    parts = [images[start : start + _EVALUATION_BATCH] for start in range(0, len(images), _EVALUATION_BATCH)]
+    return np.concatenate([model.predict_on_batch(part) for part in parts]).astype("float64")
 
 
 def evaluate(model, split, scale, coarse_names=()):
@@ -255,7 +258,6 @@ def learning_rate_schedule(recipe, steps, epochs=None):
     return once if recipe.cycles == 1 else _Repeated(once, cycle)
 
 
-@keras.saving.register_keras_serializable("fcnn_utils")
 class From(keras.optimizers.schedules.LearningRateSchedule):
     """Learning-rate schedule that starts at step `start` of another schedule, `whole`."""
 

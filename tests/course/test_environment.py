@@ -42,7 +42,8 @@ def git(tmp_path, monkeypatch):
 
 def test_description_has_all_entries_of_a_record():
     here = environment.describe()
-    assert here.keys() == {"device", "cores", "backend", "versions", "python", "deterministic", "date", "commit"}
+    entries = {"device", "cores", "devices", "backend", "versions", "python", "deterministic", "date", "commit"}
+    assert here.keys() == entries and here["devices"] == 1
     assert re.match("(CPU|GPU)", here["device"]) and here["cores"] >= 1
     assert here["backend"] == keras.config.backend()
     assert here["versions"]["keras"] == keras.__version__ and here["versions"]["numpy"] == np.__version__

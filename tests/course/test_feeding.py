@@ -37,9 +37,11 @@ def on_batches(model, split, recipe, scale, epochs):
 TOGETHER = [None, 1, 2, 5, 99] if keras.config.backend() == "jax" else [None]  # others take no notice
 
 
+@pytest.mark.parametrize("eager", ["", "1"], ids=["compiled", "eager"])
 @pytest.mark.parametrize("together", TOGETHER, ids="{} steps in a program".format)
-def test_fit_makes_the_steps_of_the_same_batches(dataset, scale, together):
+def test_fit_makes_the_steps_of_the_same_batches(dataset, scale, monkeypatch, together, eager):
     """In float32 and to its rounding. The 80 images make 5 batches, which 2 does not divide."""
+    monkeypatch.setenv("FCNN_EAGER", eager)
     model, expected = network(RECIPE), network(RECIPE)
     feed = feeding.Feed(model, dataset.train, RECIPE, scale, steps_per_program=together)
     losses = feed.fit(range(2)).history["loss"] + feed.fit(range(2, 3)).history["loss"]
@@ -65,4 +67,4 @@ def test_model_can_be_trained_by_keras_alone_afterwards(dataset, scale):
     before = model.evaluate(x, np.eye(10)[dataset.test.fine[:10]], verbose=0)[0]
     history = model.fit(x, np.eye(10)[dataset.test.fine[:10]], batch_size=5, epochs=20, verbose=0).history
     assert len(history["loss"]) == 20 and history["loss"][-1] < before
-    assert model.steps_per_execution == 1
+    assert model.steps_per_execution == 1 and int(model.optimizer.iterations) == 5 + 20 * 2

@@ -54,11 +54,15 @@ def test_fresh_factors_have_nothing_of_the_dense_kernels():
     assert not np.array_equal(fresh.get_layer("conv1").kernel, model.get_layer("conv1").kernel)
     with pytest.raises(ValueError, match="factors can be fresh only if factorize_at is 0; it is 1"):
         RECIPE.replace(factors="fresh")
+    with pytest.raises(ValueError, match="carry needs factorize_at; it is None"):
+        RECIPES["faster"].replace(carry="none")
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 @pytest.mark.parametrize("carry", ["both", "rate", "none"])
-def test_rate_and_momentum_carry_over_as_the_recipe_says(dataset, carry):
-    recipe, model = RECIPE.replace(carry=carry), network()
+def test_rate_and_momentum_carry_over_as_the_recipe_says(dataset, carry, optimizer):
+    """Muon steps batch norms by Adam, whose averages start anew."""
+    recipe, model = RECIPE.replace(carry=carry, optimizer=optimizer), network()
     training.fit(model, dataset, recipe, epochs=1)
     small, _ = switching.factorize(model, recipe)
     switching.carry_over(model, small, recipe, 5)
@@ -70,9 +74,10 @@ def test_rate_and_momentum_carry_over_as_the_recipe_says(dataset, carry):
         place = [each.path.split("/")[-2:] for each in network.trainable_variables].index([layer, weight])
         return np.array(network.optimizer.momentums[place])
 
-    assert momentum(model, "bn3", "gamma").any()
-    expected = momentum(model, "bn3", "gamma") if carry == "both" else 0
-    np.testing.assert_array_equal(momentum(small, "bn3", "gamma"), expected)
+    for place, carries in ((("conv1", "kernel"), True), (("bn3", "gamma"), optimizer == "sgd")):
+        assert momentum(model, *place).any()
+        expected = momentum(model, *place) if carries and carry == "both" else 0
+        np.testing.assert_array_equal(momentum(small, *place), expected)
     assert momentum(small, "conv2", "kernel").shape != momentum(model, "conv2", "kernel").shape
     assert not momentum(small, "conv2", "kernel").any()
 
@@ -80,8 +85,9 @@ def test_rate_and_momentum_carry_over_as_the_recipe_says(dataset, carry):
 @pytest.mark.parametrize("method", ["spatial", "tucker", "cp", "cp4", "tt", "svd", "separable"])
 def test_norm_of_a_product_is_that_of_its_response_to_single_pixels(method):
     """A chain without biases, applied to one pixel of one channel, gives the kernel of that channel."""
-    small, made = switching.factorize(network(), RECIPE.replace(factorize_by=method))
-    chain = [each for each in small.layers if each.name.startswith("conv2")]
+    dense = network()
+    small, made = switching.factorize(dense, RECIPE.replace(factorize_by=method))
+    chain = switching.chains_of(dense, small, made["ranks"])["conv2"]
     pixels = np.zeros((16, 9, 9, 16), "float32")
     pixels[np.arange(16), 4, 4, np.arange(16)] = 1
     response = pixels
@@ -93,27 +99,41 @@ def test_norm_of_a_product_is_that_of_its_response_to_single_pixels(method):
 
 
 def test_decay_of_products_adds_to_the_loss(dataset):
-    small, made = switching.factorize(network(), RECIPE)
+    dense = network()
+    small, made = switching.factorize(dense, RECIPE)
     training.compile_model(small, RECIPE, 5)
     x, y = np.ones((2, 8, 8, 3), "float32"), np.eye(10, dtype="float32")[:2]
     before = float(small.compute_loss(x, y, small(x)))
-    switching.decay_products(small, made["ranks"], 0.02)
-    norms = sum(
-        float(switching.product_norm([each for each in small.layers if each.name.startswith(name)]))
-        for name in ("conv2", "conv3")
-    )
+    switching.decay_products(dense, small, made["ranks"], 0.02)
+    pairs = [[small.get_layer(f"{name}{end}") for end in ("_column", "")] for name in ("conv2", "conv3")]
+    norms = sum(float(switching.product_norm(pair)) for pair in pairs)
     assert float(small.compute_loss(x, y, small(x))) == pytest.approx(before + 0.01 * norms, rel=1e-4) and norms > 1
     changed = experiments.train(network(), dataset, RECIPE.replace(product_decay=0.5), quiet=True)
     assert changed["epochs"][1]["loss"] > changed["epochs"][1]["cross_entropy"] + 1
 
 
-def test_run_is_factorized_once_and_says_so(dataset, output):
-    record = experiments.train(network(), dataset, RECIPE, save_model=True)
+def test_chains_are_found_whatever_the_names_of_the_other_layers():
+    """NAME_bn is a batch norm of the dense network, and NAME_1 another convolution of it."""
+    stack = [keras.Input((8, 8, 16))]
+    for name in ("conv", "conv_1", "conv_1_2"):
+        stack += [layers.Conv2D(16, 3, padding="same", name=name), layers.BatchNormalization(name=f"{name}_bn")]
+    dense = keras.Sequential([*stack, layers.Flatten(), layers.Dense(10, name="scores")])
+    small, made = switching.factorize(dense, RECIPE)
+    found = {
+        name: [each.name for each in chain] for name, chain in switching.chains_of(dense, small, made["ranks"]).items()
+    }
+    assert found == {name: [f"{name}_column", name] for name in ("conv", "conv_1", "conv_1_2")}
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_run_is_factorized_once_and_says_so(dataset, output, at):
+    recipe = RECIPE.replace(factorize_at=at)
+    record = experiments.train(network(), dataset, recipe, save_model=True)
     dense = cost.total_costs(network())
     assert record["dense"] == {key: dense[key] for key in ("params", "trainable", "macs")}
     assert record["macs"] <= 0.5 * dense["macs"] and [row["epoch"] for row in record["epochs"]] == [1, 2, 3]
-    assert record["factorization"].keys() == {"after", "seconds", "ranks"}
-    kept = experiments.load_trained("tiny", dataset.name, RECIPE.name)
+    assert record["factorization"].keys() == {"after", "seconds", "ranks"} and record["factorization"]["after"] == at
+    kept = experiments.load_trained("tiny", dataset.name, recipe.name)
     assert kept.count_params() == record["params"] < dense["params"]
     scale = augmentation.channel_statistics(dataset)
     assert training.evaluate(kept, dataset.test, scale)["correct_by_class"] == record["test"]["correct_by_class"]
@@ -131,8 +151,7 @@ def test_run_is_factorized_once_and_says_so(dataset, output):
     ],
 )
 def test_interrupted_run_continues_on_either_side_of_the_switch(dataset, output, monkeypatch, where, name, call, kept):
-    whole_model = network()
-    whole = experiments.train(whole_model, dataset, RECIPE)
+    whole = experiments.train(network(), dataset, RECIPE)
     monkeypatch.setenv("FCNN_OUTPUT", str(output / "again"))
     calls, original = [], getattr(where, name)
 

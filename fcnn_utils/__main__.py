@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from fcnn_utils import _commands
+from fcnn_utils._checks import check_choice
 
 _STOPPED = 130  # a shell's exit code for Ctrl-C
 _EXTRAS = dict.fromkeys(("onnx", "tf2onnx", "onnxruntime", "openvino", "ai_edge_litert"), "export")
@@ -108,15 +109,20 @@ def _train(options):
 
 def _sweep(options):
     from fcnn_utils._terminal import stderr_to
-    from fcnn_utils.course import grids, paths, sweeps
+    from fcnn_utils.course import comparison, grids, networks, paths, sweeps
 
     with stderr_to(os.devnull):  # as above
         runs = grids.read(options.grid)
+        names = {f"{networks.run_name(run.network, run.width)}/{run.recipe.name}" for run in runs}
+    if options.baseline is not None:
+        check_choice("--baseline", options.baseline, sorted(names))
     results = sweeps.train(runs, options.address)
-    table = sweeps.summary(results)
-    if len(table):
-        paths.say(table.to_string(float_format="{:.2f}".format))
-    return 1 if any(isinstance(each, str) for each in results.values()) else 0
+    kept = [record for record in results.values() if not isinstance(record, str)]
+    if kept:
+        done = {f"{record['model']}/{record['recipe']['name']}" for record in kept}
+        baseline = tuple(options.baseline.split("/")) if options.baseline in done else None
+        paths.say(comparison.over_seeds(kept, baseline).to_string(float_format="{:.2f}".format))
+    return 1 if len(kept) < len(results) else 0
 
 
 def _parser():
@@ -186,6 +192,11 @@ def _add_sweep(sweep):
         "--address",
         help="address of a Ray cluster: auto for one on this machine, or ray://HOST:10001; default: use this machine "
         "only, with Ray if it is installed, otherwise one run after another",
+    )
+    sweep.add_argument(
+        "--baseline",
+        metavar="NETWORK/RECIPE",
+        help="compare the accuracies with those of this network and recipe of the grid, seed by seed",
     )
 
 

@@ -203,7 +203,9 @@ _THESIS = Recipe("thesis", 5, 32, "sgd", 0.01, schedule="inverse_time", shift=3,
 _FAST = Recipe("fast", 5, 128, "sgd", 0.2, schedule="one_cycle", label_smoothing=0.1, shift=2, precision="auto")
 _FASTER = dataclasses.replace(_FAST, name="faster", batch_size=64, weight_decay=5e-4, head_scale=6.0)
 _LONG = dataclasses.replace(_FASTER, name="long", epochs=20, batch_size=128, shift=4)
-_MUON = dataclasses.replace(_FASTER, name="muon", optimizer="muon", learning_rate=0.24, weight_decay=0.0)
+_MUON = dataclasses.replace(
+    _FASTER, name="muon", optimizer="muon", learning_rate=0.24, weight_decay=0.0, precision="float32"
+)
 _MEDICAL = dataclasses.replace(  # the best of a few; their validation results hardly differ
     _FASTER, name="medical", epochs=20, learning_rate=0.05, balanced=True, train_on="train"
 )

@@ -1,7 +1,6 @@
 """Train a grid of networks × recipes × seeds: one run after another, or as tasks of a Ray cluster.
 
     results = sweeps.train(grids.read("grid.toml"))
-    print(sweeps.summary(results))
 
 Each run has its own process, on this machine or on another one of the cluster. The process writes checkpoints and the
 record as `experiments.train` does. It uses the same output path on every machine. The record is then copied to the
@@ -22,8 +21,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-
-import pandas as pd
 
 from fcnn_utils import _files
 from fcnn_utils._processors import available_cores
@@ -289,29 +286,3 @@ class _Table:
         top1 = row.get("validation", row)["top1"]
         kind = "validation" if "validation" in row else "training"
         return f"epoch {row['epoch']}/{record['recipe']['epochs']}, {kind} top-1 {top1:.1%}"
-
-
-def summary(results):
-    """Summarize the accuracies of a sweep.
-
-    Args:
-        results: dict of `train`; runs that failed do not count.
-
-    Returns:
-        DataFrame indexed by network and recipe: n (seeds), top1 (mean, in %), deviation (standard deviation over
-        the seeds in percentage points, n - 1 in the denominator; NaN for one seed) and images ("test" or
-        "validation").
-    """
-    rows = [
-        {
-            "network": record["model"],
-            "recipe": record["recipe"]["name"],
-            "images": records.result(record)[0],
-            "top1": 100 * records.result(record)[1]["top1"],
-        }
-        for record in results.values()
-        if not isinstance(record, str)
-    ]
-    table = pd.DataFrame(rows, columns=["network", "recipe", "images", "top1"])
-    groups = table.groupby(["network", "recipe", "images"], sort=False)["top1"]
-    return groups.agg(n="count", top1="mean", deviation="std").reset_index("images")

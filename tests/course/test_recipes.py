@@ -81,7 +81,7 @@ def test_recipes_have_the_settings_of_the_published_runs():
         "tune": common | {"epochs": 1, "batch_size": 128, "learning_rate": 0.01, "shift": 2, "clip_norm": 1.0},
     }
     expected["thesis"] |= {"optimizer": "sgd", "assumed": RECIPES["thesis"].assumed}
-    expected["muon"] |= {"weight_decay": 0.0}
+    expected["muon"] |= {"weight_decay": 0.0, "precision": "float32"}
     expected["medical"] |= {"balanced": True, "train_on": "train"}
     assert {name: Recipe(name=name, **settings) for name, settings in expected.items()} == RECIPES
     assert len(RECIPES["thesis"].assumed) == 4 and 50_000 // RECIPES["thesis"].batch_size == 1562

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from fcnn_utils import _files
+from fcnn_utils.__main__ import main
 from fcnn_utils.course import data, environment, experiments, grids, records, sweeps
 from fcnn_utils.course.recipes import get_recipe
 
@@ -167,12 +168,16 @@ def test_sweep_trains_what_has_no_record_and_writes_what_comes_from_another_mach
     assert trained == [runs[2]] and again[runs[3]]["test"]["top1"] == 0.6
 
 
-def test_summary_has_mean_and_deviation_over_the_seeds(grid, trained):
-    table = sweeps.summary(sweeps.train(grids.read(grid(old="[30, 40]", new="30")), file=io.StringIO()))
-    assert table.index.get_level_values("network").tolist() == ["simple-width0.05", "wider_dense-width0.05"]
-    assert table["n"].tolist() == [1, 2] and table["images"].tolist() == ["test"] * 2
-    assert table["top1"].tolist() == pytest.approx([50, 55])
-    assert table["deviation"].tolist()[1] == pytest.approx(50**0.5)
+def test_command_ends_with_a_table_over_the_seeds_and_differences_from_a_baseline(grid, trained, capsys):
+    path, recipe = str(grid(old="[30, 40]", new="30")), "faster-batchsize30-epochs2"
+    assert main(["sweep", path, "--baseline", f"wider_dense-width0.05/{recipe}"]) == 1  # one run failed
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if f"{recipe}  " in line]
+    assert rows[0][:5] == ["simple-width0.05", recipe, "test", "1", "50.00"]  # seed 1 failed
+    assert rows[1][:6] == ["wider_dense-width0.05", recipe, "test", "2", "55.00", "7.07"]
+    assert rows[0][7:9] == ["1", "0.00"]  # of seed 0 alone; unpaired it would be -5
+    del trained[:]
+    assert main(["sweep", path, "--baseline", "simple"]) == 2 and not trained
+    assert f"--baseline must be one of simple-width0.05/{recipe}, " in capsys.readouterr().err
 
 
 def test_record_of_other_settings_stops_the_sweep_before_it_starts(grid, output, trained):

@@ -27,6 +27,14 @@ def network(seed=0):
     return keras.Sequential(stack, name="tiny")
 
 
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """Record of a run that was not interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FCNN_OUTPUT", str(tmp_path_factory.mktemp("whole")))
+        return experiments.train(network(), dataset, RECIPE, quiet=True)
+
+
 def same(found, expected):
     return all(np.array_equal(*each) for each in zip(found.get_weights(), expected.get_weights(), strict=True))
 
@@ -150,9 +158,7 @@ def test_run_is_factorized_once_and_says_so(dataset, output, at):
         (checkpoints, "save", 3, 2),
     ],
 )
-def test_interrupted_run_continues_on_either_side_of_the_switch(dataset, output, monkeypatch, where, name, call, kept):
-    whole = experiments.train(network(), dataset, RECIPE)
-    monkeypatch.setenv("FCNN_OUTPUT", str(output / "again"))
+def test_interrupted_run_continues_on_either_side_of_the_switch(dataset, whole, monkeypatch, where, name, call, kept):
     calls, original = [], getattr(where, name)
 
     def interrupted(*arguments, **options):

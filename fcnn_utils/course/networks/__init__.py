@@ -82,6 +82,20 @@ _PLANS = {
 }
 
 NAMES = (*_PLANS, *cited.EXAMPLES)
+# Kinds of layers in a plan; "pool" is 2×2 max pooling, and "+" adds a shortcut around the layer.
+KINDS = (
+    "conv",
+    "factorized",
+    "separable",
+    "cp",
+    "tucker",
+    "conv+",
+    "factorized+",
+    "separable+",
+    "cp+",
+    "tucker+",
+    "pool",
+)
 
 # Widths at which the networks cost the same as "simple" at width 0.6, within 12%.
 # "time" is that of a training step on 2 cores of an AMD EPYC in bfloat16.
@@ -93,14 +107,26 @@ EQUAL_WIDTHS = {
 
 
 def build(
-    name, input_shape=(32, 32, 3), classes=100, *, width=1.0, dtype="float32", initialization="glorot", head_scale=1.0
+    network,
+    input_shape=(32, 32, 3),
+    classes=100,
+    *,
+    width=1.0,
+    dtype="float32",
+    initialization="glorot",
+    head_scale=1.0,
 ):
-    """Build a network by name, with fresh weights and not compiled.
+    """Build a network by name or from a list of layers, with fresh weights and not compiled.
+
+        build("simple")
+        build([("conv", 64, 3, 1), ("separable", 128, 3, 2), ("conv", 100, 1, 1)])
 
     Args:
-        name: "simple", "wider_dense", "wider_factorized", "wider_separable", "deeper_dense", "deeper_tucker",
+        network: "simple", "wider_dense", "wider_factorized", "wider_separable", "deeper_dense", "deeper_tucker",
             "deeper_separable" or "simple_cp"; or a network of `cited`: "inception", "xception", "wang", "resnet18" or
-            "wrn-DEPTH-WIDTH", for example "wrn-16-4".
+            "wrn-DEPTH-WIDTH", for example "wrn-16-4"; or a list of (kind, filters, kernel size, stride), one for each
+            layer, as `plan` returns it. The kinds are those of `KINDS`. The last row must be a convolution with as many
+            filters as there are classes.
         input_shape: (height, width, channels) of one image.
         classes: number of classes, at least 2.
         width: factor on the number of filters of every layer but the last (rounded, at least 1).
@@ -118,24 +144,37 @@ def build(
     Raises:
         ValueError: if an argument is not one of the above.
     """
-    run_name(name, width)  # checks both
     _check_shape(input_shape)
     check_number("classes", classes, int, 2, 1_000_000)
+    if isinstance(network, str):
+        run_name(network, width)  # checks both
+    else:
+        check_number("width", width, float, 1e-3, 1e3)
+        _check_plan(network, input_shape[-1], classes)
     check_choice("initialization", initialization, ("glorot", "he"))
     check_number("head_scale", head_scale, float, 1e-3, 1e3)
     x = inputs = keras.Input(tuple(input_shape), name="image")
-    if cited.known(name):
-        x = cited.features(name, x, cited.Maker(dtype, _initializer(initialization, 2.0), width))
+    if cited.known(network):
+        x = cited.features(network, x, cited.Maker(dtype, _initializer(initialization, 2.0), width))
         x = layers.GlobalAveragePooling2D(name="pool", dtype="float32")(x)
         x = layers.Dense(classes, name="scores", dtype="float32")(x)
     else:
-        plan = [
-            (kind, max(1, round(width * filters)) if filters else classes, size, strides)
-            for kind, filters, size, strides in _PLANS[name]
-        ]
-        x = _plan_features(x, plan, dtype, initialization, head_scale)
+        *rows, (kind, _, *last) = plan(network) if isinstance(network, str) else network
+        rows = [(kind, max(1, round(width * (filters or 1))), *more) for kind, filters, *more in rows]
+        x = _plan_features(x, [*rows, (kind, classes, *last)], dtype, initialization, head_scale)
         x = layers.GlobalAveragePooling2D(name="pool", dtype="float32")(x)  # (N, h, w, classes) -> (N, classes)
-    return keras.Model(inputs, layers.Activation("softmax", name="softmax", dtype="float32")(x), name=name)
+    outputs = layers.Activation("softmax", name="softmax", dtype="float32")(x)
+    return keras.Model(inputs, outputs, name=network if isinstance(network, str) else "network")
+
+
+def plan(name, classes=100):
+    """Return the layers of a network that is a plan: a list of (kind, filters, kernel size, stride).
+
+    Raises:
+        ValueError: if there is no such plan.
+    """
+    rows = _PLANS[check_choice("network", name, _PLANS)]
+    return [(kind, filters or classes, size, strides) for kind, filters, size, strides in rows]
 
 
 def run_name(name, width=1.0):
@@ -155,6 +194,27 @@ def run_name(name, width=1.0):
         check_choice("model", name, NAMES)
     check_number("width", width, float, 1e-3, 1e3)
     return name if width == 1 else f"{name}-width{width:.10g}"
+
+
+def _check_plan(rows, channels, classes):
+    """Raise ValueError unless `rows` is a list that `build` takes."""
+    if not isinstance(rows, (list, tuple)) or not rows:
+        raise ValueError(f"network must be a name or a list of layers; got {rows!r}")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, (list, tuple)) or len(row) != 4:
+            raise ValueError(f"layer {number} must be (kind, filters, kernel size, stride); got {row!r}")
+        check_choice(f"kind of layer {number}", row[0], KINDS)
+        for name, value in zip(("filters", "kernel size", "stride"), row[1:], strict=True):
+            if (row[0], name) != ("pool", "filters"):
+                check_number(f"{name} of layer {number}", value, int, 1, 10_000)
+        if row[0].endswith("+") and (row[1], row[3]) != (channels, 1):
+            raise ValueError(
+                f"layer {number}, {row!r}, has a shortcut: it must have {channels} filters, as many as it reads "
+                f"channels, and stride 1"
+            )
+        channels = channels if row[0] == "pool" else row[1]
+    if rows[-1][0] == "pool" or rows[-1][1] != classes:
+        raise ValueError(f"the last layer must be a convolution with {classes} filters, the classes; got {rows[-1]!r}")
 
 
 def _check_shape(shape):

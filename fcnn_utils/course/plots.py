@@ -134,6 +134,51 @@ def cost_by_layer(costs, title="", axes=None):
     return axes
 
 
+def network(rows, side=32, channels=3, ax=None):
+    """Draw a network as a row of boxes, one for the output of each layer.
+
+    The height of a box is the side of its feature maps, its width grows with the root of their number, its colour
+    stands for the kind of the layer.
+
+    Args:
+        rows: list of (kind, filters, kernel size, stride) of the kinds "conv", "factorized" and "separable", as from
+            `networks.plan`.
+        side, channels: of the images.
+    """
+    boxes = [("", side, channels, "0.85")]  # what is written above, side, channels, colour
+    for kind, filters, size, strides in rows:
+        before, side = side, -(-side // strides)
+        step = f", /{strides}" if strides > 1 else ""
+        if kind == "factorized":
+            boxes += [(f"{size}×1", before, filters, PALETTE[1]), (f"1×{size}{step}", side, filters, PALETTE[1])]
+        elif kind == "separable":
+            boxes += [(f"{size}×{size}\ndepthw.{step}", side, boxes[-1][2], PALETTE[2])]
+            boxes += [("1×1", side, filters, PALETTE[2])]
+        else:
+            boxes.append((f"{size}×{size}{step}", side, filters, PALETTE[0] if size > 1 else PALETTE[9]))
+    ax = ax or plt.subplots(figsize=(8, 2.6))[1]
+    left, top = 0.0, max(box[1] for box in boxes)
+    for number, (label, height, count, color) in enumerate(boxes):
+        width = 0.6 * np.sqrt(count)
+        ax.add_patch(plt.Rectangle((left, -height / 2), width, height, facecolor=color, edgecolor="0.3", alpha=0.75))
+        if number:
+            ax.annotate("", (left, 0), (left - 4, 0), arrowprops={"arrowstyle": "->", "color": "0.2"})
+        ax.text(left + width / 2, top / 2 + 1, label, ha="center", va="bottom", fontsize=9)
+        ax.text(
+            left + width / 2,
+            -top / 2 - 1.5,
+            f"{height}²\n×{count}" if number else f"image\n{height}²×{count}",
+            ha="center",
+            va="top",
+            fontsize=8,
+        )
+        left += width + 4
+    ax.text(left - 2, 0, "mean,\nsoftmax", va="center", fontsize=9)
+    ax.set(xlim=(-1, left + 7), ylim=(-top / 2 - 9, top / 2 + 7))
+    ax.axis("off")
+    return ax
+
+
 def learning_curves(runs, column, scale=1.0, label="", ax=None):
     """Draw a quantity against epochs: our runs as solid lines, those of the thesis dashed.
 

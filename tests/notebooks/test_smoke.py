@@ -10,9 +10,13 @@ from fcnn_utils.course import networks, paths, runner
 
 # Notebooks that run one after the other, because the later ones read what the earlier ones leave. The groups are
 # independent, so each may have its own worker. The longest comes first.
-GROUPS = [("11", "14", "19"), ("16",), ("21",), ("20",), ("08", "09", "10")]
-CHAPTERS = [("01", "02", "03", "04"), ("05", "06", "07")]  # the usual tests execute them in `test_chapter_NN.py`
-WITHOUT_IMAGES = ("02", "03", "04", "05", "07")
+GROUPS = [("11", "14", "19"), ("16",), ("21",), ("20",)]
+CHAPTERS = [
+    ("01", "02", "03", "04"),
+    ("05", "06", "07"),
+    ("08", "09", "10"),
+]  # the usual tests execute them in `test_chapter_NN.py`
+WITHOUT_IMAGES = ("02", "03", "04", "05", "07", "09", "10")
 
 # What the notebooks must leave in the output folder: pattern -> number of files.
 LEFT = {

@@ -58,7 +58,7 @@ def test_sections_that_other_notebooks_mention_exist(notebook):
 
 def test_citations_and_mentions_of_sections_are_found():
     assert sum(len(citations(notebook)) for notebook in NOTEBOOKS.values()) > 30
-    assert sum(len(re.findall(SECTION, build.prose(notebook))) for notebook in NOTEBOOKS.values()) > 15
+    assert sum(len(re.findall(SECTION, build.prose(notebook))) for notebook in NOTEBOOKS.values()) > 5
 
 
 def test_exercises_have_three_grades_and_folded_solutions(notebook):

@@ -19,7 +19,8 @@ PROGRAMS.remove(Path(__file__))  # it contains slips
 AMERICAN = "|".join(
     [
         r"\w*(?<!factor)(?<!s)(?:ize[ds]?|izing|ization)|\w*yz(?:e[ds]?|ing)",
-        r"\w*(?:avior|avor|eighbor|olor)\w*|gray\w*|center(?:s|ed|ing)?|(?:mod|lab|trav)el(?:ed|ing)|defense|catalogs?",
+        r"\w*(?:avior|avor|eighbor|olor)\w*|(?<!& )gray\w*|center(?:s|ed|ing)?|defense|catalogs?",
+        r"(?:mod|lab|trav)el(?:ed|ing)",
     ]
 )
 

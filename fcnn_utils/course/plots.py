@@ -125,7 +125,7 @@ def cost_by_layer(costs, title="", axes=None):
         share = 100 * rows[column].astype(float) / total[column]
         label = f"{name} ({total[column] / 1e6:.2f} M in all)"
         drawn = axes.barh(position + offset, share, 0.38, label=label, color=color)
-        axes.bar_label(drawn, [f"{value:.0f}%" for value in share], padding=2, fontsize=8)
+        axes.bar_label(drawn, [f"{value:.0f}%" if value >= 0.5 else "<1%" for value in share], padding=2, fontsize=8)
     axes.set_yticks(position, rows["layer"])
     axes.invert_yaxis()
     axes.set(xlabel="share of the network (%)", title=title)

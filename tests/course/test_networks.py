@@ -307,6 +307,12 @@ def test_list_of_layers_builds_the_network_of_its_name(name):
     np.testing.assert_array_equal(by_list(images), by_name(images))
 
 
+@pytest.mark.parametrize("kind", ["conv", "factorized", "separable", "cp", "tucker"])
+def test_stride_of_a_layer_shrinks_the_image(kind):
+    model = networks.build([(kind, 8, 3, 2), ("conv", 10, 1, 1)], (9, 9, 3), 10)
+    assert model.get_layer("relu1").output.shape == (None, 5, 5, 8)
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [

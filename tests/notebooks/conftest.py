@@ -18,12 +18,14 @@ class Chapter:
         variables: dict name -> value after the last cell.
     """
 
-    def __init__(self, number):
+    def __init__(self, number, parameters):
         self.number, self.cells = number, nbformat.read(runner.notebooks()[number], 4).cells
         self.variables = {"__name__": "__main__"}
         for cell in self.cells:
             if cell.cell_type == "code" and "colab" not in cell.metadata.get("tags", []):
                 exec(cell.source, self.variables)
+            if "parameters" in cell.metadata.get("tags", []):
+                self.variables |= parameters
 
     def __getitem__(self, name):
         return self.variables[name]
@@ -45,11 +47,11 @@ class Chapter:
 
 @pytest.fixture(scope="module")
 def chapter(request, tmp_path_factory):
-    """The executed notebook whose number the test module gives as CHAPTER."""
+    """The executed notebook that the test module names: CHAPTER, its number, and perhaps PARAMETERS, a dict."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FCNN_OUTPUT", str(tmp_path_factory.mktemp("chapter")))
         matplotlib.use("agg")
-        yield Chapter(request.module.CHAPTER)
+        yield Chapter(request.module.CHAPTER, getattr(request.module, "PARAMETERS", {}))
         matplotlib.pyplot.close("all")
 
 

@@ -7,9 +7,23 @@ from fcnn_utils.course import thesis
 
 CHAPTER = "09"
 RNG = np.random.default_rng(0)
+
+
+def relative_tail(kernel, rank):
+    """The error of a truncated SVD, with the axes in the order given."""
+    matrix = kernel.reshape(kernel.shape[0] * kernel.shape[1], -1)
+    sigma = np.linalg.svd(matrix, compute_uv=False)
+    return np.linalg.norm(sigma[rank:]) / np.linalg.norm(sigma)
+
+
 WRONG = {
     "09.1": [[2 / 3, 2], [0.4, 5], [0.2, 4], 0.4],
-    "09.2": [lambda kernel, rank: 0.5, lambda kernel, rank: 1 - rank / (kernel.shape[0] * min(kernel.shape[2:]))],
+    "09.2": [
+        lambda kernel, rank: relative_tail(kernel.transpose(1, 2, 0, 3), rank),
+        lambda kernel, rank: relative_tail(kernel, rank),
+        lambda kernel, rank: 0.5,
+        lambda kernel, rank: 1 - rank / (kernel.shape[0] * min(kernel.shape[2:])),
+    ],
     "09.3": [
         RNG.normal(size=(3, 3, 2, 2)),
         np.ones((3, 3, 2, 2)),

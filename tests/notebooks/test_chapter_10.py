@@ -63,7 +63,7 @@ def test_counts_relative_to_the_simple_network(chapter):
     relative = chapter["counts"] / chapter["counts"].loc["simple"]
     row = relative.loc["wider_separable"]
     assert 0.3 < row["macs"] < 0.4 and 0.9 < row["other_ops"] < 1.05 and 0.9 < row["activation_bytes"] < 1.05
-    assert round(row["ms per step in the thesis"], 2) == 0.86
+    assert round(row["step time in the thesis"], 2) == 0.86
 
 
 def test_exercises(check_exercises):

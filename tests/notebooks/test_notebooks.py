@@ -81,7 +81,9 @@ def last_line_on_colab(source, folder):
 
 
 def test_all_notebooks_have_the_same_cell_for_colab():
-    sources = {tuple(cell.source for cell in tagged(nbformat.read(path, 4), "colab")) for path in PATHS}
+    """All but 11, which runs without the course."""
+    paths = [path for path in PATHS if path.name[:2] != "11"]
+    sources = {tuple(cell.source for cell in tagged(nbformat.read(path, 4), "colab")) for path in paths}
     assert len(sources) == 1 and len(sources.pop()) == 1
 
 

@@ -252,8 +252,11 @@ def _convolution(x, number, kind, filters, size, strides, dtype, initialization)
         options |= {"strides": strides, "kernel_initializer": start(2.0)}
         return layers.Conv2D(filters, size, name=name, **options)(x)
     if kind == "factorized":  # no ReLU in between, so the first layer has gain 1
-        x = layers.Conv2D(filters, (size, 1), kernel_initializer=start(1.0), name=f"{name}a", **options)(x)
-        return layers.Conv2D(filters, (1, size), kernel_initializer=start(2.0), name=f"{name}b", **options)(x)
+        ends = {"a": ((size, 1), (strides, 1), start(1.0)), "b": ((1, size), (1, strides), start(2.0))}
+        for end, (kernel_size, stride, kernel) in ends.items():
+            own = {"strides": stride, "kernel_initializer": kernel, "name": f"{name}{end}"}
+            x = layers.Conv2D(filters, kernel_size, **own, **options)(x)
+        return x
     if kind == "separable":  # Keras's fan-in of a depthwise kernel counts all channels, not the one it reads
         options |= {"depthwise_initializer": start(float(x.shape[-1])), "pointwise_initializer": start(2.0)}
         return layers.SeparableConv2D(filters, size, strides=strides, name=f"sep{number}", **options)(x)

@@ -1,0 +1,58 @@
+"""Checks of the exercises of chapter 13, where does the time go?"""
+
+import numpy as np
+
+from fcnn_utils.course.exercises import compare_numbers, exercise
+
+
+@exercise("13.1")
+def time_of_step_and_start(answer):
+    """0.1 s per step, 3 s for the start."""
+    if np.shape(answer) == (2,) and np.allclose(answer, [3, 0.1]):
+        return "the order is: seconds per step, seconds of the start"
+    return compare_numbers(answer, [0.1, 3.0], "the difference of both runs contains no start")
+
+
+@exercise("13.2")
+def slope_on_logarithmic_axes(function):
+    """The least-squares slope, from the formula for a line."""
+    rng = np.random.default_rng(7)
+    for q in (2.0, 1.4, -0.5):
+        values = np.array([16.0, 24.0, 32.0, 48.0])
+        times = 3 * values**q * np.exp(rng.normal(0, 0.05, 4))
+        x, y = np.log(values), np.log(times)
+        truth = np.sum((x - x.mean()) * (y - y.mean())) / np.sum((x - x.mean()) ** 2)
+        got = float(function(values.copy(), times.copy()))
+        if not np.isclose(got, truth):
+            ends = (y[-1] - y[0]) / (x[-1] - x[0])
+            hint = "; use all points, not only the first and the last" if np.isclose(got, ends) else ""
+            return f"for times of about value^{q:g} it is {truth:.4f}, not {got:.4f}{hint}"
+    return ""
+
+
+@exercise("13.3")
+def limit_of_faster_convolutions(answer):
+    """1.6 times by Amdahl's law, at most 2."""
+    return compare_numbers(answer, [1.6, 2.0], "the other half of the time stays", rtol=1e-2)
+
+
+@exercise("13.4")
+def fair_comparison(function):
+    """A clock that the functions advance: by more in the first rounds, and in one disturbed round."""
+    now, calls = [0.0], []
+
+    def work(name, seconds):
+        def run():
+            calls.append(name)
+            slow = 5.0 if calls.count(name) <= 2 else 1.0  # the warm-up
+            now[0] += seconds * slow * (3.0 if calls.count(name) == 4 else 1.0)
+
+        return run
+
+    found = function({"a": work("a", 1.0), "b": work("b", 2.0)}, 3, 2, lambda: now[0])
+    if calls != ["a", "b"] * 5:
+        return f"with two functions, 3 rounds and 2 of warm-up the calls must alternate, 10 in all; they are {calls}"
+    if not isinstance(found, dict) or set(found) != {"a", "b"}:
+        return "return a dict from each name to its shortest time"
+    right = np.isclose(found["a"], 1.0) and np.isclose(found["b"], 2.0)
+    return "" if right else f"the shortest times after the warm-up are 1 and 2 s; you return {found}"

@@ -39,7 +39,7 @@ def top1(name, recipe):
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", networks.TITLES)
+@pytest.mark.parametrize("name", [*networks.THESIS_PLANS, *networks.OUR_PLANS])
 def test_results_table_equals_records(name):
     runs = list(records.find(dataset="cifar100", model=name, recipe="faster")["record"])
     assert all(run["test"]["images"] == 10_000 and len(run["epochs"]) == 5 and not run["stand_in"] for run in runs)

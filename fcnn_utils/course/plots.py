@@ -21,8 +21,8 @@ from fcnn_utils.course import environment, paths
 from fcnn_utils.course.titles import TITLES
 
 PALETTE = sns.color_palette("colorblind")
-COLORS = dict(zip(TITLES, [*PALETTE[:5], PALETTE[9]], strict=True))
-MARKERS = dict(zip(TITLES, "os^pDP", strict=True))
+COLORS = dict(zip(TITLES, [*PALETTE[:5], PALETTE[9], (0.0, 0.0, 0.0)], strict=True))
+MARKERS = dict(zip(TITLES, "os^pDPX", strict=True))
 # matplotlib's player loads its icons from the network; these characters replace them.
 _ICONS = {"minus": "−", "fast-backward": "«", "step-backward": "‹", "play": "▶", "pause": "❚❚"}
 _ICONS |= {"step-forward": "›", "fast-forward": "»", "plus": "+"}
@@ -257,17 +257,18 @@ def roofline(tables, peak, bytes_per_second, ax=None):
     every = pd.concat(tables.values())
     intensity = np.geomspace(every["intensity"].min() / 2, every["intensity"].max() * 2, 200)  # MACs per byte
     ax.plot(intensity, np.minimum(peak, intensity * bytes_per_second) / 1e9, color="0.3", label="this machine at best")
+    words = {"DepthwiseConv2D": "depthwise", "SeparableConv2D": "separable"}  # drawn as hollow points
     for number, (label, table) in enumerate(tables.items()):
         for kind, rows in table.groupby("kind"):
-            is_depthwise, color = kind == "DepthwiseConv2D", PALETTE[number]
+            color = PALETTE[number]
             ax.scatter(
                 rows["intensity"],
                 rows["macs"] / rows["measured_ms"] / 1e6,
                 s=12 + 150 * rows["measured_ms"] / every["measured_ms"].max(),
                 marker="os^"[number % 3],
-                facecolor="none" if is_depthwise else color,
+                facecolor="none" if kind in words else color,
                 edgecolor=color,
-                label=f"{label}: {'depthwise' if is_depthwise else 'convolutions'}",
+                label=f"{label}: {words.get(kind, 'convolutions')}",
                 alpha=0.8,
             )
     ax.set(xscale="log", yscale="log", xlabel="intensity (MACs per byte)", ylabel="billion MACs per second")

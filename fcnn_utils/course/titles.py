@@ -7,4 +7,5 @@ TITLES = {
     "deeper_dense": "deeper, dense",
     "deeper_tucker": "deeper, Tucker-2",
     "deeper_separable": "deeper, separable",
+    "wider_dense": "wider, dense",
 }

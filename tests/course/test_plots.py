@@ -16,7 +16,8 @@ from PIL import Image
 
 from fcnn_utils.course import plots
 
-NAMES = ["simple", "wider_factorized", "wider_separable", "deeper_dense", "deeper_tucker", "deeper_separable"]
+WIDER = ["wider_factorized", "wider_separable"]
+NAMES = ["simple", *WIDER, "deeper_dense", "deeper_tucker", "deeper_separable", "wider_dense"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def texts(axes):
 
 def test_every_network_has_its_own_color_and_marker():
     assert list(plots.COLORS) == list(plots.MARKERS) == NAMES
-    assert len({colors.to_hex(color) for color in plots.COLORS.values()}) == len(set(plots.MARKERS.values())) == 6
+    assert len({colors.to_hex(color) for color in plots.COLORS.values()}) == len(set(plots.MARKERS.values())) == 7
 
 
 # Linear RGB as seen by people who lack one kind of cone (Machado, Oliveira & Fernandes 2009).

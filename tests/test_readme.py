@@ -43,7 +43,7 @@ def top1(name, recipe):
 def test_results_table_equals_records(name):
     runs = list(records.find(dataset="cifar100", model=name, recipe="faster")["record"])
     assert all(run["test"]["images"] == 10_000 and len(run["epochs"]) == 5 and not run["stand_in"] for run in runs)
-    ms = {network: parts["ms"] for network, parts in records.load("speed")[0]["parts"].items()}
+    ms = {network: parts["ms"] for network, parts in records.load("step-parts")[0]["parts"].items()}
     expected = [f"{runs[0]['params']:,}", f"{runs[0]['macs'] / 1e6:.1f}"]
     expected += [f"{ms[name] / ms['simple']:.2f}", str(len(runs))]
     for share in ("top1", "top5"):

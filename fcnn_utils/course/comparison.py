@@ -35,11 +35,12 @@ def over_seeds(records, baseline=None, level=0.95):
             kinds        number of different (device, backend, precision) among the records; above 1, differences may
                          come from the machine
             pairs        number of seeds that the baseline has, too
+            alike        number of these pairs in which both runs have the same device, backend and precision
             difference   mean of accuracy − accuracy of the baseline over these seeds, in percentage points
             low, high    confidence interval of that mean by Student's t, which takes the differences as normally
                          distributed; NaN for fewer than two pairs
 
-        The last four columns exist only with a baseline.
+        The last five columns exist only with a baseline.
 
     Raises:
         ValueError: if a number is out of range, the records are of different data or have a seed twice, or none is of
@@ -57,13 +58,19 @@ def over_seeds(records, baseline=None, level=0.95):
         names = sorted(set(zip(rows["network"], rows["recipe"], strict=True)))
         network, recipe = check_choice("baseline", tuple(baseline), names)
         own = rows[(rows["network"] == network) & (rows["recipe"] == recipe)]
-        pairs = rows.merge(own[["images", "seed", "top1"]], on=["images", "seed"], suffixes=("", "_of_baseline"))
+        pairs = rows.merge(
+            own[["images", "seed", "top1", "kind"]], on=["images", "seed"], suffixes=("", "_of_baseline")
+        )
         pairs["difference"] = pairs["top1"] - pairs["top1_of_baseline"]
-        differences = pairs.groupby(_KEYS)["difference"].agg(pairs="count", difference="mean", error="sem")
+        pairs["same"] = pairs["kind"] == pairs["kind_of_baseline"]
+        groups = pairs.groupby(_KEYS)
+        columns = {"pairs": "count", "difference": "mean", "error": "sem"}
+        differences = groups["difference"].agg(**columns).assign(alike=groups["same"].sum())
         half = differences.pop("error") * stats.t.ppf((1 + level) / 2, differences["pairs"] - 1)  # NaN for one pair
         differences["low"], differences["high"] = differences["difference"] - half, differences["difference"] + half
         table = table.join(differences)
-        table["pairs"] = table["pairs"].fillna(0).astype(int)
+        counts = ["pairs", "alike"]
+        table[counts] = table[counts].fillna(0).astype(int)
     return table.reset_index("images")
 
 

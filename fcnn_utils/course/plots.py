@@ -193,7 +193,7 @@ def learning_curves(runs, column, scale=1.0, label="", ax=None):
         style = {"color": COLORS[name], "marker": MARKERS[name]}
         ax.plot(ours["epoch"], scale * ours[column], **style, label=TITLES[name])
         ax.plot(theirs["epoch"], scale * theirs[column], **style, linestyle="--", alpha=0.8, markerfacecolor="white")
-    ax.plot([], [], color="0.45", linestyle="--", label="thesis")
+    ax.plot([], [], color="0.45", linestyle="--", marker="o", markerfacecolor="white", label="thesis")
     ax.set(xlabel="epoch", ylabel=label)
     ax.set_xticks(range(1, 1 + max(len(ours) for ours, _ in runs.values())))
     return ax
@@ -256,7 +256,7 @@ def roofline(tables, peak, bytes_per_second, ax=None):
     ax = ax or plt.subplots()[1]
     every = pd.concat(tables.values())
     intensity = np.geomspace(every["intensity"].min() / 2, every["intensity"].max() * 2, 200)  # MACs per byte
-    ax.plot(intensity, np.minimum(peak, intensity * bytes_per_second) / 1e9, color="0.3", label="this machine at best")
+    ax.plot(intensity, np.minimum(peak, intensity * bytes_per_second) / 1e9, color="0.3", label="roof")
     words = {"DepthwiseConv2D": "depthwise", "SeparableConv2D": "separable"}  # drawn as hollow points
     for number, (label, table) in enumerate(tables.items()):
         for kind, rows in table.groupby("kind"):

@@ -45,7 +45,7 @@ def test_mean_and_deviation_over_the_seeds():
 def test_difference_is_paired_by_seed_and_its_interval_is_students():
     row = comparison.over_seeds(RECORDS, ("dense", "muon")).loc[("cheap", "muon")]
     half = T_2 * math.sqrt(((1 / 3) ** 2 + (5 / 3) ** 2 + (4 / 3) ** 2) / 2 / 3)  # differences minus their mean, -5/3
-    assert row["pairs"] == 3 and row["difference"] == pytest.approx(-5 / 3)
+    assert row["pairs"] == row["alike"] == 3 and row["difference"] == pytest.approx(-5 / 3)
     assert (row["low"], row["high"]) == pytest.approx((-5 / 3 - half, -5 / 3 + half), rel=1e-5)
 
 

@@ -14,13 +14,18 @@ def steps_of_an_epoch(answer):
 
 
 @exercise("11.2")
-def one_cycle(function):
-    """Linear to the peak, then half a cosine to 0, at points computed by hand."""
-    cases = [(0, 0.0), (5, 0.1), (10, 0.2), (20, 0.1), (30, 0.0), (15, 0.1 * (1 + math.sqrt(0.5)))]
-    for step, rate in cases:
-        got = function(step, 0.2, 10, 30)
-        if not math.isclose(got, rate, abs_tol=1e-9):
-            return f"at step {step} of 30, with 10 steps of warm-up to 0.2, it is {rate:.4f}, not {got:.4f}"
+def triangle(function):
+    """Linear to the peak, then linear to 0, at points computed by hand."""
+    cases = [
+        ((step, 0.2, 10, 30), rate) for step, rate in [(0, 0), (5, 0.1), (10, 0.2), (15, 0.15), (20, 0.1), (30, 0)]
+    ]
+    for (step, peak, warmup, total), rate in [*cases, ((7, 0.4, 8, 20), 0.35), ((14, 0.4, 8, 20), 0.2)]:
+        got = float(function(step, peak, warmup, total))
+        if not math.isclose(got, rate, abs_tol=1e-6):
+            return (
+                f"at step {step} of {total}, with {warmup} steps of warm-up to {peak}, "
+                f"the rate is {rate:.4f}; yours is {got:.4f}"
+            )
     return ""
 
 
@@ -33,7 +38,9 @@ def square_of_zeros(function):
         given = image.copy()
         rows, columns = np.indices((8, 7))
         inside = (rows >= y) & (rows < y + size) & (columns >= x) & (columns < x + size)
-        fault = compare_arrays(function(given, y, x, size), np.where(inside[..., None], 0, image), f"y={y}, x={x}")
+        truth, case = np.where(inside[..., None], 0, image), f"y={y}, x={x}, size={size}"
+        hint = "the wrong pixels are 0" + "; a part of the square is outside the image" * (min(y, x) < 0)
+        fault = compare_arrays(function(given, y, x, size), truth, case, hint)
         if fault:
             return fault
         if not np.array_equal(given, image):

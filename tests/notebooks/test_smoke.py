@@ -16,6 +16,7 @@ CHAPTERS = [
     ("05", "06", "07"),
     ("08", "09", "10"),
     ("11", "12", "13", "14"),
+    ("15",),
 ]  # the usual tests execute them in `test_chapter_NN.py`
 WITHOUT_IMAGES = ("02", "03", "04", "05", "07", "09", "10", "12", "13", "14")
 

@@ -1,6 +1,5 @@
 """Checks of the exercises of chapter 15, your own model in ten minutes."""
 
-import numpy as np
 import pandas as pd
 
 from fcnn_utils.course.exercises import compare_numbers, exercise
@@ -14,18 +13,12 @@ def speed_of_a_part(answer):
 
 @exercise("15.2")
 def fastest_of_the_accurate(function):
-    """By a loop over the rows of drawn tables."""
-    rng = np.random.default_rng(4)
-    for drop in (0.5, 1.0, 3.0, 0.0):
-        columns = {"median_ms": rng.uniform(1, 9, 6), "accuracy (%)": 90 - rng.permutation([0, 0.4, 0.8, 2, 5, -1])}
-        table = pd.DataFrame(columns, index=["dense", "a", "b", "c", "d", "e"])
-        table.loc["dense", "accuracy (%)"] = 90.0
-        name, least = None, np.inf
-        for row in table.itertuples():
-            if row[2] >= 90.0 - drop and row[1] < least:
-                name, least = row.Index, row[1]
+    """A table in which each drop has another answer, found by looking."""
+    ms, accuracy = [9.0, 5.0, 3.0, 2.0, 1.0, 8.0], [90.0, 89.7, 89.2, 87.5, 80.0, 91.0]
+    table = pd.DataFrame({"median_ms": ms, "accuracy (%)": accuracy}, index=["dense", "a", "b", "c", "d", "e"])
+    for drop, name in ((0.5, "a"), (1.0, "b"), (3.0, "c"), (0.0, "e"), (20.0, "d")):
         found = function(table.copy(), drop)
         if found != name:
-            rows = table.round(2).to_dict("index")
+            rows = table.to_dict("index")
             return f"with a drop of at most {drop:g} points it is {name!r}; yours is {found!r}; the table was {rows}"
     return ""

@@ -264,6 +264,6 @@ def test_published_records_have_the_current_names():
     """Some of the course's own files were written by the first edition; they are never rewritten."""
     loads = [row["background_load"] for run in records.find()["record"] for row in run["epochs"]]
     assert len(loads) > 500 and max(loads) <= 1
-    parts = pd.DataFrame(records.load("speed")[0]["parts"]).T
+    parts = pd.DataFrame(records.load("step-parts")[0]["parts"]).T
     rows = pd.DataFrame(records.load("cifar100/networks-latency")[0]["rows"])
     assert "background_load" in parts and "background_load" in rows

@@ -193,7 +193,7 @@ def _read(name, path):
     if path is None and name in ("greystandin", *medmnist.SETS):
         return _assemble("greystandin", "a generator", standin.grey(), standin.GREY_NAMES)
     if path is None:
-        splits = _drawn(per_class=100, test_per_class=20)
+        splits = _drawn(standin.generate, per_class=100, test_per_class=20)
         return _assemble("standin", "a generator", splits, standin.FINE_NAMES, standin.COARSE_NAMES)
     if name in medmnist.SETS:
         splits, official = medmnist.read(name, path)
@@ -245,7 +245,9 @@ def _continue_without(name, error, or_stand_in):
     paths.say(f"NOTICE: {error}. Continuing with the stand-in: generated images, no result on {real}.")
 
 
-_drawn = functools.cache(standin.generate)  # takes a second; `_assemble` copies the arrays
+@functools.cache  # it takes a second; `_assemble` copies the arrays
+def _drawn(generate, **counts):
+    return generate(**counts)
 
 
 def _assemble(name, source, splits, fine_names, coarse_names=None):

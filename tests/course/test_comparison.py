@@ -65,6 +65,14 @@ def test_records_of_different_devices_are_counted():
     assert comparison.over_seeds([*RECORDS, a_record("dense", 3, 0.6, device="GPU")])["kinds"].tolist() == [2, 1]
 
 
+def test_pairs_of_one_kind_of_machine_are_counted():
+    """The baseline ran on the CPU: of three pairs, one has its other run on a GPU, and one in another precision."""
+    runs = [a_record("cheap", 0, 0.5), a_record("cheap", 1, 0.6, device="GPU"), a_record("cheap", 2, 0.7)]
+    runs[2]["precision"] = "mixed_bfloat16"
+    table = comparison.over_seeds([*RECORDS[:3], *runs], ("dense", "muon"))
+    assert table["pairs"].tolist() == [3, 3] and table["alike"].tolist() == [3, 1]
+
+
 @pytest.mark.parametrize(
     "added, baseline, level, message",
     [

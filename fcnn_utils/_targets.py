@@ -8,7 +8,7 @@ from fcnn_utils import batch_norm, benchmark, deploy, keras_graph
 from fcnn_utils._clock import Clock
 from fcnn_utils._network_runs import output_change, outputs_of
 
-_ROUNDS = 4  # networks that are timed, or up to twice as many while none meets the target
+_ROUNDS = 4  # networks that are timed; if none of them meets the target, up to as many again
 _TOLERANCE = 0.05  # of a speed-up: the search stops within it above the target; further below, a warning follows
 _OVERSHOOT = 1.5  # times the target; a warning follows
 _CALLS = 40  # of each network
@@ -75,12 +75,12 @@ class Timer:
 def by_speedup(model, chosen, planner, speedup, engine, batch, threads, progress):
     """Return the plan whose network is at least `speedup` times as fast as the dense one, and what was measured.
 
-    The costs of the candidates are measured layer by layer (`_clock`). Then up to four whole networks are timed, or up
-    to eight while none meets the target, and the limit is corrected after each. The search stops early if one exceeds
-    the target by at most 5%, or if even the smallest network is too slow. The slowest of these networks that meets the
-    target is taken; if none meets it, the fastest. It is timed once more, for the report. A warning follows if this
-    last speed-up is more than 5% below the target, or half again above it, because then accuracy was given up for
-    nothing.
+    The costs of the candidates are measured layer by layer (`_clock`). Then at most four whole networks are timed, and
+    the limit is corrected after each. If none of them meets the target, up to four more are timed. The search stops
+    early if one exceeds the target by at most 5%, or if even the smallest network is too slow. The slowest of these
+    networks that meets the target is taken; if none meets it, the fastest. It is timed once more, for the report. A
+    warning follows if this last speed-up is more than 5% below the target. Another follows if it is more than 1.5 times
+    the target: then accuracy was lost without need.
     """
     clock = Clock(engine, batch, threads, weight_bytes=4 * model.count_params())  # first: it checks what it is given
     timer = Timer(model, chosen, engine, batch, threads)
@@ -120,8 +120,9 @@ def by_speedup(model, chosen, planner, speedup, engine, batch, threads, progress
         )
     elif reached > _OVERSHOOT * speedup:
         warnings.warn(
-            f"in {engine} the network is {reached:.2f} times as fast as the dense one, more than the {speedup:g} times "
-            "asked, which costs accuracy: if other programs ran meanwhile, measure again on a quiet machine",
+            f"in {engine} the network is {reached:.2f} times as fast as the dense one; {speedup:g} times was asked. "
+            "The extra speed costs accuracy. Other programs may have disturbed the measurement: measure again on "
+            "a quiet machine",
             stacklevel=3,
         )
     before, after = timer.table["median_ms"].iloc[[0, -1]]

@@ -86,11 +86,11 @@ def factorize(
         size_mb: largest size of these weights in 10⁶ bytes, in the precision in which the model stores them.
         speedup: how many times as fast as the dense network the new one must be in `engine`, both with their batch
             norms folded (`fold_batch_norm`). `images` and a fixed input size are required. Layers and chains are timed
-            once for each machine; these times are kept in `~/.cache/fcnn-utils` (or `FCNN_CACHE`). Then up to four
-            whole networks are timed, or up to eight while none meets the target. The search stops early if one exceeds
-            the target by at most 5%, or if even the smallest network is too slow. Run nothing else meanwhile. You get
-            the slowest of these networks that meets the target. If none meets it, you get the fastest. The chosen
-            network is timed once more, and the report gives this last measurement.
+            once for each machine; these times are kept in `~/.cache/fcnn-utils` (or `FCNN_CACHE`). Then at most
+            four whole networks are timed. If none meets the target, up to four more are timed. The search stops early
+            if one exceeds the target by at most 5%, or if even the smallest network is too slow. Run nothing else
+            meanwhile. You get the slowest of these networks that meets the target. If none meets it, you get the
+            fastest. The chosen network is timed once more, and the report gives this last measurement.
         max_loss: largest change of the outputs on `images`, which are required, as is a fixed input size. You get the
             cheapest of six networks, as with `metric`. The change is the mean Kullback-Leibler divergence from the
             dense network's probabilities, in nats. For other outputs it is their mean squared change relative to their

@@ -34,7 +34,7 @@ def step_parts(models, split, recipe, scale, rounds=3):
     Times are in ms per image. The columns:
 
         images_per_second  1000 / ms
-        ms                 the sum of the next four: a step on batches that are ready, after they were made ready
+        ms                 the sum of the next four columns: the preparation of a batch and a step on it
         input              normalising, mirroring and shifting the images
         forward            convolutions, forward pass
         backward           convolutions, backward pass, and the update of their weights

@@ -10,7 +10,7 @@ def time_of_step_and_start(answer):
     """0.1 s per step, 3 s for the start."""
     if np.shape(answer) == (2,) and np.allclose(answer, [3, 0.1]):
         return "the order is: seconds per step, seconds of the start"
-    return compare_numbers(answer, [0.1, 3.0], "the difference of both runs contains no start")
+    return compare_numbers(answer, [0.1, 3.0], "subtract the two runs: the start cancels")
 
 
 @exercise("13.2")
@@ -55,9 +55,7 @@ def fair_comparison(function):
 
         found = function({"a": work("a", 1.0), "b": work("b", 2.0)}, 3, 2, lambda now=now: now[0])
         if any(sorted(calls[n : n + 2]) != ["a", "b"] for n in range(0, 10, 2)) or len(calls) != 10:
-            return (
-                f"with two functions, 3 rounds and 2 of warm-up each round must call both, 10 calls in all; not {calls}"
-            )
+            return f"each round must call both functions: 3 rounds and 2 of warm-up are 10 calls; yours were {calls}"
         if not isinstance(found, dict) or set(found) != {"a", "b"}:
             return "return a dict from each name to its shortest time"
         if not (np.isclose(found["a"], 1.0) and np.isclose(found["b"], 2.0)):

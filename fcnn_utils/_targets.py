@@ -104,25 +104,14 @@ def by_speedup(model, chosen, planner, speedup, engine, batch, threads, progress
     enough = [each for each in tried if each[0] >= speedup]
     _, plan, is_smallest = min(enough, key=_first) if enough else max(tried, key=_first)
     reached = timer.speedup(plan)
+    fast = f"in {engine} the network is {reached:.2f} times as fast as the dense one"
     if reached < (1 - _TOLERANCE) * speedup:
-        fixed = max(0.0, 1 - sum(costs.dense(site) for site in chosen.values()) / costs.total)
-        if enough:
-            why = ". An earlier measurement met the target: measure again on a quiet machine"
-        elif not any(each[2] for each in tried):
-            why = f". None of {len(tried)} networks met the target: measure again on a quiet machine, or ask for more"
-        else:
-            lower = f" of multiple={planner.multiple}" if planner.multiple > 1 else ""
-            why = f", with the smallest ranks{lower}" if is_smallest else ""
-            why += f": {fixed:.0%} of the dense network's time is outside the layers that may be converted"
-        warnings.warn(
-            f"in {engine} the network is {reached:.2f} times as fast as the dense one, not {speedup:g} times{why}",
-            stacklevel=3,
-        )
+        why = _shortfall(chosen, planner, costs, tried, is_smallest, bool(enough))
+        warnings.warn(f"{fast}, not {speedup:g} times{why}", stacklevel=3)
     elif reached > _OVERSHOOT * speedup:
         warnings.warn(
-            f"in {engine} the network is {reached:.2f} times as fast as the dense one; {speedup:g} times was asked. "
-            "The extra speed costs accuracy. Other programs may have disturbed the measurement: measure again on "
-            "a quiet machine",
+            f"{fast}; {speedup:g} times was asked. The extra speed costs accuracy. Other programs may have disturbed "
+            "the measurement: measure again on a quiet machine",
             stacklevel=3,
         )
     before, after = timer.table["median_ms"].iloc[[0, -1]]
@@ -133,6 +122,18 @@ def by_speedup(model, chosen, planner, speedup, engine, batch, threads, progress
         "engine": engine,
         "batch": batch,
     }
+
+
+def _shortfall(chosen, planner, costs, tried, is_smallest, reached_before):
+    """Return what limits the speed-up, as the end of a warning."""
+    if reached_before:
+        return ". An earlier measurement met the target: measure again on a quiet machine"
+    if not any(each[2] for each in tried):
+        return f". None of {len(tried)} networks met the target: measure again on a quiet machine, or ask for more"
+    fixed = max(0.0, 1 - sum(costs.dense(site) for site in chosen.values()) / costs.total)
+    lower = f" of multiple={planner.multiple}" if planner.multiple > 1 else ""
+    smallest = f", with the smallest ranks{lower}" if is_smallest else ""
+    return f"{smallest}: {fixed:.0%} of the dense network's time is outside the layers that may be converted"
 
 
 def _first(item):

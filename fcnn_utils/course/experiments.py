@@ -189,6 +189,28 @@ def load_trained(model, dataset, recipe, seed=0):
         ) from None
 
 
+def network_to_compress(dataset, seed=0):
+    """Return the trained network that the chapters on compression start from.
+
+    Args:
+        dataset: `data.Dataset`. For CIFAR-100 it is the simple network by the recipe "fast", which comes with the
+            course. For other data, a simple network with a quarter of the filters is trained for two epochs, once.
+        seed: of that training.
+
+    Returns:
+        keras.Model, not compiled.
+
+    Raises:
+        ValueError: see `train` and `load_trained`.
+    """
+    kept = load_trained("simple", dataset.name, "fast") if dataset.name == "cifar100" else None
+    if kept is None:
+        recipe = get_recipe("fast", epochs=2, batch_size=32)
+        train("simple", dataset, recipe, seed, width=0.25, save_model=True)
+        kept = load_trained(networks.run_name("simple", 0.25), dataset.name, recipe.name, seed)
+    return kept
+
+
 def progress_line(record, row):
     """Format one epoch, the entry `row` of `record["epochs"]`, as one line."""
     validation = f" · validation {row['validation']['top1']:.1%}" if "validation" in row else ""

@@ -1,0 +1,159 @@
+"""Remove whole filters from a trained network: the baseline that factorized networks are compared with.
+
+A filter that is removed takes its output channel with it, and the weights of the next convolution that read this
+channel. The network stays a network of ordinary layers, with fewer filters.
+
+`prune_filters` takes the least important filters of each layer, by one of two criteria:
+
+    "l1"          sum of the absolute weights of the filter (Li et al. 2017, arXiv 1608.08710)
+    "activation"  mean square of the channel on some images, times the squared norm of the weights that read it
+
+With images, it then fits each convolution to the outputs of the dense network (He, Zhang & Sun 2017, arXiv 1707.06168),
+as `calibration.refit_layers` does for factorized layers.
+"""
+
+import bisect
+
+import keras
+import numpy as np
+from keras import layers
+
+from fcnn_utils import cost
+from fcnn_utils._checks import check_choice
+
+_PASSING = (layers.BatchNormalization, layers.Activation, layers.ReLU, layers.Dropout, layers.GlobalAveragePooling2D)
+_PASSING += (layers.InputLayer,)
+_POSITIONS = 100  # patches per image for a fit
+_RIDGE = 1e-6  # relative to the mean variance of what a layer reads
+CRITERIA = ("l1", "activation")
+
+
+def prune_filters(model, macs, *, by="l1", images=None, multiple=1):
+    """Remove the same share of the filters of every convolution but the last, so that a budget is met.
+
+    Args:
+        model: built model of layers in a row: Conv2D with a bias, without groups or an activation of their own; batch
+            norms, activations, global pooling.
+        macs: largest number of multiply-adds for one image.
+        by: "l1" or "activation" (see the module).
+        images: (N, H, W, C), normalised as in training. Required for "activation". If given, the convolutions are
+            fitted to the outputs of `model`.
+        multiple: the numbers of filters are multiples of this.
+
+    Returns:
+        A new keras.Model, not compiled.
+
+    Raises:
+        ValueError: the model has other layers, the budget is below the smallest network, or `images` are missing.
+    """
+    check_choice("by", by, CRITERIA)
+    if by == "activation" and images is None:
+        raise ValueError('by="activation" needs images')
+    convolutions = _convolutions(model)
+    importance = _importance(model, convolutions, by, images)
+    names = [layer.name for layer in convolutions[:-1]]
+    most = max(-(-len(importance[name]) // multiple) for name in names)
+    shares = [_kept(importance, names, step / most, multiple) for step in range(1, most + 1)]
+    fitting = bisect.bisect_right(shares, macs, key=lambda kept: cost.total_costs(_without(model, kept))["macs"])
+    if not fitting:
+        least = cost.total_costs(_without(model, shares[0]))["macs"]
+        raise ValueError(f"macs must be at least {least:,}, with {multiple} filters per layer; got {macs:,}")
+    kept = shares[fitting - 1]
+    pruned = _without(model, kept)
+    if images is not None:
+        _refit(pruned, model, convolutions, kept, images)
+    return pruned
+
+
+def _convolutions(model):
+    found = []
+    for layer in model.layers:
+        is_linear = getattr(layer, "activation", None) is keras.activations.linear
+        if type(layer) is layers.Conv2D and layer.groups == 1 and layer.use_bias and is_linear:
+            found.append(layer)
+        elif not isinstance(layer, _PASSING) or isinstance(layer.output, list):
+            raise ValueError(f"only Conv2D with a bias, batch norms and activations in a row; got {layer.name}")
+    if len(found) < 2:
+        raise ValueError(f"the model must have at least 2 convolutions; it has {len(found)}")
+    return found
+
+
+def _importance(model, convolutions, by, images):
+    """Return dict name -> importance of each filter."""
+    if by == "l1":
+        return {layer.name: np.abs(np.asarray(layer.kernel)).sum(axis=(0, 1, 2)) for layer in convolutions}
+    read = keras.Model(model.inputs, [layer.input for layer in convolutions[1:]]).predict(
+        images, batch_size=50, verbose=0
+    )
+    read = read if isinstance(read, list) else [read]
+    found = {}
+    for layer, after, x in zip(convolutions[:-1], convolutions[1:], read, strict=True):
+        weights = np.square(np.asarray(after.kernel, np.float64)).sum(axis=(0, 1, 3))
+        found[layer.name] = np.square(x, dtype=np.float64).mean(axis=(0, 1, 2)) * weights
+    return found
+
+
+def _kept(importance, names, share, multiple):
+    """Return dict name -> sorted indices of the filters that stay."""
+    kept = {}
+    for name in names:
+        count = max(1, round(share * len(importance[name]) / multiple)) * multiple
+        kept[name] = np.sort(np.argsort(-importance[name], kind="stable")[:count])
+    return kept
+
+
+def _without(model, kept):
+    """Copy the model with only these filters of each convolution."""
+
+    def copy(layer):
+        config = layer.get_config()
+        if layer.name in kept:
+            config["filters"] = len(kept[layer.name])
+        return type(layer).from_config(config)
+
+    new = keras.models.clone_model(model, clone_function=copy)
+    channels = np.arange(model.input_shape[-1])
+    for layer in model.layers:
+        weights = layer.get_weights()
+        if isinstance(layer, layers.Conv2D):
+            kernel, bias = weights
+            own = kept.get(layer.name, np.arange(kernel.shape[3]))
+            weights, channels = [kernel[:, :, channels][..., own], bias[own]], own
+        elif isinstance(layer, layers.BatchNormalization):
+            weights = [values[channels] for values in weights]
+        if weights:
+            new.get_layer(layer.name).set_weights(weights)
+    return new
+
+
+def _refit(new, model, convolutions, kept, images):
+    """Fit kernels and biases, from the second convolution on, to the outputs of the dense network. In place."""
+    rng = np.random.default_rng(0)
+    for layer in convolutions[1:]:
+        own = new.get_layer(layer.name)
+        reads = keras.Model(new.inputs, own.input).predict(images, batch_size=50, verbose=0)
+        target = keras.Model(model.inputs, layer.output).predict(images, batch_size=50, verbose=0)
+        target = target[..., kept.get(layer.name, slice(None))]
+        rows, outputs = _rows(own, reads, target, rng)
+        read_mean, mean = rows.mean(axis=0), outputs.mean(axis=0)
+        rows, outputs = rows - read_mean, outputs - mean
+        gram = rows.T @ rows
+        gram += _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
+        weights = np.linalg.solve(gram, rows.T @ outputs)
+        own.set_weights([weights.reshape(own.kernel.shape), mean - read_mean @ weights])
+
+
+def _rows(layer, reads, target, rng):
+    """Return some patches (N, D) that a convolution reads, and what it should make of them (N, T)."""
+    rows, outputs = [], []
+    for start in range(0, len(reads), 50):
+        patches = keras.ops.image.extract_patches(
+            reads[start : start + 50], layer.kernel_size, strides=layer.strides, padding=layer.padding
+        )
+        patches, wanted = np.asarray(patches, np.float64), target[start : start + 50]
+        count, positions = len(patches), patches.shape[1] * patches.shape[2]
+        chosen = rng.random((count, positions)).argsort(axis=1)[:, :_POSITIONS]
+        rows.append(np.take_along_axis(patches.reshape(count, positions, -1), chosen[..., None], axis=1))
+        outputs.append(np.take_along_axis(wanted.reshape(count, positions, -1), chosen[..., None], axis=1))
+    rows, outputs = np.concatenate(rows), np.concatenate(outputs)
+    return rows.reshape(-1, rows.shape[-1]), outputs.reshape(-1, outputs.shape[-1]).astype(np.float64)

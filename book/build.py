@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
@@ -114,16 +115,16 @@ def references(notebook):
 
 def draw_map(notebooks, target):
     """Draw the notebooks as boxes, with an arrow from each to those that build on it."""
-    columns = ((1, 2, 3, 4, 5, 6, 7, 16, 21), (None,) * 7 + (19,), (8, 9, 10, 11, 14, None, 20))
+    columns = (range(1, 8), range(8, 15), range(15, 22))
     names = {int(name[:2]): title(notebook) for name, notebook in notebooks.items()}
     places = {number: (x, -y) for x, column in enumerate(columns) for y, number in enumerate(column) if number in names}
     before = {int(name[:2]): known_first(notebook) for name, notebook in notebooks.items()}
     figure, ax = plt.subplots(figsize=(9, 8))
     boxes = {}
     for number, place in places.items():
-        color = "#dbe9f6" if number < 16 else "#fdebd3"
+        color = "#dbe9f6" if number < 15 else "#fdebd3"
         box = {"boxstyle": "round,pad=0.5", "facecolor": color, "edgecolor": "0.4"}
-        words = names[number].replace(" a trained", "\na trained")
+        words = textwrap.fill(names[number], 24)
         boxes[number] = ax.text(*place, words, ha="center", va="center", bbox=box, fontsize=10)
     for number, place in places.items():
         for first in before[number]:
@@ -133,7 +134,7 @@ def draw_map(notebooks, target):
             bend = {"connectionstyle": f"arc3,rad={-0.25 if place[0] > places[first][0] else 0}"}
             style = {"arrowstyle": "-|>", "color": "0.4", "shrinkA": 2, "shrinkB": 2, **bend, **patches}
             ax.annotate("", place, places[first], arrowprops=style)
-    ax.set(xlim=(-0.6, 2.6), ylim=(-8.5, 0.5))
+    ax.set(xlim=(-0.6, 2.6), ylim=(-6.5, 0.5))
     ax.axis("off")
     figure.savefig(target, bbox_inches="tight", metadata={"Date": None})
 

@@ -77,15 +77,16 @@ def test_compression_table_equals_records(title, name, recipe):
 
 
 @pytest.mark.skipif(medmnist.find("pneumoniamnist") is None, reason="PneumoniaMNIST is not on this machine")
-def test_medical_table_equals_records():
-    name, labels = "deeper_separable-width0.5", data.load("pneumoniamnist").test.fine
+@pytest.mark.parametrize("kind", ["separable", "dense"])
+def test_medical_table_equals_records(kind):
+    name, labels = f"deeper_{kind}-width0.5", data.load("pneumoniamnist").test.fine
     runs = list(records.find(dataset="pneumoniamnist", model=name, recipe="medical")["record"])
     areas = [
         metrics.auc(predictions.load("pneumoniamnist", name, "medical", run["seed"])["test"][-1], labels)
         for run in runs
     ]
     ours = [f"{runs[0]['macs'] / 1e6:.1f}", f"{np.mean(areas):.3f}", percent([run["test"]["top1"] for run in runs])]
-    assert len(runs) == 3 and ROWS["deeper, separable, half as wide"] == ours
+    assert len(runs) == 3 and ROWS[f"deeper, {kind}, half as wide"] == ours
     resnet = cost.total_costs(networks.build("resnet18", (28, 28, 1), 2))["macs"]
     assert ROWS["ResNet-18, published"] == [f"{resnet / 1e6:.1f}", "0.944", "85.4"]
 

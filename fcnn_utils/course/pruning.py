@@ -20,10 +20,11 @@ from keras import layers
 
 from fcnn_utils import cost
 from fcnn_utils._checks import check_choice
+from fcnn_utils._patches import Moments, linear_rows, patch_rows, rows_per_image
+from fcnn_utils.layer_kinds import KernelLayer
 
 _PASSING = (layers.BatchNormalization, layers.Activation, layers.ReLU, layers.Dropout, layers.GlobalAveragePooling2D)
 _PASSING += (layers.InputLayer,)
-_POSITIONS = 100  # patches per image for a fit
 _RIDGE = 1e-6  # relative to the mean variance of what a layer reads
 CRITERIA = ("l1", "activation")
 
@@ -82,10 +83,7 @@ def _importance(model, convolutions, by, images):
     """Return dict name -> importance of each filter."""
     if by == "l1":
         return {layer.name: np.abs(np.asarray(layer.kernel)).sum(axis=(0, 1, 2)) for layer in convolutions}
-    read = keras.Model(model.inputs, [layer.input for layer in convolutions[1:]]).predict(
-        images, batch_size=50, verbose=0
-    )
-    read = read if isinstance(read, list) else [read]
+    read = _inputs_of(model, convolutions[1:], images)
     found = {}
     for layer, after, x in zip(convolutions[:-1], convolutions[1:], read, strict=True):
         weights = np.square(np.asarray(after.kernel, np.float64)).sum(axis=(0, 1, 3))
@@ -128,32 +126,21 @@ def _without(model, kept):
 
 def _refit(new, model, convolutions, kept, images):
     """Fit kernels and biases, from the second convolution on, to the outputs of the dense network. In place."""
-    rng = np.random.default_rng(0)
-    for layer in convolutions[1:]:
-        own = new.get_layer(layer.name)
-        reads = keras.Model(new.inputs, own.input).predict(images, batch_size=50, verbose=0)
-        target = keras.Model(model.inputs, layer.output).predict(images, batch_size=50, verbose=0)
-        target = target[..., kept.get(layer.name, slice(None))]
-        rows, outputs = _rows(own, reads, target, rng)
-        read_mean, mean = rows.mean(axis=0), outputs.mean(axis=0)
-        rows, outputs = rows - read_mean, outputs - mean
-        gram = rows.T @ rows
-        gram += _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
-        weights = np.linalg.solve(gram, rows.T @ outputs)
-        own.set_weights([weights.reshape(own.kernel.shape), mean - read_mean @ weights])
+    per_image = rows_per_image(len(images))
+    read_by = _inputs_of(model, convolutions[1:], images)
+    for layer, x in zip(convolutions[1:], read_by, strict=True):
+        own, moments = new.get_layer(layer.name), Moments(layer.name)
+        (reads,) = _inputs_of(new, [own], images)
+        outputs = linear_rows(KernelLayer(layer), per_image)(x)[:, kept.get(layer.name, slice(None))]
+        moments.add(patch_rows(KernelLayer(own), reads, per_image), outputs)
+        read_mean, covariance, mean, products = moments.normal_equations()
+        ridge = _RIDGE * np.trace(covariance) / len(covariance)
+        weights = np.linalg.solve(covariance + ridge * np.eye(len(covariance)), products)
+        bias = np.asarray(layer.bias)[kept.get(layer.name, slice(None))]
+        own.set_weights([weights.reshape(own.kernel.shape), bias + mean - read_mean @ weights])
 
 
-def _rows(layer, reads, target, rng):
-    """Return some patches (N, D) that a convolution reads, and what it should make of them (N, T)."""
-    rows, outputs = [], []
-    for start in range(0, len(reads), 50):
-        patches = keras.ops.image.extract_patches(
-            reads[start : start + 50], layer.kernel_size, strides=layer.strides, padding=layer.padding
-        )
-        patches, wanted = np.asarray(patches, np.float64), target[start : start + 50]
-        count, positions = len(patches), patches.shape[1] * patches.shape[2]
-        chosen = rng.random((count, positions)).argsort(axis=1)[:, :_POSITIONS]
-        rows.append(np.take_along_axis(patches.reshape(count, positions, -1), chosen[..., None], axis=1))
-        outputs.append(np.take_along_axis(wanted.reshape(count, positions, -1), chosen[..., None], axis=1))
-    rows, outputs = np.concatenate(rows), np.concatenate(outputs)
-    return rows.reshape(-1, rows.shape[-1]), outputs.reshape(-1, outputs.shape[-1]).astype(np.float64)
+def _inputs_of(model, chosen, images):
+    """Return what each of these layers reads, a list of arrays."""
+    read = keras.Model(model.inputs, [layer.input for layer in chosen]).predict(images, batch_size=50, verbose=0)
+    return read if isinstance(read, list) else [read]

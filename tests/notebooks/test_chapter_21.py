@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fcnn_utils import cost
-from fcnn_utils.course import metrics
+from fcnn_utils.course import metrics, paths
 from fcnn_utils.course.data import medmnist
 
 CHAPTER = "21"
@@ -93,6 +93,12 @@ def test_compression_costs_a_third_of_the_macs_and_a_few_false_alarms(chapter):
     assert price.loc["false alarms", "change"] == pytest.approx(alarms[0] - alarms[1])
     assert 4.5 < alarms[0] - alarms[1] < 6.5
     assert 0 < price.loc["false alarms", "low"] < price.loc["false alarms", "change"] < 6.5
+
+
+def test_readme_has_the_price_of_the_compression(chapter):
+    text = " ".join((paths.root() / "README.md").read_text().split())
+    low, high = -max(chapter["areas"]), -min(chapter["areas"])
+    assert f"falls by {low:.3f} to {high:.3f}" in text and "almost six more healthy children of 100" in text
 
 
 def test_area_is_that_of_the_library(chapter):

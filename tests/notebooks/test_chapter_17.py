@@ -69,5 +69,15 @@ def test_sensitivity_gains_less_after_the_correction(chapter):
     assert gain["swapped in"].mean() > 3 * gain["corrected"].mean() and gain["corrected"].mean() < 0.5
 
 
+def test_auto_is_as_good_as_the_best_single_method(chapter):
+    methods = chapter["methods"]
+    assert methods.groupby(["times", "method"]).size().eq(3).all()
+    loss = methods.groupby(["times", "method"])["divergence"].mean().unstack()
+    single = loss.drop(columns="auto")
+    assert (single.idxmin(axis=1) == "cp").all() and (loss["auto"] / loss["cp"]).between(0.9, 1.05).all()
+    top1 = methods.groupby(["times", "method"])["top1"].mean().unstack()
+    assert top1.loc[8, "spatial"] < top1.loc[8, "cp"] - 3 and top1.loc[8, "svd"] < 35
+
+
 def test_exercises(check_exercises):
     check_exercises(WRONG)

@@ -53,27 +53,24 @@ def test_results_table_equals_records(name):
 
 
 @pytest.mark.parametrize(
-    ("title", "name", "recipe"),
+    ("title", "name", "timed"),
     [
-        ("dense", "dense", "tune"),
-        ("CP, 4.5 times fewer MACs", "cp-4.5x", "tune"),
-        ("CP, 6 times fewer MACs", "cp-6x", "tune-distillation0.5-epochs2"),
-        ("CP, 8.5 times fewer MACs", "cp-8.5x", "tune-distillation0.5-epochs2"),
+        ("dense", "dense", "dense"),
+        ("CP, 4.5 times fewer MACs", "cp-4.5x", "CP, tuned"),
+        ("pruned, 4 times fewer MACs", "pruned-4x", "pruned, tuned"),
     ],
 )
-def test_compression_table_equals_records(title, name, recipe):
-    clock = pd.DataFrame(records.load("cifar100/simple-latency")[0]["rows"])
-    clock = clock[clock["model"] == name].set_index(["variant", "batch"])
-    tuned = top1(f"simple-{name}", recipe)
-    if name == "dense":
-        record, _ = records.lookup("cifar100", "simple", "fast", 0)
-        macs, untuned = record["macs"], [record["test"]["top1"]]
-    else:
-        stages = [records.load(f"cifar100/simple-{name}/stages{seed}")[0] for seed in range(len(tuned))]
-        macs, untuned = stages[0]["macs"], [stage["corrected"] for stage in stages]
-    shown = [clock.loc[key] for key in (("ONNX Runtime", 1), ("ONNX Runtime", 64), ("Keras", 64))]
-    times = [f"{row['median_ms']:.3g} ms" + f", {row['speedup']:.1f}×" * (name != "dense") for row in shown]
-    assert ROWS[title] == [f"{macs / 1e6:.1f}", percent(untuned), percent(tuned), *times]
+def test_compression_table_equals_records(title, name, timed):
+    files = pd.DataFrame(records.load("cifar100/simple-int8")[0]["rows"])
+    files = files[(files["engine"] == "onnxruntime") & (files["batch"] == 1)].set_index("model")
+    tuned = list(records.find("cifar100", f"simple-{name}", "tune")["record"])
+    assert len(tuned) == 3
+    expected = [f"{tuned[0]['macs'] / 1e6:.1f}", percent([run["test"]["top1"] for run in tuned])]
+    for each in (timed, f"{timed}, int8"):
+        row = files.loc[each]
+        expected.append(f"{row['median_ms']:.3g} ms" + f", {row['speedup']:.1f}×" * (each != "dense"))
+    lost = files.loc[timed, "top1"] - files.loc[f"{timed}, int8", "top1"]
+    assert ROWS[title] == [*expected, f"{lost:.1f}".replace("-", "−")]
 
 
 @pytest.mark.skipif(medmnist.find("pneumoniamnist") is None, reason="PneumoniaMNIST is not on this machine")
@@ -99,13 +96,13 @@ def test_summary_agrees_with_tables():
     simple, dense = ROWS["simple"], ROWS["deeper, dense"]
     assert round(float(dense[5]) - float(simple[5])) == 2 and 0.5 < float(dense[1]) / float(simple[1]) < 0.55
     compressed = ROWS["CP, 4.5 times fewer MACs"]
-    speedup, lost = compressed[3].split(", ")[1].rstrip("×"), float(ROWS["dense"][2]) - float(compressed[2])
+    speedup, lost = compressed[2].split(", ")[1].rstrip("×"), float(ROWS["dense"][1]) - float(compressed[1])
     (paragraph,) = re.findall(r"^- A \*trained\* network(?:.|\n  )*", README, re.M)
     assert {speedup, f"{lost:.1f}"} <= set(re.findall(r"\d+\.\d", paragraph))
 
 
 def test_controls_of_compression_equal_records():
-    runs = [("dense", "tune-epochs2"), ("thin-4.5x", "fast"), ("cp-4.5x-scratch", "fast")]
+    runs = [("thin-4.5x", "fast"), ("cp-4.5x-scratch", "fast")]
     expected = {percent(top1(f"simple-{name}", recipe)) for name, recipe in runs}
     assert expected <= numbers_about("The simple network")
 

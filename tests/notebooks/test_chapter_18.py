@@ -45,5 +45,25 @@ def test_factorized_networks_lose_less_than_pruned_ones_without_training(chapter
     assert (top1[["auto", "cp"]].min(axis=1) > pruned + 2).all()
 
 
+def test_pruned_network_stays_behind_after_an_epoch(chapter):
+    trained = chapter["trained"]
+    top1, macs = trained["top-1 (%)"], trained["million MACs"]
+    assert (trained["seeds"].iloc[:3] == 3).all() and (trained["seeds"].iloc[3:] == 1).all()
+    assert top1["CP, tuned"] - top1["pruned, tuned"] == pytest.approx(6, abs=0.3)
+    assert round(macs["pruned, tuned"]) == 72 and round(macs["CP, tuned"]) == round(macs["thinner, from scratch"]) == 63
+
+
+def test_int8_keeps_the_accuracy_and_its_time_depends_on_the_engine(chapter):
+    files = chapter["files"].set_index(["engine", "model"])
+    assert files["background_load"].max() < 0.1
+    for name in ("dense", "CP, tuned", "pruned, tuned"):
+        for engine in ("onnxruntime", "litert"):
+            exact, small = files.loc[(engine, name)], files.loc[(engine, f"{name}, int8")]
+            assert abs(exact["top1"] - small["top1"]) < 0.6
+            assert (small["median_ms"] > exact["median_ms"]) == (engine == "onnxruntime")
+    litert = files.loc["litert", "median_ms"]
+    assert litert["CP, tuned, int8"] < litert["dense, int8"] < litert["CP, tuned"] < litert["dense"]
+
+
 def test_exercises(check_exercises):
     check_exercises(WRONG)

@@ -89,5 +89,15 @@ def test_ranks_that_are_multiples_of_16_are_almost_twice_as_fast(chapter):
     assert 1.75 < ms["by MACs, any ranks"] / ms["by MACs, ranks × 16"] < 2.05
 
 
+def test_only_onnx_runtime_minds_ranks_that_are_not_multiples_of_4(chapter):
+    table = chapter["alignment"]
+    assert table["background_load"].max() < 0.1 and table["engine"].nunique() == 4
+    for engine, rows in table.groupby("engine"):
+        rank, ms = rows["channels"], rows["median_ms"] / rows["median_ms"].iloc[0]
+        others, multiples = ms[rank % 4 != 0], ms[rank % 4 == 0]
+        ratio = others.mean() / multiples.mean()
+        assert 1.3 < ratio < 1.5 if engine == "onnxruntime" else ratio < 1.05
+
+
 def test_exercises(check_exercises):
     check_exercises(WRONG)

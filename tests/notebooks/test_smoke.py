@@ -10,7 +10,7 @@ from fcnn_utils.course import paths, runner
 
 # Notebooks that run one after the other, because the later ones read what the earlier ones leave. The groups are
 # independent, so each may have its own worker. The longest comes first.
-GROUPS = [("19",), ("16",), ("21",), ("20",)]
+GROUPS = [("19",), ("16",), ("17",), ("18",), ("21",), ("20",)]
 CHAPTERS = [
     ("01", "02", "03", "04"),
     ("05", "06", "07"),
@@ -22,10 +22,9 @@ WITHOUT_IMAGES = ("02", "03", "04", "05", "07", "09", "10", "12", "13", "14")
 
 # What the notebooks must leave in the output folder: pattern -> number of files.
 LEFT = {
-    "16": {
-        "results/standin-40/simple-narrow/fast-batchsize36-epochs1/seed0.json": 1,
-        "results/standin-40/simple-narrow-cp-4.5x/tune-batchsize36/seed0.json": 1,
-    },
+    "16": {"results/standin-40/simple-width0.25/fast-batchsize32-epochs2/seed0.json": 1},
+    "17": {"results/standin-40/simple-*.json": 4},
+    "18": {"results/standin-40/simple-*.json": 2},
     "19": {
         **{
             f"results/standin-40/{name}/faster-batchsize36-epochs1/seed0.json": 1
@@ -34,7 +33,7 @@ LEFT = {
         "results/standin-40/deeper_*/long-batchsize36-epochs*/seed0.json": 3,
     },
     "20": {"results/standin-40/deeper_*/faster-*trainontrain/seed*.predictions.npz": 7},
-    "21": {"results/greystandin-320/*/medical-*epochs1*/seed0.predictions.npz": 2},
+    "21": {"results/greystandin-320/*/medical-*epochs1*/seed0.predictions.npz": 3},
 }
 
 

@@ -73,14 +73,14 @@ class Timer:
 
 # parameters: what `factorize` was given
 def by_speedup(model, chosen, planner, speedup, engine, batch, threads, progress):
-    """Return the plan whose network is at least `speedup` times as fast as the dense one, and what was measured.
+    """Search for a plan whose network is `speedup` times as fast as the dense one; return it and what was measured.
 
     The costs of the candidates are measured layer by layer (`_clock`). Then at most four whole networks are timed, and
-    the limit is corrected after each. If none of them meets the target, up to four more are timed. The search stops
-    early if one exceeds the target by at most 5%, or if even the smallest network is too slow. The slowest of these
-    networks that meets the target is taken; if none meets it, the fastest. It is timed once more, for the report. A
-    warning follows if this last speed-up is more than 5% below the target. Another follows if it is more than 1.5 times
-    the target: then accuracy was lost without need.
+    the time that the next plan may take is corrected after each. If none of them meets the target, up to four more are
+    timed. The search stops early if one exceeds the target by at most 5%, or if even the smallest network is too slow.
+    The slowest of these networks that meets the target is taken; if none meets it, the fastest. It is timed once more,
+    for the report. A warning follows if this last speed-up is more than 5% below the target. Another follows if it is
+    more than 1.5 times the target: then accuracy was lost without need.
     """
     clock = Clock(engine, batch, threads, weight_bytes=4 * model.count_params())  # first: it checks what it is given
     timer = Timer(model, chosen, engine, batch, threads)
@@ -129,7 +129,8 @@ def _shortfall(chosen, planner, costs, tried, is_smallest, reached_before):
     if reached_before:
         return ". An earlier measurement met the target: measure again on a quiet machine"
     if not any(each[2] for each in tried):
-        return f". None of {len(tried)} networks met the target: measure again on a quiet machine, or ask for more"
+        retry = "measure again on a quiet machine, or ask for a slightly larger speed-up"
+        return f". None of {len(tried)} networks met the target: {retry}"
     fixed = max(0.0, 1 - sum(costs.dense(site) for site in chosen.values()) / costs.total)
     lower = f" of multiple={planner.multiple}" if planner.multiple > 1 else ""
     smallest = f", with the smallest ranks{lower}" if is_smallest else ""

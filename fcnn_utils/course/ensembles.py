@@ -1,13 +1,10 @@
-"""Ensembles: combine the probabilities of several networks, and measure how much the networks differ.
+"""Ensembles: combine the probabilities of several networks.
 
 `members` are (M, N, classes): the probabilities of M networks for the same N images. Every function
 raises ValueError if `members` is empty or does not have three axes.
 """
 
-import itertools
-
 import numpy as np
-import pandas as pd
 from scipy import optimize, special
 
 
@@ -59,38 +56,6 @@ def stacked(members, labels):
         return special.softmax(np.tensordot(fitted, _logs(others), 1), axis=1)
 
     return combine, fitted
-
-
-def diversity(members, labels, names=None):
-    """Measure how much each pair of networks differs. The columns:
-
-        first, second      names of the two networks
-        disagreement       share of images for which they predict different classes
-        error_correlation  Pearson correlation of their errors (0 or 1); NaN if one is always or never wrong
-        both_wrong         share of images on which both are wrong
-
-    Args:
-        members: (M, N, classes).
-        labels: (N,) correct classes.
-        names: M names for the table; default: 0, 1, 2, …
-
-    Returns:
-        DataFrame with these columns, one row per pair.
-    """
-    classes = _checked(members).argmax(axis=2)
-    wrong = classes != np.asarray(labels)
-    correlation = pd.DataFrame(wrong.T, dtype=float).corr()
-    names = list(range(len(classes)) if names is None else names)
-    return pd.DataFrame(
-        {
-            "first": names[one],
-            "second": names[two],
-            "disagreement": (classes[one] != classes[two]).mean(),
-            "error_correlation": correlation.loc[one, two],
-            "both_wrong": (wrong[one] & wrong[two]).mean(),
-        }
-        for one, two in itertools.combinations(range(len(classes)), 2)
-    )
 
 
 def _logs(members):

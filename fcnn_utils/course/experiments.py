@@ -193,9 +193,10 @@ def network_to_compress(dataset, seed=0):
     """Return the trained network that the chapters on compression start from.
 
     Args:
-        dataset: `data.Dataset`. For CIFAR-100 it is the simple network by the recipe "fast", which comes with the
-            course. For other data, a simple network with a quarter of the filters is trained for two epochs, once.
-        seed: of that training.
+        dataset: `data.Dataset`. For CIFAR-100 it is the simple network by the recipe "fast", whose weights come with
+            the course. For other data, or if these weights are missing, a simple network with a quarter of the filters
+            is trained for two epochs, once.
+        seed: of this training; the weights of the course are those of seed 0.
 
     Returns:
         keras.Model, not compiled.

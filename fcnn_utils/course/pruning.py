@@ -8,8 +8,8 @@ channel. The network stays a network of ordinary layers, with fewer filters.
     "l1"          sum of the absolute weights of the filter (Li et al. 2017, arXiv 1608.08710)
     "activation"  mean square of the channel on some images, times the squared norm of the weights that read it
 
-With images, it then fits each convolution to the outputs of the dense network (He, Zhang & Sun 2017, arXiv 1707.06168),
-as `calibration.refit_layers` does for factorized layers.
+With images, it then fits the convolutions, from the second one on, to the outputs of the dense network (He, Zhang & Sun
+2017, arXiv 1707.06168), as `calibration.refit_layers` does for factorized layers.
 """
 
 import bisect
@@ -30,7 +30,7 @@ CRITERIA = ("l1", "activation")
 
 
 def prune_filters(model, macs, *, by="l1", images=None, multiple=1):
-    """Remove the same share of the filters of every convolution but the last, so that a budget is met.
+    """Remove filters until a budget is met: every convolution but the last loses the same share.
 
     Args:
         model: built model of layers in a row: Conv2D with a bias, without groups or an activation of their own; batch
@@ -39,13 +39,14 @@ def prune_filters(model, macs, *, by="l1", images=None, multiple=1):
         by: "l1" or "activation" (see the module).
         images: (N, H, W, C), normalised as in training. Required for "activation". If given, the convolutions are
             fitted to the outputs of `model`.
-        multiple: the numbers of filters are multiples of this.
+        multiple: the numbers of filters are multiples of this; a layer with fewer filters keeps them all.
 
     Returns:
         A new keras.Model, not compiled.
 
     Raises:
-        ValueError: the model has other layers, the budget is below the smallest network, or `images` are missing.
+        ValueError: the model has other layers or fewer than 2 convolutions, the budget is below the smallest network,
+            or `images` are missing.
     """
     check_choice("by", by, CRITERIA)
     if by == "activation" and images is None:
@@ -58,7 +59,9 @@ def prune_filters(model, macs, *, by="l1", images=None, multiple=1):
     fitting = bisect.bisect_right(shares, macs, key=lambda kept: cost.total_costs(_without(model, kept))["macs"])
     if not fitting:
         least = cost.total_costs(_without(model, shares[0]))["macs"]
-        raise ValueError(f"macs must be at least {least:,}, with {multiple} filters per layer; got {macs:,}")
+        raise ValueError(
+            f"macs must be at least {least:,}, for the fewest filters at multiple={multiple}; got {macs:,}"
+        )
     kept = shares[fitting - 1]
     pruned = _without(model, kept)
     if images is not None:
@@ -73,7 +76,10 @@ def _convolutions(model):
         if type(layer) is layers.Conv2D and layer.groups == 1 and layer.use_bias and is_linear:
             found.append(layer)
         elif not isinstance(layer, _PASSING) or isinstance(layer.output, list):
-            raise ValueError(f"only Conv2D with a bias, batch norms and activations in a row; got {layer.name}")
+            raise ValueError(
+                f"layers must be Conv2D with a bias, batch norms, activations, dropout or global pooling, in a row; "
+                f"{layer.name} is {type(layer).__name__}"
+            )
     if len(found) < 2:
         raise ValueError(f"the model must have at least 2 convolutions; it has {len(found)}")
     return found

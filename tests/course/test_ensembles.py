@@ -15,9 +15,7 @@ def random_members(signals=(1.5, 1.5, 1.5), count=4000, classes=5, seed=0):
 
 
 @pytest.mark.parametrize("members", [[], np.zeros((3, 4)), np.zeros((0, 2, 2))])
-@pytest.mark.parametrize(
-    "combine", [ensembles.mean_probability, ensembles.mean_logit, lambda members: ensembles.diversity(members, [])]
-)
+@pytest.mark.parametrize("combine", [ensembles.mean_probability, ensembles.mean_logit])
 def test_functions_reject_members_of_wrong_shape(combine, members):
     with pytest.raises(ValueError, match=r"members must be \(networks, images, classes\)"):
         combine(members)
@@ -54,14 +52,3 @@ def test_stacking_fits_better_than_the_mean():
     combine, _ = ensembles.stacked(members, labels)
     fitted, plain = (metrics.cross_entropy(one, labels) for one in (combine(members), ensembles.mean_logit(members)))
     assert fitted < plain - 0.01
-
-
-def test_diversity_by_hand():
-    """Four images of class 0: the first network is wrong on images 3 and 4, the second on 2 and 4."""
-    right, wrong = [0.9, 0.1], [0.1, 0.9]
-    members = [[right, right, wrong, wrong], [right, wrong, right, wrong]]
-    (row,) = ensembles.diversity(members, [0, 0, 0, 0], ["one", "two"]).to_dict("records")
-    assert row == {"first": "one", "second": "two", "disagreement": 0.5, "error_correlation": 0.0, "both_wrong": 0.25}
-    table = ensembles.diversity([members[0], members[0], [right] * 4], [0] * 4)
-    assert table["first"].tolist() == [0, 0, 1] and table["disagreement"].tolist() == [0, 0.5, 0.5]
-    np.testing.assert_allclose(table["error_correlation"], [1, np.nan, np.nan])

@@ -47,6 +47,17 @@ def test_number_of_networks_matters_more_than_the_way_of_combining(chapter):
     assert np.allclose(chapter["mean_probability"](chapter["two"]), ensembles.mean_probability(chapter["two"]))
 
 
+def test_error_correlation_by_hand(chapter, monkeypatch):
+    """Four images of class 0: the networks are wrong on images 3 and 4, on 2 and 4, and on 3."""
+    right, wrong = [0.9, 0.1], [0.1, 0.9]
+    first, second, third = ([wrong if n in bad else right for n in range(4)] for bad in ((2, 3), (1, 3), (2,)))
+    monkeypatch.setitem(chapter.variables, "labels", np.zeros(4, int))
+    correlation = chapter["error_correlation"]
+    assert correlation(np.array(first), np.array(second)) == pytest.approx(0)
+    assert correlation(np.array(first), np.array(first)) == pytest.approx(1)
+    assert correlation(np.array(first), np.array(third)) == pytest.approx(1 / np.sqrt(3))
+
+
 def test_errors_are_correlated_and_less_correlated_pairs_gain_more(chapter):
     alike = chapter["alike"]
     assert alike["correlation"].between(0.6, 0.75).all()

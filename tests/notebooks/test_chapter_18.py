@@ -1,4 +1,4 @@
-"""Chapter 18, factorize, prune or quantize?: the numbers in its text, from the records, and its exercises."""
+"""Chapter 18, factorize, prune or quantise?: the numbers in its text, from the records, and its exercises."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Checks of the exercises of chapter 18, factorize, prune or quantize?"""
+"""Checks of the exercises of chapter 18, factorize, prune or quantise?"""
 
 import numpy as np
 

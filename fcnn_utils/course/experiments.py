@@ -189,14 +189,15 @@ def load_trained(model, dataset, recipe, seed=0):
         ) from None
 
 
-def network_to_compress(dataset, seed=0):
+def network_to_compress(dataset, seed=0, converged=False):
     """Return the trained network that the chapters on compression start from.
 
     Args:
-        dataset: `data.Dataset`. For CIFAR-100 it is the simple network by the recipe "fast", whose weights come with
-            the course. For other data, or if these weights are missing, a simple network with a quarter of the filters
-            is trained for two epochs, once.
+        dataset: `data.Dataset`. For CIFAR-100 the weights come with the course. For other data, or if these weights are
+            missing, a simple network with a quarter of the filters is trained for two epochs, once.
         seed: of this training; the weights of the course are those of seed 0.
+        converged: take the simple network with half of the filters after 30 epochs of the recipe "long", and not the
+            whole one after 5 epochs of "fast".
 
     Returns:
         keras.Model, not compiled.
@@ -204,7 +205,8 @@ def network_to_compress(dataset, seed=0):
     Raises:
         ValueError: see `train` and `load_trained`.
     """
-    kept = load_trained("simple", dataset.name, "fast") if dataset.name == "cifar100" else None
+    name, recipe = ("simple-width0.5", "long-epochs30") if converged else ("simple", "fast")
+    kept = load_trained(name, dataset.name, recipe) if dataset.name == "cifar100" else None
     if kept is None:
         recipe = get_recipe("fast", epochs=2, batch_size=32)
         train("simple", dataset, recipe, seed, width=0.25, save_model=True)

@@ -1,10 +1,14 @@
 """Render the course: `make book` -> build/book/html, a site that needs no network, and build/book/course.pdf.
 
-The notebooks are rendered as they are committed; nothing is executed. Some contents are collected on separate pages:
-prerequisites as a map of the course, symbols as a page of notation, captions as a list of figures (and as alternative
-texts of the images), references as one bibliography. The interface comes from the docstrings of `fcnn_utils`.
+The notebooks are rendered as they are committed; nothing is executed. The front page is the README. Some contents are
+collected on separate pages: prerequisites as a map of the course, symbols as a page of notation, captions as a list of
+figures (and as alternative texts of the images), references as one bibliography, settings as a table of recipes. The
+interface comes from the docstrings of `fcnn_utils`.
 """
 
+import base64
+import fnmatch
+import io
 import pkgutil
 import re
 import shutil
@@ -17,16 +21,29 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
+from PIL import Image
 
 import fcnn_utils
-from fcnn_utils.course import paths, runner
+from fcnn_utils.course import paths, records, runner
+from fcnn_utils.course.recipes import RECIPES
 
 HERE = Path(__file__).resolve().parent
-BUILD = HERE.parent / "build" / "book"
+ROOT = HERE.parent
+BUILD = ROOT / "build" / "book"
 SOURCE = BUILD / "source"
 MENTION = r"(?<!\*\*)Figure (\d\d\.\d+)"  # of a figure in the text; in its caption the number is bold
 # A formula in a line of text, with the punctuation after it. Code and displayed formulas match without groups.
 FORMULA = r"```.*?```|`[^`\n]*`|\$\$.*?\$\$|(\$[^$\n]+\$)([.,;:)]*)"
+REFERENCE = ["library", "commands", "results", "recipe_table", "record_table", "interface", "notation", "figures"]
+REFERENCE += ["bibliography"]
+PROJECT = ["CONTRIBUTING", "CHANGELOG"]
+USES = {  # of the modules of the library, in the order of the page; those of the course follow
+    "Compress a model": "compress rank_selection sensitivity calibration fine_tuning",
+    "Count, measure and deploy": "cost benchmark batch_norm quantization deploy",
+    "Factorizations of a kernel": "factorizations factorizations.*",
+    "Layers and graphs of Keras": "blocks layer_kinds keras_graph",
+}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -34,11 +51,16 @@ def main(formats=("html", "pdf")):
     shutil.rmtree(BUILD, ignore_errors=True)
     (SOURCE / "notebooks").mkdir(parents=True)
     shutil.copytree(HERE / "static", SOURCE / "static")
-    for path in (HERE / "conf.py", HERE / "index.md"):
-        shutil.copy(path, SOURCE)
+    shutil.copytree(ROOT / "figures", SOURCE / "figures")
+    shutil.copy(HERE / "conf.py", SOURCE)
+    for name in ("LICENSE", "CITATION.cff"):
+        shutil.copy(ROOT / name, SOURCE)
+    for path in (*HERE.glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+        (SOURCE / path.name).write_text(from_root(path.read_text()))
     notebooks = {path.stem: nbformat.read(path, 4) for path in runner.notebooks().values()}
     draw_map(notebooks, SOURCE / "map.svg")
-    for page in (notation, figures, bibliography):
+    (SOURCE / "index.md").write_text(front_page())
+    for page in (notation, figures, bibliography, recipe_table, record_table):
         (SOURCE / f"{page.__name__}.md").write_text(page(notebooks))
     (SOURCE / "interface.rst").write_text(interface())
     for name, notebook in notebooks.items():
@@ -139,6 +161,27 @@ def draw_map(notebooks, target):
     figure.savefig(target, bbox_inches="tight", metadata={"Date": None})
 
 
+def front_page():
+    """The README, the map, and the tables of contents: the parts of the course and the reference."""
+    readme = (ROOT / "README.md").read_text()
+    part, parts = "", defaultdict(list)
+    for heading, page in re.findall(r"^(?:\| )?(?:\*\*(.+?)\*\* \||\[\d\d .*?\]\((.*?)\.ipynb\))", readme, re.M):
+        part = heading or part
+        parts[part] += [page] if page else []
+    trees = [_tree(name, pages) for name, pages in [*parts.items(), ("Reference", REFERENCE), ("Project", PROJECT)]]
+    return from_root("\n".join([readme, (HERE / "index.md").read_text(), *trees]))
+
+
+def _tree(caption, pages):
+    return "\n".join(["```{toctree}", f":caption: {caption}", ":hidden:", ":maxdepth: 1", *pages, "```", ""])
+
+
+def from_root(text):
+    """Let the links of a page of the repository, or of its folder `book`, lead to the pages of the book."""
+    text = re.sub(r"\]\((?:book/|\.\./)", "](", text)
+    return re.sub(r"^!\[(.*)\]\((.*)\)$", r"```{image} \2\n:alt: \1\n:class: drawing\n```", text, flags=re.M)
+
+
 def link(name):
     return f"[{name[:2]}](notebooks/{name}.ipynb)"
 
@@ -206,8 +249,57 @@ def modules():
 
 
 def interface():
-    sections = [f"{name}\n{'-' * len(name)}\n\n.. automodule:: fcnn_utils.{name}\n   :members:\n" for name in modules()]
-    return "\n".join(["Interface", "=========\n", ".. automodule:: fcnn_utils\n", *sections])
+    """The modules by what they are used for."""
+    lines, left = ["Interface", "=========\n", ".. automodule:: fcnn_utils\n"], modules()
+    for use, patterns in (*USES.items(), ("The course", "*")):
+        chosen = [name for pattern in patterns.split() for name in fnmatch.filter(left, pattern)]
+        left = [name for name in left if name not in chosen]
+        lines += [use, "-" * len(use) + "\n"]
+        lines += [f"{name}\n{'~' * len(name)}\n\n.. automodule:: fcnn_utils.{name}\n   :members:\n" for name in chosen]
+    return "\n".join(lines)
+
+
+def recipe_table(notebooks):
+    """What each recipe sets, one column per recipe."""
+    settings = [name for name in next(iter(RECIPES.values())).as_dict() if name not in ("name", "assumed", "seed")]
+    lines = ["# Recipes\n", "The settings are explained in `recipes` of the [interface](interface.rst).\n"]
+    lines += ["| setting | " + " | ".join(f"`{name}`" for name in RECIPES) + " |", "|---|" + "---|" * len(RECIPES)]
+    for name in settings:
+        values = [getattr(recipe, name) for recipe in RECIPES.values()]
+        if len(set(values)) > 1:
+            lines.append(
+                f"| `{name}` | "
+                + " | ".join(f"{value:g}" if _is_number(value) else str(value) for value in values)
+                + " |"
+            )
+    return "\n".join([*lines, ""])
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def record_table(notebooks):
+    """The committed records of trainings, one row per network and recipe."""
+    found = records.find()
+    lines = [
+        "# Records\n",
+        "Trainings whose records are in `results/`, with the number of seeds. *Validation*: the run was",
+    ]
+    lines += ["for choosing settings, and its result is that on validation images.\n"]
+    lines += [
+        "| images | network | recipe | seeds | top-1 (%) | million MACs | trained on |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (dataset, model, recipe), runs in found.groupby(["dataset", "model", "recipe"]):
+        results = [records.result(record) for record in runs["record"]]
+        top1 = f"{100 * np.mean([result['top1'] for _, result in results]):.1f}"
+        top1 += ", validation" * ("validation" in dict(results))
+        machines = {re.sub(r"\(R\)|^CPU | Processor| 80GB.*", "", each["device"]) for each in runs["record"]}
+        macs = f"{runs['macs'].iloc[0] / 1e6:.1f}"
+        cells = [dataset, model, recipe, str(len(runs)), top1, macs, ", ".join(sorted(machines))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def anchor(number):
@@ -227,11 +319,19 @@ def for_sphinx(notebook):
             drawn = cell if any("image/png" in output.get("data", {}) for output in cell.outputs) else drawn
             continue
         for number in re.findall(r"^\*\*Figure (\d\d\.\d+)\.\*\* ", cell.source, re.M):
-            drawn.metadata["mystnb"] = {"image": {"alt": plain(sentences[number])}}
+            image = {"alt": plain(sentences[number])} | ({"classes": "drawing"} if is_drawing(drawn) else {})
+            drawn.metadata["mystnb"] = {"image": image}
             label = f"**Figure {number}.**"
             cell.source = cell.source.replace(label, f"({anchor(number)})=\n{label}")
         cell.source = for_page(cell.source)
     return notebook
+
+
+def is_drawing(cell):
+    """Tell whether most of its last figure is white: a dark page shows it inverted, but not a picture."""
+    (*_, png) = (output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
+    gray = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("L"))
+    return bool((gray > 250).mean() > 0.5)
 
 
 def for_page(text):

@@ -1,14 +1,18 @@
 """The book: `book/build.py`, and what it needs from the notebooks."""
 
+import base64
 import importlib.util
+import io
 import re
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
 import nbformat
 import pytest
+from PIL import Image
 
 from fcnn_utils.course import paths, runner
+from fcnn_utils.course.recipes import RECIPES
 
 pytest.importorskip("myst_nb", reason="MyST-NB is not installed")
 _SPEC = importlib.util.spec_from_file_location("build", paths.root() / "book" / "build.py")
@@ -82,7 +86,39 @@ def test_interface_contains_public_modules_of_library_and_course():
     modules = build.modules()
     assert {"cost", "factorizations", "course.networks.cited", "course.runner"} <= set(modules)
     assert not [name for name in modules if "_checks" in name or "__" in name]
-    assert all(f".. automodule:: fcnn_utils.{name}\n" in build.interface() for name in modules)
+    text = build.interface()
+    assert all(text.count(f".. automodule:: fcnn_utils.{name}\n") == 1 for name in modules)
+
+
+def test_front_page_lists_every_chapter_below_its_part():
+    trees = dict(re.findall(r"```\{toctree\}\n:caption: (.*)\n(?::.*\n)*((?:.+\n)*?)```", build.front_page()))
+    assert [name.split()[0] for name in trees] == ["I", "II", "III", "IV", "V", "Reference", "Project"]
+    listed = [page for pages in list(trees.values())[:5] for page in pages.split()]
+    assert listed == [f"notebooks/{name}" for name in sorted(NOTEBOOKS)]
+
+
+def test_links_of_a_page_lead_to_the_pages_of_the_book():
+    text = "[a](book/library.md#x) and [b](../notebooks/01.ipynb)\n![c](figures/d.png)\n"
+    expected = (
+        "[a](library.md#x) and [b](notebooks/01.ipynb)\n```{image} figures/d.png\n:alt: c\n:class: drawing\n```\n"
+    )
+    assert build.from_root(text) == expected
+
+
+def test_only_figures_on_white_are_inverted_on_a_dark_page():
+    def cell(level):
+        image = io.BytesIO()
+        Image.new("RGB", (4, 4), (level, level, level)).save(image, "png")
+        data = {"image/png": base64.b64encode(image.getvalue()).decode()}
+        return nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data=data)])
+
+    assert build.is_drawing(cell(255)) and not build.is_drawing(cell(120))
+
+
+def test_tables_of_recipes_and_records_have_all():
+    assert all(f"`{name}`" in build.recipe_table({}) for name in RECIPES)
+    rows = [line for line in build.record_table({}).splitlines() if line.startswith("| cifar100 | simple | ")]
+    assert any("| fast | 1 | 56.9 |" in row for row in rows) and "nan" not in build.record_table({})
 
 
 # --- the site ----------------------------------------------------------------------------------------------------

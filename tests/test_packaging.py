@@ -4,6 +4,7 @@ import ast
 import functools
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -183,3 +184,14 @@ def test_installed_package_holds_every_module_and_works_without_the_checkout(tmp
     ).stdout.split()
     assert told == [PROJECT["version"], str(site / "fcnn_utils/__init__.py")]
     assert list(elsewhere.iterdir()) == []
+
+
+def test_version_is_the_same_everywhere():
+    found = {"pyproject.toml": PROJECT["version"]}
+    for name, pattern in (
+        ("fcnn_utils/__init__.py", r'^__version__ = "(.+)"'),
+        ("CITATION.cff", r"^version: (.+)"),
+        ("CHANGELOG.md", r"^## (\S+)"),  # the newest comes first
+    ):
+        found[name] = re.search(pattern, (ROOT / name).read_text(), re.M)[1]
+    assert len(set(found.values())) == 1, found

@@ -20,27 +20,28 @@ _COLUMNS = [*_KEYS, "seed", "top1", "kind", "data"]
 def over_seeds(records, baseline=None, level=0.95):
     """Average the accuracies of all seeds, and compare them with a baseline seed by seed.
 
+    The columns of the table are:
+
+        images       "test" or "validation": what the accuracy was measured on
+        n            number of seeds
+        top1         mean accuracy in %
+        deviation    standard deviation over the seeds in percentage points, n − 1 in the denominator; NaN for one
+        kinds        number of different (device, backend, precision) among the records; above 1, differences may
+                     come from the machine
+        pairs        number of seeds that the baseline has, too
+        alike        number of these pairs in which both runs have the same device, backend and precision
+        difference   mean of accuracy − accuracy of the baseline over these seeds, in percentage points
+        low, high    confidence interval of that mean by Student's t, which takes the differences as normally
+                     distributed; NaN for fewer than two pairs
+
     Args:
         records: complete records of one data set.
         baseline: (network, recipe) to compare with.
         level: confidence level of the intervals, from 0.01 to 0.999.
 
     Returns:
-        DataFrame indexed by network and recipe, in the order of the records:
-
-            images       "test" or "validation": what the accuracy was measured on
-            n            number of seeds
-            top1         mean accuracy in %
-            deviation    standard deviation over the seeds in percentage points, n − 1 in the denominator; NaN for one
-            kinds        number of different (device, backend, precision) among the records; above 1, differences may
-                         come from the machine
-            pairs        number of seeds that the baseline has, too
-            alike        number of these pairs in which both runs have the same device, backend and precision
-            difference   mean of accuracy − accuracy of the baseline over these seeds, in percentage points
-            low, high    confidence interval of that mean by Student's t, which takes the differences as normally
-                         distributed; NaN for fewer than two pairs
-
-        The last five columns exist only with a baseline.
+        DataFrame indexed by network and recipe, in the order of the records. The last five columns exist only with a
+        baseline.
 
     Raises:
         ValueError: if a number is out of range, the records are of different data or have a seed twice, or none is of

@@ -1,9 +1,9 @@
 """Feed `model.fit` with the augmented batches of a recipe, in the fastest way for each backend.
 
-TensorFlow   a tf.data pipeline prepares the next batch on the CPU while the device trains on the current one
-JAX          the images stay on the device; one compiled program makes a batch and trains on it; on a GPU the program
-             covers a whole epoch
-PyTorch      the images stay on the device, and each batch is made there; TensorFlow without compilation does the same
+- TensorFlow: a tf.data pipeline prepares the next batch on the CPU while the device trains on the current one.
+- JAX: the images stay on the device. One compiled program makes a batch and trains on it; on a GPU the program covers a
+  whole epoch.
+- PyTorch: the images stay on the device, and each batch is made there. TensorFlow without compilation does the same.
 """
 
 import itertools

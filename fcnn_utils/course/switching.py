@@ -104,7 +104,7 @@ def decay_products(dense, model, layers, rate):
 def chains_of(dense, model, layers):
     """Return the chains of a factorized network: dict from the name of each factorized layer to its list of layers.
 
-    The last layer of a chain has the name of the dense one, NAME. The others are new and are called NAME_….
+    The last layer of a chain has the name of the dense one, NAME. The others are new and are called `NAME_…`.
     """
     before, chains = {layer.name for layer in dense.layers}, {name: [] for name in layers}
     for layer in model.layers:

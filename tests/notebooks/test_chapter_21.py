@@ -100,8 +100,8 @@ def test_compression_costs_a_third_of_the_macs_and_a_few_false_alarms(chapter):
     assert 0 < price.loc["false alarms", "low"] < price.loc["false alarms", "change"] < 6.5
 
 
-def test_readme_has_the_price_of_the_compression(chapter):
-    text = " ".join((paths.root() / "README.md").read_text().split())
+def test_page_of_results_has_the_price_of_the_compression(chapter):
+    text = " ".join((paths.root() / "book" / "results.md").read_text().split())
     low, high = -max(chapter["areas"]), -min(chapter["areas"])
     assert f"falls by {low:.3f} to {high:.3f}" in text and "almost six more healthy children of 100" in text
 

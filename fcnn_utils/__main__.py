@@ -13,6 +13,7 @@ from fcnn_utils._checks import check_choice
 
 _STOPPED = 130  # a shell's exit code for Ctrl-C
 _EXTRAS = dict.fromkeys(("onnx", "tf2onnx", "onnxruntime", "openvino", "ai_edge_litert"), "export")
+_EXTRAS |= dict.fromkeys(("papermill", "nbclient", "IPython"), "course,jupyter")
 _EXTRAS |= {"jax": "jax", "torch": "torch", "onnxscript": "torch", "ray": "ray"}  # missing module -> extra that has it
 
 

@@ -12,6 +12,7 @@ import tomllib
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
+import nbformat
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LIBRARY = PROJECT["dependencies"]
 EXTRAS = PROJECT["optional-dependencies"]
-LOCKED_EXTRAS = ("export", "course", "book", "test")
+LOCKED_EXTRAS = ("export", "course", "jupyter", "book", "test")
 PLATFORMS = {
     "linux-x86_64": {"sys_platform": "linux", "platform_machine": "x86_64", "os_name": "posix"},
     "linux-aarch64": {"sys_platform": "linux", "platform_machine": "aarch64", "os_name": "posix"},
@@ -59,13 +60,25 @@ def active(found, environment):
     return {name: of_one_name for name, of_one_name in chosen.items() if of_one_name}
 
 
-def test_requirements_txt_lists_library_course_and_tests():
-    expected = requirements([*LIBRARY, *EXTRAS["course"], *EXTRAS["test"]])
+def test_requirements_list_what_a_student_needs_and_those_for_colab_no_jupyter():
+    for_colab = [*LIBRARY, *EXTRAS["course"], *EXTRAS["export"]]
+    assert as_text(read_requirements("requirements-colab.txt")) == as_text(requirements(for_colab))
+    expected = requirements([*for_colab, *EXTRAS["jupyter"]])
     assert as_text(read_requirements("requirements.txt")) == as_text(expected)
 
 
+def test_binder_installs_what_a_student_needs_in_the_locked_versions():
+    folder, included = ROOT / "binder", {}
+    for line in (folder / "requirements.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            option, name = line.split()
+            included[option] = (folder / name).resolve()
+    assert included == {"-c": ROOT / "requirements.lock", "-r": ROOT / "requirements.txt"}
+
+
 def test_requirements_jax_has_jax_in_place_of_tensorflow():
-    expected = read_requirements("requirements.txt") | requirements(EXTRAS["jax"])
+    groups = [LIBRARY, *(EXTRAS[extra] for extra in ("course", "jupyter", "test", "jax"))]
+    expected = requirements([line for group in groups for line in group])
     del expected["tensorflow"]
     assert as_text(read_requirements("requirements-jax.txt")) == as_text(expected)
 
@@ -141,9 +154,9 @@ OPTIONAL = names(*(EXTRAS[extra] for extra in ("export", "int8", "jax", "ray", "
     "paths, extras",
     [
         (PACKAGE - COURSE, []),
-        (COURSE, ["course"]),
+        (COURSE, ["course", "jupyter"]),
         ((ROOT / "book").rglob("*.py"), ["course", "book"]),
-        ((ROOT / "tests").rglob("*.py"), ["course", "book", "test"]),
+        ((ROOT / "tests").rglob("*.py"), ["course", "jupyter", "book", "test"]),
     ],
     ids=["library", "course", "book", "tests"],
 )
@@ -151,6 +164,17 @@ def test_imports_are_declared_as_dependencies(paths, extras):
     declared = names(LIBRARY, *(EXTRAS[extra] for extra in extras)) | OPTIONAL
     undeclared = {name: path for name, path in imported(paths).items() if name not in declared}
     assert not undeclared
+
+
+def test_notebooks_import_only_what_colab_has_or_installs(tmp_path):
+    """Jupyter, which Colab has, comes with IPython."""
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+        code = [cell.source for cell in cells if "colab" not in cell.metadata.get("tags", [])]
+        (tmp_path / f"{path.stem}.py").write_text("\n".join(code))
+    found = imported(tmp_path.glob("*.py"))
+    assert {"keras", "matplotlib", "scipy"} <= found.keys()
+    assert not found.keys() - read_requirements("requirements-colab.txt").keys() - {"ipython"}
 
 
 def test_no_module_imports_a_backend_or_an_optional_package_at_its_top():

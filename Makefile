@@ -4,7 +4,7 @@
 #   make test [ARGS="tests/test_X.py"]  lint and the usual tests
 #   make test-full                      the usual tests and those that take long: solutions, large networks, the book
 #   make bench                          the tests that measure time or memory; run nothing beside them
-#   make lab                            Jupyter, in notebooks/
+#   make lab                            Jupyter, at notebooks/00_start_here.ipynb
 #   make book                           render the course as a site and a PDF; writes build/book/
 #   make full                           everything at its reported size; rewrites notebooks/, figures/, results/
 PYTHON ?= python3
@@ -31,7 +31,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 
 lab: $(VENV)/ready
-	$(VENV)/bin/jupyter lab notebooks
+	$(VENV)/bin/jupyter lab notebooks/00_start_here.ipynb
 
 book: $(VENV)/ready
 	$(VENV)/bin/python book/build.py

@@ -128,8 +128,8 @@ def symbols(notebook):
 
 
 def references(notebook):
-    """Its references, one text per work."""
-    return re.findall(r"^- (.+)$", prose(notebook).split("## References")[1], re.M)
+    """Its references, one text per work; 00 has none."""
+    return re.findall(r"^- (.+)$", prose(notebook).partition("## References")[2], re.M)
 
 
 # --- pages -------------------------------------------------------------------------------------------------------
@@ -164,8 +164,8 @@ def draw_map(notebooks, target):
 def front_page():
     """The README, the map, and the tables of contents: the parts of the course and the reference."""
     readme = (ROOT / "README.md").read_text()
-    part, parts = "", defaultdict(list)
-    for heading, page in re.findall(r"^(?:\| )?(?:\*\*(.+?)\*\* \||\[\d\d .*?\]\((.*?)\.ipynb\))", readme, re.M):
+    part, parts = "Start", defaultdict(list)
+    for heading, page in re.findall(r"^(?:\| )?(?:\*\*(.+?)\*\* \||\[\d\d.*?\]\((.*?)\.ipynb\))", readme, re.M):
         part = heading or part
         parts[part] += [page] if page else []
     trees = [_tree(name, pages) for name, pages in [*parts.items(), ("Reference", REFERENCE), ("Project", PROJECT)]]
@@ -212,8 +212,10 @@ def _spelled(symbol):
 def figures(notebooks):
     lines = ["# Figures\n"]
     for notebook in notebooks.values():
-        lines += [f"## {title(notebook)}\n"]
-        lines += [f"- [{number}](#{anchor(number)}) {sentence}" for number, sentence in captions(notebook)] + [""]
+        drawn = list(captions(notebook))
+        if drawn:
+            lines += [f"## {title(notebook)}\n"]
+            lines += [f"- [{number}](#{anchor(number)}) {sentence}" for number, sentence in drawn] + [""]
     return "\n".join(lines)
 
 

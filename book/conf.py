@@ -20,6 +20,7 @@ extensions = [
 ]
 nb_execution_mode = "off"  # what is committed is rendered
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables and links in outputs, as in the text
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "code"  # as docstrings use `it`

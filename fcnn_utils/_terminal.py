@@ -5,14 +5,14 @@ import os
 import sys
 
 
-def say(line, file=None):
+def say(line, file=None, end="\n"):
     """Print a line at once, by default on standard output.
 
     What the terminal cannot show becomes a question mark: it must not end a long computation.
     """
     file = sys.stdout if file is None else file
     encoding = getattr(file, "encoding", None) or "utf-8"
-    print(line.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+    print(line.encode(encoding, "replace").decode(encoding), file=file, end=end, flush=True)
 
 
 @contextlib.contextmanager

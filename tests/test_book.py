@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from PIL import Image
 
-from fcnn_utils.course import paths, runner
+from fcnn_utils.course import contents, paths, runner
 from fcnn_utils.course.recipes import RECIPES
 
 pytest.importorskip("myst_nb", reason="MyST-NB is not installed")
@@ -22,7 +22,7 @@ _SPEC.loader.exec_module(build)
 NOTEBOOKS = {path.stem: nbformat.read(path, 4) for path in runner.notebooks().values()}
 
 
-@pytest.fixture(params=NOTEBOOKS)
+@pytest.fixture(params=[name for name in NOTEBOOKS if name[:2] != "00"])  # 00 is no chapter: it has only links
 def notebook(request):
     return NOTEBOOKS[request.param]
 
@@ -92,8 +92,9 @@ def test_interface_contains_public_modules_of_library_and_course():
 
 def test_front_page_lists_every_chapter_below_its_part():
     trees = dict(re.findall(r"```\{toctree\}\n:caption: (.*)\n(?::.*\n)*((?:.+\n)*?)```", build.front_page()))
-    assert [name.split()[0] for name in trees] == ["I", "II", "III", "IV", "V", "Reference", "Project"]
-    listed = [page for pages in list(trees.values())[:5] for page in pages.split()]
+    assert [name.split()[0] for name in trees] == ["Start", "I", "II", "III", "IV", "V", "Reference", "Project"]
+    assert list(trees)[1:6] == list(contents.PARTS.values())
+    listed = [page for pages in list(trees.values())[:6] for page in pages.split()]
     assert listed == [f"notebooks/{name}" for name in sorted(NOTEBOOKS)]
 
 
@@ -119,6 +120,12 @@ def test_tables_of_recipes_and_records_have_all():
     assert all(f"`{name}`" in build.recipe_table({}) for name in RECIPES)
     rows = [line for line in build.record_table({}).splitlines() if line.startswith("| cifar100 | simple | ")]
     assert any("| fast | 1 | 56.9 |" in row for row in rows) and "nan" not in build.record_table({})
+
+
+def test_start_page_is_the_first_and_leaves_no_mark_on_the_pages_about_chapters():
+    assert next(iter(NOTEBOOKS)) == "00_start_here"
+    only = {"00_start_here": NOTEBOOKS["00_start_here"]}
+    assert build.figures(only).strip() == "# Figures" and build.bibliography(only).strip() == "# Bibliography"
 
 
 # --- the site ----------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ skips a notebook if its source, parameters, code and input records are unchanged
 """
 
 import contextlib
+import functools
 import hashlib
-import io
 import json
 import os
 import re
@@ -26,7 +26,8 @@ from fcnn_utils import _files
 from fcnn_utils._checks import check_choice
 from fcnn_utils._processors import available_cores
 from fcnn_utils._terminal import stderr_to
-from fcnn_utils.course import data, parameters, paths, records
+from fcnn_utils.course import contents, data, parameters, paths, records
+from fcnn_utils.course.run_progress import CellCounter, EpochLines, RunProgress
 
 _CELL_TIMEOUT = 6 * 3600  # seconds; a training on a slow machine is a long cell
 _STAND_IN_NOTICE = "NOTICE: this ran on STAND-IN data, generated images; its accuracies are not results on CIFAR-100."
@@ -42,7 +43,7 @@ class NotebookFailed(Exception):
 
 def notebooks():
     """Return the notebooks of the course, in order: dict number ("07") -> path."""
-    return {path.name[:2]: path for path in sorted((_course() / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+    return {path.name[:2]: path for path in contents.files(_course())}
 
 
 def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh=False, jobs=1):
@@ -94,9 +95,10 @@ def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh
 
     def run_one(number):
         path, given = chosen[number], {name: value for name, value in values.items() if name in accepted[number]}
-        _run_one(path, given, folder, profiles["reads"].get(path.stem, []), published=profile == "full")
+        reads = profiles["reads"].get(path.stem, [])
+        _run_one(path, given, folder, reads, profile == "full", progress)
 
-    with _environment(output, eager), _kernel_log(folder):
+    with _environment(output, eager), _kernel_log(folder), RunProgress() as progress:
         _run_all(chosen, run_one, jobs, profiles["order"]["alone"])
     paths.say(f"done in {_minutes(time.monotonic() - started)}: {paths.shown(folder)}")
     if on_standin:
@@ -104,13 +106,14 @@ def run(profile="quick", only=(), start=None, dataset=None, settings=None, fresh
     return folder
 
 
-def execute(path, given, folder):
+def execute(path, given, folder, progress):
     """Execute one notebook.
 
     Args:
         path: of the notebook.
         given: dict of its parameters.
         folder: keeps the partly executed notebook after an error.
+        progress: `RunProgress` that shows the notebook.
 
     Returns:
         The executed notebook.
@@ -124,7 +127,9 @@ def execute(path, given, folder):
 
     running, kept = folder / ".running" / path.name, folder / path.name
     options = {"kernel_name": "python3", "progress_bar": False, "execution_timeout": _CELL_TIMEOUT}
-    options |= {"stdout_file": _EpochLines(), "cwd": str(path.parent)}
+    options |= {"stdout_file": EpochLines(progress.say), "cwd": str(path.parent)}
+    cells = nbformat.read(path, as_version=4).cells
+    options["on_cell_start"] = CellCounter(cells, functools.partial(progress.at, path.stem))
     try:
         running.parent.mkdir(parents=True, exist_ok=True)
         return papermill.execute_notebook(str(path), str(running), given, **options)
@@ -232,23 +237,23 @@ def _run_together(numbers, run_one, jobs):
 # --- one notebook ------------------------------------------------------------------------------------------------
 
 
-def _run_one(path, given, folder, reads, published):
+def _run_one(path, given, folder, reads, published, progress):
     stamp_path, key = folder / ".stamps" / f"{path.stem}.json", _key(path, given)
     target = path if published else folder / path.name
     with _files.locked(folder / ".running" / f"{path.stem}.lock", f"the notebook {path.stem}"):
         if target.exists() and _stamp(stamp_path) == {"key": key, "records": _records_hash(reads)}:
-            paths.say(f"  {path.stem:<28} unchanged, skipped")
+            progress.say(f"  {path.stem:<30} unchanged, skipped")
             return
         started = time.monotonic()
-        paths.say(f"  {path.stem:<28} running")
         _files.check_writable(target.parent)
         stamp_path.unlink(missing_ok=True)  # it belongs to what is written over now, perhaps only in part
-        executed = execute(path, given, folder)
+        with progress.showing(path.stem):
+            executed = execute(path, given, folder, progress)
         if published:
             executed = _published(executed)
         _files.write_atomic(target, nbformat.writes(executed) + "\n")
         _files.write_atomic(stamp_path, json.dumps({"key": key, "records": _records_hash(reads)}))
-        paths.say(f"  {path.stem:<28} done in {_minutes(time.monotonic() - started)}")
+        progress.say(f"  {path.stem:<30} done in {_minutes(time.monotonic() - started)}")
 
 
 def _report(path, error):
@@ -274,16 +279,6 @@ def _published(notebook):
                 output.pop("metadata", None)
     notebook.metadata["executed_source_sha256"] = source_hash(notebook)
     return notebook
-
-
-class _EpochLines(io.TextIOBase):
-    """File that receives what a running notebook prints, and shows only the lines on a training's progress."""
-
-    def write(self, text):
-        for line in text.splitlines():
-            if " · epoch " in line:
-                paths.say(f"    {line}")
-        return len(text)
 
 
 # --- what a notebook was made from -------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The notebooks as they are committed: their form and their outputs. No kernel is started."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,13 +8,19 @@ import sys
 import nbformat
 import pytest
 
-from fcnn_utils.course import parameters, paths, runner
+from fcnn_utils.course import contents, parameters, paths, runner
 
 PATHS = runner.notebooks().values()
+CHAPTERS = [path for path in PATHS if path.name[:2] != "00"]  # 00 is no chapter: it has no parameters
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)
 def notebook(request):
+    return nbformat.read(request.param, 4)
+
+
+@pytest.fixture(params=CHAPTERS, ids=lambda path: path.stem)
+def chapter(request):
     return nbformat.read(request.param, 4)
 
 
@@ -37,15 +44,15 @@ def test_every_file_has_its_own_number():
     assert list(PATHS) == files and len(files) >= 5
 
 
-def test_parameters_are_literals_and_later_cells_check_them(notebook):
-    (cell,) = tagged(notebook, "parameters")
+def test_parameters_are_literals_and_later_cells_check_them(chapter):
+    (cell,) = tagged(chapter, "parameters")
     given = {}
     exec(cell.source, given)
     given = {name: value for name, value in given.items() if name.isupper()}
     parameters.check(**given)
-    checked = "".join(re.findall(r"check\((.*?)\)", "\n".join(cell.source for cell in code_cells(notebook))))
+    checked = "".join(re.findall(r"check\((.*?)\)", "\n".join(cell.source for cell in code_cells(chapter))))
     assert all(f"{name}={name}" in checked for name in given)
-    assert not tagged(notebook, "injected-parameters")
+    assert not tagged(chapter, "injected-parameters")
 
 
 def test_code_cells_are_short_and_explained(notebook):
@@ -76,7 +83,9 @@ print(paths.root())
 
 
 def last_line_on_colab(source, folder):
-    run = subprocess.run([sys.executable, "-c", _ON_COLAB, source], cwd=folder, capture_output=True, text=True)
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", _ON_COLAB, source]
+    run = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
     return (run.stdout + run.stderr).strip().splitlines()[-1]
 
 
@@ -97,6 +106,12 @@ def test_cell_for_colab_fetches_the_course(tmp_path):
     assert last_line_on_colab(given, tmp_path) == str(tmp_path / "course")
 
 
+def test_cell_for_colab_refuses_an_address_that_cannot_be_cloned(tmp_path):
+    (cell,) = tagged(nbformat.read(next(iter(PATHS)), 4), "colab")
+    given = re.sub(r'COURSE = ".*?"', f'COURSE = "{(tmp_path / "nothing").as_uri()}"', cell.source)
+    assert "COURSE cannot be cloned: 'file://" in last_line_on_colab(given, tmp_path)
+
+
 # --- committed outputs -------------------------------------------------------------------------------------------
 
 
@@ -110,6 +125,13 @@ def test_outputs_are_those_of_one_run_without_errors(notebook):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+
+
+def test_table_of_start_page_is_that_of_the_notebooks():
+    """Fails if a title, a question or a run time was changed and 00 was not executed again."""
+    outputs = [output for cell in code_cells(nbformat.read(runner.notebooks()["00"], 4)) for output in cell.outputs]
+    shown = [output.data["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {})]
+    assert shown == [contents.table()]
 
 
 def test_saved_figures_exist_and_their_cells_show_them(notebook):

@@ -20,7 +20,7 @@ import fcnn_utils
 from fcnn_utils import _files
 from fcnn_utils.__main__ import main
 from fcnn_utils._processors import available_cores
-from fcnn_utils.course import paths, runner
+from fcnn_utils.course import paths, run_progress, runner
 
 PROFILES = """
 [smoke]
@@ -60,7 +60,7 @@ def executed(monkeypatch):
     """Do not execute notebooks; note the name, the parameters and the environment of each that would be."""
     calls = []
 
-    def execute(path, given, folder):
+    def execute(path, given, folder, progress):
         calls.append((path.stem, given, [os.environ[name] for name in ("FCNN_OUTPUT", "FCNN_EAGER")]))
         return nbformat.read(path, 4)
 
@@ -135,10 +135,10 @@ def test_only_notebooks_with_a_change_run_again(course, executed, monkeypatch, t
 def test_run_continues_at_the_notebook_that_failed(course, executed, monkeypatch, capsys):
     execute = runner.execute
 
-    def fail_at_second(path, given, folder):
+    def fail_at_second(path, given, folder, progress):
         if path.stem == "02_second":
             raise runner.NotebookFailed("02_second stopped", False)
-        return execute(path, given, folder)
+        return execute(path, given, folder, progress)
 
     monkeypatch.setattr(runner, "execute", fail_at_second)
     assert main(["run", "--profile", "smoke", "--jobs", "1"]) == 1
@@ -183,8 +183,8 @@ def test_full_profile_rewrites_notebooks_and_signs_their_code(course, executed, 
     monkeypatch.setattr(runner.data, "locate", lambda name: "somewhere")
     execute = runner.execute
 
-    def with_marks(path, given, folder):
-        notebook = execute(path, given, folder)
+    def with_marks(path, given, folder, progress):
+        notebook = execute(path, given, folder, progress)
         notebook.metadata["papermill"] = notebook.cells[2].metadata["papermill"] = {"duration": 1}
         return notebook
 
@@ -212,11 +212,11 @@ def test_notebooks_that_do_not_measure_time_run_side_by_side(course, executed, m
     execute, both, threads = runner.execute, threading.Barrier(2, timeout=20), {}
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "given")
 
-    def wait_for_the_other(path, given, folder):
+    def wait_for_the_other(path, given, folder, progress):
         if path.stem != "02_second":
             both.wait()
         threads[path.stem] = os.environ["TF_NUM_INTRAOP_THREADS"]
-        return execute(path, given, folder)
+        return execute(path, given, folder, progress)
 
     monkeypatch.setattr(runner, "execute", wait_for_the_other)
     assert main(["run", "--profile", "smoke", "--jobs", "2"]) == 0
@@ -231,11 +231,11 @@ def test_a_notebook_that_fails_does_not_stop_the_one_beside_it(course, executed,
     execute, kernels = runner.execute, []
     monkeypatch.setattr(runner.psutil, "Process", Mock(side_effect=kernels.append))
 
-    def fail_at_third(path, given, folder):
+    def fail_at_third(path, given, folder, progress):
         if path.stem == "03_third":
             raise error
         time.sleep(0.5)
-        return execute(path, given, folder)
+        return execute(path, given, folder, progress)
 
     monkeypatch.setattr(runner, "execute", fail_at_third)
     assert main(["run", "--profile", "smoke", "--jobs", "2"]) in (1, 2)
@@ -255,10 +255,10 @@ def test_run_without_a_course_is_one_sentence(monkeypatch, capsys):
 def test_second_run_of_a_notebook_is_refused_and_of_another_one_is_not(course, executed, monkeypatch, capsys):
     execute, codes = runner.execute, []
 
-    def start_others(path, given, folder):
+    def start_others(path, given, folder, progress):
         monkeypatch.setattr(runner, "execute", execute)
         codes.extend(main(["run", "--profile", "smoke", "--only", number]) for number in ("01", "02"))
-        return execute(path, given, folder)
+        return execute(path, given, folder, progress)
 
     monkeypatch.setattr(runner, "execute", start_others)
     assert main(["run", "--profile", "smoke", "--only", "01"]) == 0 and codes == [2, 0]
@@ -272,14 +272,17 @@ def test_folder_that_cannot_be_written_is_found_before_the_notebook_runs(course,
     assert "cannot write" in capsys.readouterr().err and not executed
 
 
-def test_failing_notebook_is_kept_and_reported(course, tmp_path, capsys):
-    """With a real kernel: its prints, its errors, and what is kept of it."""
+def test_failing_notebook_is_kept_and_reported(course, tmp_path, monkeypatch, capsys):
+    """With a real kernel: its cells, its prints, its errors, and what is kept of it."""
     code = [
         "import sys\nprint('noise', file=sys.stderr)\nprint('a · epoch 1/2')\nprint('other', EPOCHS)",
         "x = 0\n1 / x",
     ]
     write_notebook(course, "02_second", *code, "print('never')")
+    cells = []
+    monkeypatch.setattr(run_progress.RunProgress, "at", lambda self, *what: cells.append(what))
     assert main(["run", "--profile", "smoke", "--only", "02"]) == 1
+    assert cells == [("02_second", f"cell {number} of 4", "set-up") for number in (1, 2, 3)]
     out, report = capsys.readouterr()
     assert "a · epoch 1/2" in out and "other" not in out
     for part in ("02_second stopped at code cell 4", "    1 / x", "ZeroDivisionError: division by zero", "kept: "):

@@ -219,14 +219,14 @@ def locate(name, or_stand_in=False):
     path = medmnist.find(name) if is_medical else cifar100.find()
     try:
         if path is None:
-            _check_chosen_folder(f"{name}.npz" if is_medical else "CIFAR-100")
+            check_chosen_folder(f"{name}.npz" if is_medical else "CIFAR-100")
             path = medmnist.download(name) if is_medical else cifar100.download()
     except Unavailable as error:
         _continue_without(name, error, or_stand_in)
     return path
 
 
-def _check_chosen_folder(what):
+def check_chosen_folder(what):
     """Raise Unavailable if `$FCNN_DATA_DIR` is set to a folder without any data set: then nothing is downloaded."""
     chosen = os.environ.get("FCNN_DATA_DIR")
     sets = [Path(chosen or "", f"{name}.npz") for name in medmnist.SETS]

@@ -6,6 +6,7 @@
 #   make bench                          the tests that measure time or memory; run nothing beside them
 #   make lab                            Jupyter, at notebooks/00_start_here.ipynb
 #   make book                           render the course as a site and a PDF; writes build/book/
+#   make book-serve                     serve the site on this machine only, at the address that it prints
 #   make full                           everything at its reported size; rewrites notebooks/, figures/, results/
 PYTHON ?= python3
 VENV ?= .venv
@@ -36,6 +37,12 @@ lab: $(VENV)/ready
 book: $(VENV)/ready
 	$(VENV)/bin/python book/build.py
 
+book-serve: $(VENV)/ready build/book/html/index.html
+	$(VENV)/bin/python -m http.server --bind 127.0.0.1 --directory build/book/html 8000
+
+build/book/html/index.html:
+	$(MAKE) book
+
 full: $(VENV)/ready
 	$(VENV)/bin/python -m fcnn_utils run --profile full $(ARGS)
 
@@ -45,4 +52,4 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	$(VENV)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
-.PHONY: run test test-full bench lint lab book full
+.PHONY: run test test-full bench lint lab book book-serve full

@@ -8,6 +8,7 @@ interface comes from the docstrings of `fcnn_utils`.
 
 import base64
 import fnmatch
+import importlib.util
 import io
 import pkgutil
 import re
@@ -45,6 +46,9 @@ USES = {  # of the modules of the library, in the order of the page; those of th
     "Layers and graphs of Keras": "blocks layer_kinds keras_graph",
 }
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+_SPEC = importlib.util.spec_from_file_location("browser_pages", HERE / "browser" / "pages.py")
+browser_pages = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(browser_pages)
 
 
 def main(formats=("html", "pdf")):
@@ -63,10 +67,13 @@ def main(formats=("html", "pdf")):
     for page in (notation, figures, bibliography, recipe_table, record_table):
         (SOURCE / f"{page.__name__}.md").write_text(page(notebooks))
     (SOURCE / "interface.rst").write_text(interface())
+    runtime = browser_pages.fetch_runtime()
+    (SOURCE / f"{browser_pages.NAME}.md").write_text(from_root(browser_pages.page(runtime)))
     for name, notebook in notebooks.items():
         nbformat.write(for_sphinx(notebook), SOURCE / "notebooks" / f"{name}.ipynb")
     if "html" in formats:
         sphinx("html")
+        browser_pages.add_files(BUILD / "html", runtime)
     if "pdf" in formats:
         sphinx("singlehtml")
         print_pdf(BUILD / "singlehtml" / "index.html", BUILD / "course.pdf")
@@ -168,7 +175,8 @@ def front_page():
     for heading, page in re.findall(r"^(?:\| )?(?:\*\*(.+?)\*\* \||\[\d\d.*?\]\((.*?)\.ipynb\))", readme, re.M):
         part = heading or part
         parts[part] += [page] if page else []
-    trees = [_tree(name, pages) for name, pages in [*parts.items(), ("Reference", REFERENCE), ("Project", PROJECT)]]
+    parts |= {"Try it": [browser_pages.NAME], "Reference": REFERENCE, "Project": PROJECT}
+    trees = [_tree(name, pages) for name, pages in parts.items()]
     return from_root("\n".join([readme, (HERE / "index.md").read_text(), *trees]))
 
 

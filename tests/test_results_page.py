@@ -70,6 +70,21 @@ def test_compression_table_equals_records(title, name, timed):
     assert ROWS[title] == [*expected, f"{round(lost, 1) + 0:.1f}".replace("-", "−")]
 
 
+CONTEST = {"trained for long": ("dense", 1)}
+CONTEST |= {f"auto, {times} times fewer MACs": ("auto", times) for times in (2, 4, 8)}
+TITLES = {"CP": "cp", "Tucker-2": "tucker", "spatial chains": "spatial", "pruned filters": "pruned"}
+CONTEST |= {f"{title}, 4 times fewer MACs": (method, 4) for title, method in TITLES.items()}
+
+
+@pytest.mark.parametrize("title", CONTEST)
+def test_table_of_the_network_trained_for_long_equals_records(title):
+    rows = {(row["method"], row["times"]): row for row in records.load("cifar100/simple-contest")[0]["rows"]}
+    row = rows[CONTEST[title]]
+    record, _ = records.lookup("cifar100", "contest-{}-{}x".format(*CONTEST[title]), "tune", 0)
+    assert record["test"]["top1"] == pytest.approx(row["top1"] / 100) and record["macs"] == row["macs"]
+    assert ROWS[title] == [f"{row['macs'] / 1e6:.1f}", f"{row['untrained']:.1f}", f"{row['top1']:.1f}"]
+
+
 @pytest.mark.skipif(medmnist.find("pneumoniamnist") is None, reason="PneumoniaMNIST is not on this machine")
 @pytest.mark.parametrize("kind", ["separable", "dense"])
 def test_medical_table_equals_records(kind):
@@ -98,6 +113,11 @@ def test_controls_of_compression_equal_records():
     runs = [("thin-4.5x", "fast"), ("cp-4.5x-scratch", "fast")]
     expected = {percent(top1(f"simple-{name}", recipe)) for name, recipe in runs}
     assert expected <= numbers_about("Trained, then compressed")
+
+
+def test_thin_network_from_scratch_equals_record():
+    (thin,) = top1("simple-width0.25", "long-epochs30")
+    assert percent([thin]) in numbers_about("Trained, then compressed")
 
 
 def test_longer_trainings_equal_records():

@@ -65,5 +65,23 @@ def test_int8_keeps_the_accuracy_and_its_time_depends_on_the_engine(chapter):
     assert litert["CP, tuned, int8"] < litert["dense, int8"] < litert["CP, tuned"] < litert["dense"]
 
 
+def test_network_trained_for_long_loses_what_the_text_says(chapter):
+    rows = chapter["long_trained"]
+    lost = rows.loc[(1, "dense"), "top1"] - rows["top1"].unstack("method").drop(1)  # (times, methods)
+    assert list(lost.index) == [2, 4, 8] and lost.loc[2, "cp"] == pytest.approx(0.2, abs=0.05)
+    assert lost.loc[4, ["auto", "cp"]].between(2.5, 3.5).all()
+    assert lost.loc[4, ["tucker", "spatial"]].between(7, 8.5).all()
+    assert 17.3 < lost.loc[8].min() < 18
+    assert (lost["pruned"] - lost.drop(columns="pruned").max(axis=1)).min() > 10
+    used = rows["macs"] * rows.index.get_level_values("times") / rows.loc[(1, "dense"), "macs"]
+    assert used.between(0.93, 1).all()
+
+
+def test_thin_network_from_scratch_has_the_accuracy_of_the_text(chapter):
+    thin = chapter["thin"]
+    assert f"{thin['test']['top1']:.1%}" in chapter.text and len(thin["epochs"]) == 30
+    assert chapter["long_trained"].loc[(4, "auto"), "macs"] == pytest.approx(thin["macs"], rel=0.05)
+
+
 def test_exercises(check_exercises):
     check_exercises(WRONG)

@@ -24,7 +24,7 @@ WITHOUT_IMAGES = ("00", "02", "03", "04", "05", "07", "09", "10", "12", "13", "1
 LEFT = {
     "16": {"results/standin-40/simple-width0.25/fast-batchsize32-epochs2/seed0.json": 1},
     "17": {"results/standin-40/simple-*.json": 4},
-    "18": {"results/standin-40/simple-*.json": 2},
+    "18": {"results/standin-40/simple-*.json": 3},
     "19": {
         **{
             f"results/standin-40/{name}/faster-batchsize36-epochs1/seed0.json": 1

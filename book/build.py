@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 import fcnn_utils
-from fcnn_utils.course import paths, records, runner
+from fcnn_utils.course import contents, paths, records, runner
 from fcnn_utils.course.recipes import RECIPES
 
 HERE = Path(__file__).resolve().parent
@@ -92,7 +92,7 @@ def print_pdf(page, target):
     """Print the page that contains everything, with all solutions and hidden cells unfolded."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
-        print(f"no PDF: none of {', '.join(BROWSERS)} is installed")
+        print(f"no PDF: install one of {', '.join(BROWSERS)}, and run this again")
         return
     page.write_text(page.read_text().replace("<details", "<details open"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=100000"]
@@ -172,9 +172,9 @@ def front_page():
     """The README, the map, and the tables of contents: the parts of the course and the reference."""
     readme = (ROOT / "README.md").read_text()
     part, parts = "Start", defaultdict(list)
-    for heading, page in re.findall(r"^(?:\| )?(?:\*\*(.+?)\*\* \||\[\d\d.*?\]\((.*?)\.ipynb\))", readme, re.M):
-        part = heading or part
-        parts[part] += [page] if page else []
+    for chapter in contents.chapters():
+        part = contents.PARTS.get(chapter.number, part)
+        parts[part].append(f"notebooks/{chapter.file.removesuffix('.ipynb')}")
     parts |= {"Try it": [browser_pages.NAME], "Reference": REFERENCE, "Project": PROJECT}
     trees = [_tree(name, pages) for name, pages in parts.items()]
     return from_root("\n".join([readme, (HERE / "index.md").read_text(), *trees]))

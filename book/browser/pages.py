@@ -28,8 +28,8 @@ CACHE = HERE.parents[1] / "build" / RUNTIME.replace("@", "-")
 SAMPLES = ("apple", "bicycle", "bridge", "butterfly", "castle", "clock")
 SAMPLES += ("lion", "orchid", "palm_tree", "rocket", "sea", "streetcar")
 MISSING = (
-    "This book was built without the runtime of the networks: install Node.js, whose program `npm` downloads the "
-    "runtime, and run `make book` again."
+    "This book was built without the runtime of the networks. `npm`, a program of Node.js, downloads it: install "
+    "Node.js, make sure that you are online, and run `make book` again."
 )
 IN_PRINT = "The networks run on the page `in_your_browser.html` of the site. Here you find their description."
 
@@ -82,7 +82,7 @@ def fetch_runtime():
         return CACHE
     npm = shutil.which("npm")
     if npm is None:
-        print("no networks in the browser: npm is not installed")
+        print("no networks in the browser: npm is not installed; install Node.js, and run this again")
         return None
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:

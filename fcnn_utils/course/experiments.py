@@ -196,8 +196,8 @@ def network_to_compress(dataset, seed=0, converged=False):
         dataset: `data.Dataset`. For CIFAR-100 the weights come with the course. For other data, or if these weights are
             missing, a simple network with a quarter of the filters is trained for two epochs, once.
         seed: of this training; the weights of the course are those of seed 0.
-        converged: take the simple network with half of the filters after 30 epochs of the recipe "long", and not the
-            whole one after 5 epochs of "fast".
+        converged: take the simple network with half of the filters after 30 epochs of the recipe "long", instead of
+            the one with all filters after 5 epochs of "fast".
 
     Returns:
         keras.Model, not compiled.

@@ -33,10 +33,14 @@ class Missing(Exception):
     """Something does not work here. The message is one sentence: what it is, and what to do."""
 
 
-def run():
-    """Print one line for each test: "ok", or "missing" and what to do. This takes about 20 seconds."""
+def run(timed_steps=2):
+    """Print one line for each test: "ok", or "missing" and what to do. This takes about 20 seconds.
+
+    Args:
+        timed_steps: number of training steps that are timed; the shortest counts.
+    """
     with stderr_to(os.devnull), warnings.catch_warnings(action="ignore"):  # backends and exporters write many lines
-        for name, test in tests().items():
+        for name, test in tests(timed_steps).items():
             paths.say(line(name, test))
             logging.getLogger("tensorflow").setLevel(logging.ERROR)  # after Keras: its import sets another level
 
@@ -54,7 +58,7 @@ def line(name, test):
         return f"missing  {name}: it stops with {type(error).__name__}: {reason}. {_advice()}"
 
 
-def tests():
+def tests(timed_steps=2):
     """Return the tests in order: dict name -> function."""
     return {
         "Python": _python,
@@ -64,15 +68,15 @@ def tests():
         "CIFAR-100": _cifar100,
         "PneumoniaMNIST": _pneumoniamnist,
         **{title: functools.partial(_engine, name) for name, title in ENGINES.items()},
-        "training step": _training_step,
+        "training step": functools.partial(_training_step, timed_steps),
         "output folder": _output_folder,
     }
 
 
 def _advice():
     if "google.colab" in sys.modules:
-        return "Run the first code cell of this notebook again."
-    return "In the folder of the course, run: pip install -r requirements.txt"
+        return "Restart the session, then run the first code cell of this notebook."
+    return f"In the folder of the course, run: {sys.executable} -m pip install -r requirements.txt"
 
 
 def _python():
@@ -187,18 +191,18 @@ def _engine(engine):
     return "a small network is exported to it and runs"
 
 
-def _training_step():
-    """Time one step of the simple network, the better of two after the first, which compiles it."""
+def _training_step(timed_steps):
+    """Time a step of the simple network: the shortest after the first, which compiles it."""
     from fcnn_utils.course import networks, training
     from fcnn_utils.course.recipes import get_recipe
 
     model = networks.build("simple", dtype=environment.precision("auto"))
-    training.compile_model(model, get_recipe("faster"), steps=3)
+    training.compile_model(model, get_recipe("faster"), steps=1 + timed_steps)
     rng = np.random.default_rng(0)
     images = rng.normal(size=(_BATCH, 32, 32, 3)).astype("float32")
     labels = np.eye(100, dtype="float32")[rng.integers(0, 100, _BATCH)]
     seconds = []
-    for _ in range(3):
+    for _ in range(1 + timed_steps):
         start = time.perf_counter()
         model.train_on_batch(images, labels)
         seconds.append(time.perf_counter() - start)

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import keras
 import pytest
 
 from fcnn_utils import deploy
@@ -135,3 +136,10 @@ def test_self_test_ends_well_without_a_package(absent, hidden_data):
     assert len(lines) == len(self_test.tests()) and lines[0].startswith("ok")
     told = next(each for each in lines if each.startswith("missing"))
     assert absent in told and ("pip install -r requirements.txt" in told or f"pip install {absent}" in told)
+
+
+def test_training_step_is_timed_as_often_as_asked(monkeypatch):
+    done = []
+    monkeypatch.setattr(keras.Model, "train_on_batch", lambda *arguments: done.append(1))
+    assert "images per second" in self_test.tests(timed_steps=4)["training step"]()
+    assert len(done) == 1 + 4  # the first one compiles

@@ -1,12 +1,16 @@
 """Chapters executed in this process, so that tests can look at their variables and at their exercises."""
 
 import re
+import tomllib
 
 import matplotlib
 import nbformat
 import pytest
 
-from fcnn_utils.course import exercises, runner
+from fcnn_utils.course import exercises, paths, runner
+
+PROFILES = tomllib.loads((paths.root() / "notebooks" / "profiles.toml").read_text())
+QUICK = {name: value for name, value in PROFILES["quick"].items() if name.isupper()}
 
 
 class Chapter:
@@ -47,11 +51,11 @@ class Chapter:
 
 @pytest.fixture(scope="module")
 def chapter(request, tmp_path_factory):
-    """The executed notebook that the test module names: CHAPTER, its number, and perhaps PARAMETERS, a dict."""
+    """The notebook CHAPTER of the test module, executed as by `make run`, but with its PARAMETERS, if it has any."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FCNN_OUTPUT", str(tmp_path_factory.mktemp("chapter")))
         matplotlib.use("agg")
-        yield Chapter(request.module.CHAPTER, getattr(request.module, "PARAMETERS", {}))
+        yield Chapter(request.module.CHAPTER, QUICK | getattr(request.module, "PARAMETERS", {}))
         matplotlib.pyplot.close("all")
 
 

@@ -11,16 +11,10 @@ import pytest
 from fcnn_utils.course import contents, parameters, paths, runner
 
 PATHS = runner.notebooks().values()
-CHAPTERS = [path for path in PATHS if path.name[:2] != "00"]  # 00 is no chapter: it has no parameters
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)
 def notebook(request):
-    return nbformat.read(request.param, 4)
-
-
-@pytest.fixture(params=CHAPTERS, ids=lambda path: path.stem)
-def chapter(request):
     return nbformat.read(request.param, 4)
 
 
@@ -44,15 +38,15 @@ def test_every_file_has_its_own_number():
     assert list(PATHS) == files and len(files) >= 5
 
 
-def test_parameters_are_literals_and_later_cells_check_them(chapter):
-    (cell,) = tagged(chapter, "parameters")
+def test_parameters_are_literals_and_later_cells_check_them(notebook):
+    (cell,) = tagged(notebook, "parameters")
     given = {}
     exec(cell.source, given)
     given = {name: value for name, value in given.items() if name.isupper()}
     parameters.check(**given)
-    checked = "".join(re.findall(r"check\((.*?)\)", "\n".join(cell.source for cell in code_cells(chapter))))
+    checked = "".join(re.findall(r"check\((.*?)\)", "\n".join(cell.source for cell in code_cells(notebook))))
     assert all(f"{name}={name}" in checked for name in given)
-    assert not tagged(chapter, "injected-parameters")
+    assert not tagged(notebook, "injected-parameters")
 
 
 def test_code_cells_are_short_and_explained(notebook):

@@ -3,6 +3,7 @@
 import numpy as np
 
 CHAPTER = "04"
+PARAMETERS = {"SWEEPS": 3000}  # as published: the text quotes the norms after so many
 
 WRONG = {
     "04.1": [[2, 2, 2, 2], [2, 3, 2, 2], [2, 3, 3, 1], [3, 3, 3, 3], [2, 3, 3]],

@@ -32,7 +32,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 
 lab: $(VENV)/ready
-	$(VENV)/bin/jupyter lab notebooks/00_start_here.ipynb
+	$(VENV)/bin/jupyter lab --ServerApp.root_dir=. notebooks/00_start_here.ipynb $(ARGS)
 
 book: $(VENV)/ready
 	$(VENV)/bin/python book/build.py

@@ -521,13 +521,14 @@ def test_a_warning_says_that_few_images_are_fitted_too_well(recwarn, count):
 
 
 def test_invalid_arguments_are_rejected_with_what_is_allowed(zoo):
+    methods = ", ".join(factorizations.FACTORIZATIONS)
     for arguments, message in (
         ({}, "give exactly one of ratio=, ranks=, macs=, .* or metric=; got none$"),
         ({"ration": 0.5}, "got none; ration= is not known$"),
         ({"ratio": 0.5, "macs": 1e6}, "give exactly one of .* or metric=; got ratio= and macs=$"),
         ({"ratio": 0}, "ratio must be a number between"),
         ({"ratio": 0.001}, "ratio must be at least [0-9.]+, the share of cp at rank 1; got 0.001"),
-        ({"method": "qr", "ratio": 0.5}, "method must be 'auto', one of cp, .*, or a list of these; got 'qr'"),
+        ({"method": "qr", "ratio": 0.5}, f"method must be 'auto', one of {methods}, or a list of these; got 'qr'"),
         ({"ratio": 0.5, "layers": ["shared", "nope"]}, "no layer 'nope' with weights in model 'zoo'.*inner/conv"),
         ({"ratio": 0.5, "layers": []}, "name at least one layer"),
         ({"ratio": 0.5, "layers": "point"}, "layer 'point' can't be factorized: 1×1: only svd factorizes it"),
